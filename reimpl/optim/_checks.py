@@ -1,0 +1,32 @@
+"""Checks of constructor arguments, in PyTorch's order, types and wording."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def learning_rate(lr: Any) -> None:
+    """Raise unless ``lr`` is a finite number of at least 0, or a tensor of one such element.
+
+    PyTorch lets an infinite rate (and for ``SGD`` a NaN) through, which turns every parameter into NaN.
+    """
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    at_least_zero("learning rate", lr)
+    if math.isinf(lr):
+        raise ValueError(f"Invalid learning rate: {lr}")
+
+
+def at_least_zero(name: str, value: Any) -> None:
+    """Raise ``Invalid <name>: <value>`` for a value that is negative or NaN."""
+    if not 0.0 <= value:
+        raise ValueError(f"Invalid {name}: {value}")
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of the names in ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"Invalid {name}: {value!r} (expected one of {', '.join(map(repr, allowed))})")

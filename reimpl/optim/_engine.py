@@ -1,0 +1,384 @@
+"""``RuleOptimizer``: everything that an optimizer needs besides its rule, and the rule's every way of running."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import _fused
+from ._tensorlist import TensorList
+from ._torch import (
+    Optimizer,
+    ParamsT,
+    StateDict,
+    check_fused_support,
+    defaults_to_foreach,
+    grad_mode_of_step,
+    require_capturable_devices,
+    step_dtype,
+    step_value,
+    to_scalar,
+)
+
+State = dict[str, Any]
+Group = dict[str, Any]
+
+
+class RuleOptimizer(Optimizer):
+    """An optimizer given by one rule, which runs over a tensor, over a list of tensors, or fused into one kernel.
+
+    A subclass writes its rule once:
+
+    - ``init_state(p, group)`` returns the state that a parameter starts with;
+    - ``prologue(h, t)`` computes the scalars that depend on the step count ``t`` (bias corrections, schedules of the
+      rule's own) from the hyperparameters ``h``, a namespace of the parameter group;
+    - ``update(p, g, s, h, c)`` changes the parameter ``p`` and the state ``s`` in place, given the gradient ``g`` and
+      the prologue's result ``c``, in the in-place methods of ``torch.Tensor``.
+
+    The engine knows the rest: closures, groups, ``maximize``, complex and sparse gradients, ``capturable``,
+    ``differentiable``, gradient scaling, and checkpoints that go to PyTorch's class of the same name and back.
+    """
+
+    dialects: ClassVar[Mapping[str, Any]] = {}
+    """Options that PyTorch's class lacks, each with the value that is PyTorch's way."""
+    torch_class: ClassVar[type[Optimizer] | None] = None
+    """PyTorch's class of the same name."""
+    sparse_error: ClassVar[str | None] = None
+    """What a sparse gradient is told, or ``None`` where the rule takes one."""
+    fused_sparse_error: ClassVar[str] = ""
+    lazy_state: ClassVar[tuple[str, ...]] = ()
+    """State that the rule itself makes at a parameter's first step."""
+    for_loop_captures_xla: ClassVar[bool] = True
+    foreach_captures_xla: ClassVar[bool] = True
+    foreach_takes_tensor_lr: ClassVar[bool] = True
+    """Whether foreach may be chosen unasked for a learning-rate tensor that is not captured."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if defaults.get("fused"):
+            if defaults.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if defaults.get("foreach"):
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        super().__init__(params, defaults)
+        if defaults.get("fused"):
+            self._step_supports_amp_scaling = True
+
+    # ---------------------------------------------------------------- what a subclass writes
+
+    def init_state(self, p: Tensor, group: Group) -> State:
+        """The state of ``p`` before its first step."""
+        return {}
+
+    def is_stateful(self, group: Group) -> bool:
+        """Whether parameters of ``group`` have state at all."""
+        return True
+
+    def check_group(self, group: Group) -> None:
+        """Raise what PyTorch raises at ``step`` for options that do not go together."""
+
+    @staticmethod
+    def prologue(h: Any, t: Any) -> Any:
+        """Scalars of step ``t``."""
+        return None
+
+    @staticmethod
+    def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
+        """The rule."""
+        raise NotImplementedError("a subclass of RuleOptimizer must define update()")
+
+    # ---------------------------------------------------------------- state
+
+    def new_step(self, p: Tensor, group: Group) -> Tensor:
+        """A step count of 0 where PyTorch keeps it: beside the parameter if captured or fused, else on the CPU."""
+        fused = group.get("fused")
+        if group.get("capturable") or fused:
+            return torch.zeros((), dtype=step_dtype(is_fused=fused), device=p.device)
+        return torch.tensor(0.0, dtype=step_dtype(), device="cpu")
+
+    @staticmethod
+    def like(p: Tensor) -> Tensor:
+        """Zeros of the parameter's shape, dtype and strides."""
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _collect(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[State]]:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        states: list[State] = []
+        stateful, fused, sparse_error = self.is_stateful(group), group.get("fused"), self.sparse_error
+        self.check_group(group)
+        for p in group["params"]:
+            g = p.grad
+            if g is None:
+                continue
+            if sparse_error is not None and g.is_sparse:
+                raise RuntimeError(sparse_error)
+            state: State = self.state[p] if stateful else {}
+            if not state:
+                if fused:
+                    check_fused_support(p)
+                if stateful:
+                    state.update(self.init_state(p, group))
+            params.append(p)
+            grads.append(g)
+            states.append(state)
+        return params, grads, states
+
+    def _init_group(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], *columns: list[Tensor | None]
+    ) -> None:
+        """Fill the lists, one column for each key of the state; the form that ``torch.compile`` runs eagerly."""
+        found, found_grads, states = self._collect(group)
+        params.extend(found)
+        grads.extend(found_grads)
+        for key, column in zip(self._state_keys(group), columns, strict=True):
+            column.extend(state.get(key) for state in states)
+
+    def _state_keys(self, group: Group) -> list[str]:
+        """The keys of a parameter's state, in order, with the lazy ones last."""
+        if not self.is_stateful(group):
+            return []
+        probe = torch.empty((), device="meta")
+        keys = [key for key in self.init_state(probe, {**group, "capturable": False, "fused": False})]
+        return keys + [key for key in self.lazy_state if key not in keys]
+
+    # ---------------------------------------------------------------- the step
+
+    @grad_mode_of_step
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        if "capturable" in self.defaults:
+            self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            self._step_group(index, group)
+        return loss
+
+    def _step_group(self, index: int, group: Group) -> None:
+        if torch.compiler.is_compiling():
+            self._compiled_group(group)
+            return
+        fused = group.get("fused")
+        if fused and _fused.run_plan(self, index, group):
+            return
+        params, grads, states = self._collect(group)
+        if not params:
+            return
+        h = _hyperparameters(group)
+        if fused:
+            if any(g.is_sparse for g in grads):
+                raise RuntimeError(self.fused_sparse_error)
+            _fused.step(self, index, group, h, params, grads, states)
+            return
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise AssertionError("Expected grad_scale and found_inf to be None")
+        foreach = group.get("foreach")
+        if foreach is None and fused is None:
+            foreach = self._chooses_foreach(h, params)
+        if h.capturable and self._has_steps(states):
+            xla = self.foreach_captures_xla if foreach else self.for_loop_captures_xla
+            require_capturable_devices(params, [s["step"] for s in states], supports_xla=xla)
+        (self._foreach if foreach else self._for_loop)(h, params, grads, states)
+
+    def _chooses_foreach(self, h: Any, params: list[Tensor]) -> bool:
+        if isinstance(h.lr, Tensor) and not h.capturable and not self.foreach_takes_tensor_lr:
+            return False
+        return defaults_to_foreach(params, h.differentiable)
+
+    @staticmethod
+    def _has_steps(states: Sequence[State]) -> bool:
+        return "step" in states[0]
+
+    def _for_loop(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
+        prologue, update, on_device = self.prologue, self.update, h.on_device
+        c = prologue(h, None) if not self._has_steps(states) else None
+        last = None
+        for p, g, s in zip(params, grads, states, strict=True):
+            if h.maximize:
+                g = -g
+            if "step" in s:
+                step = s["step"]
+                step += 1
+                t = step if on_device else step_value(step)
+                if on_device or t != last:
+                    c, last = prologue(h, t), t
+            update(p, g, s, h, c)
+
+    def _foreach(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
+        if h.differentiable:
+            raise AssertionError("_foreach ops don't support autograd")
+        if self._has_steps(states):
+            _increment([s["step"] for s in states])
+        for indices in self._partition(h, params, grads, states):
+            part = [states[i] for i in indices]
+            p, g = TensorList([params[i] for i in indices]), TensorList([grads[i] for i in indices])
+            if any(grad.is_sparse for grad in g):
+                self._sparse_part(h, list(p), list(g), part)
+                continue
+            s = {key: TensorList([state[key] for state in part]) for key in part[0] if part[0][key] is not None}
+            t: Any = None
+            if "step" in s:
+                t = s["step"] if h.on_device else step_value(part[0]["step"])
+            keys = set(s)
+            self.update(p, g.neg() if h.maximize else g, s, h, self.prologue(h, t))
+            for key in s.keys() - keys:
+                for state, value in zip(part, s[key], strict=True):
+                    state[key] = value
+
+    def _sparse_part(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
+        # foreach functions take no sparse tensors; the step count has been raised already
+        for s in states:
+            if "step" in s:
+                s["step"] -= 1
+        self._for_loop(h, params, grads, states)
+
+    def _partition(
+        self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]
+    ) -> Iterator[list[int]]:
+        """Indices of tensors that can go together: one device, dtype, layout, step count and set of lazy state."""
+        if torch.compiler.is_compiling():
+            yield list(range(len(params)))
+            return
+        with_steps = self._has_steps(states) and not h.on_device
+        parts: defaultdict[Any, list[int]] = defaultdict(list)
+        for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):
+            missing = tuple(key for key in self.lazy_state if s.get(key) is None)
+            step = s["step"].item() if with_steps else None
+            parts[p.device, p.dtype, g.dtype, g.layout, missing, step].append(i)
+        yield from parts.values()
+
+    def _compiled_group(self, group: Group) -> None:
+        """The step as ``torch.compile`` traces it: state in lists that stay the same objects."""
+        keys = self._state_keys(group)
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        columns: list[list[Tensor | None]] = [[] for _ in keys]
+        self._init_group(group, params, grads, *columns)
+        if not params:
+            return
+        h = _hyperparameters(group)
+        states: list[State] = [
+            {key: column[i] for key, column in zip(keys, columns, strict=True) if column[i] is not None}
+            for i in range(len(params))
+        ]
+        foreach = group.get("foreach")
+        if foreach is None:
+            foreach = self._chooses_foreach(h, params)
+        whole = all(("step" in s) == ("step" in states[0]) and len(s) == len(states[0]) for s in states)
+        (self._foreach if (foreach or group.get("fused")) and whole else self._for_loop)(h, params, grads, states)
+        for p, s in zip(params, states, strict=True):
+            for key in self.lazy_state:
+                if key in s:
+                    self.state[p][key] = s[key]
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def __setstate__(self, state: StateDict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                if key in _LATE_OPTIONS or key in self.dialects:
+                    group.setdefault(key, _LATE_OPTIONS.get(key, value))
+            for p in group["params"]:
+                entry = self.state.get(p, {})
+                if "step" in entry and not torch.is_tensor(entry["step"]):
+                    entry["step"] = self.new_step(p, group).fill_(float(entry["step"]))
+
+    def state_dict(self) -> StateDict:
+        """PyTorch's ``state_dict``; options that PyTorch's class lacks are in it only where they are not its way."""
+        return self._strip(super().state_dict())
+
+    def _strip(self, packed: StateDict) -> StateDict:
+        for group in packed["param_groups"]:
+            for key in self.dialects:
+                if key in group and self._is_torch_way(key, group[key]):
+                    del group[key]
+        return packed
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a checkpoint of this class or of PyTorch's class of the same name.
+
+        A dialect that the checkpoint does not name keeps the value it has here.
+
+        Raises:
+            ValueError: the checkpoint was written under another dialect, or for other parameters.
+        """
+        here = [{key: group[key] for key in self.dialects if key in group} for group in self.param_groups]
+        saved = state_dict["param_groups"]
+        for i, (mine, theirs) in enumerate(zip(here, saved, strict=False)):
+            for key, value in mine.items():
+                if key != "fused" and key in theirs and theirs[key] != value:
+                    raise ValueError(
+                        f"loaded state dict has {key}={theirs[key]!r} in parameter group {i}, "
+                        f"but this {type(self).__name__} was built with {key}={value!r}"
+                    )
+        absent = [[key for key in mine if key not in theirs] for mine, theirs in zip(here, saved, strict=False)]
+        super().load_state_dict(state_dict)
+        for group, mine, keys in zip(self.param_groups, here, absent, strict=False):
+            group.update({key: mine[key] for key in keys})
+
+    def _is_torch_way(self, dialect: str, value: Any) -> bool:
+        return bool(value == self.dialects[dialect]) or (dialect == "fused" and not value)
+
+    def to_torch(self) -> Optimizer:
+        """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
+
+        Raises:
+            ValueError: a dialect is in use that PyTorch's class cannot express.
+        """
+        name = type(self).__name__
+        if self.torch_class is None:
+            raise ValueError(f"torch.optim has no counterpart of {name}")
+        for i, group in enumerate(self.param_groups):
+            for key in self.dialects:
+                if key != "fused" and not self._is_torch_way(key, group[key]):
+                    raise ValueError(
+                        f"torch.optim.{name} has no equivalent of {key}={group[key]!r} (parameter group {i})"
+                    )
+        names = ["param_names" in group for group in self.param_groups]
+        groups = [
+            {"params": list(zip(g["param_names"], g["params"], strict=True)) if named else g["params"]}
+            for g, named in zip(self.param_groups, names, strict=True)
+        ]
+        twin = self.torch_class(groups)
+        packed = deepcopy(Optimizer.state_dict(self))
+        for group in packed["param_groups"]:
+            for key in self.dialects:
+                group.pop(key, None)
+        twin.load_state_dict(packed)
+        return twin
+
+
+_LATE_OPTIONS: dict[str, Any] = {
+    "nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "capturable": False,
+    "amsgrad": False, "momentum": 0, "centered": False, "decoupled_weight_decay": False, "fused": None,
+}  # fmt: skip
+"""Options that PyTorch added after the first release of a class, with the value that an old checkpoint means."""
+
+def _hyperparameters(group: Group) -> Any:
+    """The group's options as attributes, one-element tensors as 0-d ones."""
+    h = SimpleNamespace(**{key: value for key, value in group.items() if key not in ("params", "param_names")})
+    h.lr = to_scalar(h.lr)
+    h.capturable = group.get("capturable", False)
+    h.on_device = h.capturable or h.differentiable
+    return h
+
+
+def _increment(steps: list[Tensor]) -> None:
+    if steps[0].is_cpu and not torch.compiler.is_compiling():
+        # a number would be wrapped into a tensor again for each step
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)

@@ -1,0 +1,108 @@
+"""Numba intrinsics that the generated CPU kernels call: addresses, fused multiply-add, half precision, a shared counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+_FEATURES = llvm.get_host_cpu_features()
+HAS_FMA = bool(_FEATURES.get("fma", False)) or llvm.get_process_triple().startswith(("aarch64", "arm64"))
+"""Whether the processor multiplies and adds with one rounding, as PyTorch's vectorised kernels then do."""
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any) -> Any:
+    """The address as an untyped pointer, for ``numba.carray``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(address), codegen
+
+
+@intrinsic
+def take(typingctx: Any, address: Any) -> Any:
+    """Add one to the 64-bit counter at the address, atomically, and return what it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        counter = builder.inttoptr(args[0], word.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(address), codegen
+
+
+@intrinsic
+def hardware_fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c with one rounding."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
+def _bits_to_float(typingctx: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def _float_to_bits(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@njit(inline="always")
+def bfloat16_to_float(bits: Any) -> Any:
+    """The float32 of the same value."""
+    return _bits_to_float(types.uint32(bits) << types.uint32(16))
+
+
+@njit(inline="always")
+def float_to_bfloat16(x: Any) -> Any:
+    """Round to nearest, ties to even; NaN stays NaN."""
+    bits = _float_to_bits(x)
+    rounded = (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
+    return types.uint16(rounded if x == x else types.uint32(0x7FC0))
+
+
+@njit(inline="always")
+def float16_to_float(bits: Any) -> Any:
+    """The float32 of the same value, subnormals too (Giesen's scaling by 2¹¹²)."""
+    word = types.uint32(bits)
+    magnitude = _bits_to_float((word & types.uint32(0x7FFF)) << types.uint32(13)) * _bits_to_float(
+        types.uint32(0x77800000)
+    )
+    result = _float_to_bits(magnitude)
+    if (word & types.uint32(0x7C00)) == types.uint32(0x7C00):
+        result |= types.uint32(0x7F800000)
+    return _bits_to_float(result | ((word & types.uint32(0x8000)) << types.uint32(16)))
+
+
+@njit(inline="always")
+def float_to_float16(x: Any) -> Any:
+    """Round to nearest, ties to even; overflow to infinity; NaN stays NaN."""
+    bits = _float_to_bits(x)
+    sign = (bits >> types.uint32(16)) & types.uint32(0x8000)
+    magnitude = bits & types.uint32(0x7FFFFFFF)
+    if magnitude > types.uint32(0x7F800000):
+        half = types.uint32(0x7E00)
+    elif magnitude >= types.uint32(0x477FF000):
+        half = types.uint32(0x7C00)
+    elif magnitude < types.uint32(0x38800000):
+        # adding ½ moves a subnormal's bits to the bottom of the word, rounded as floats round
+        half = _float_to_bits(_bits_to_float(magnitude) + types.float32(0.5)) - types.uint32(0x3F000000)
+    else:
+        odd = (magnitude >> types.uint32(13)) & types.uint32(1)
+        half = (magnitude - types.uint32(0x38000000) + types.uint32(0xFFF) + odd) >> types.uint32(13)
+    return types.uint16(half | sign)

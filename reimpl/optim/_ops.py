@@ -1,0 +1,74 @@
+"""Steps that several rules share, each written once over a tensor, a ``TensorList`` or a traced value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._tensorlist import TensorList
+
+
+def l2_penalty(p: Any, g: Any, h: Any) -> Any:
+    """g + λp, the gradient of the penalty (λ/2)‖p‖² added to g (catalogue O10); g itself where λ is 0."""
+    weight_decay = h.weight_decay
+    if weight_decay == 0:
+        return g
+    if isinstance(weight_decay, Tensor) and weight_decay.requires_grad:
+        # alpha= would cut weight_decay out of the graph
+        return g.addcmul(p.clone(), weight_decay)
+    return g.add(p, alpha=weight_decay)
+
+
+def descend(p: Any, direction: Any, lr: Any) -> None:
+    """p ← p − lr·direction, in place; differentiable in ``lr`` where that is a tensor that asks for it."""
+    if isinstance(lr, Tensor) and lr.requires_grad:
+        p.addcmul_(direction, lr, value=-1)
+    else:
+        p.add_(direction, alpha=-lr)
+
+
+def saved(x: Any, h: Any) -> Any:
+    """``x``, or a copy of it where autograd is going to need the value that it has now."""
+    return x.clone() if h.differentiable else x
+
+
+def maximum_(a: Any, b: Any, h: Any) -> Any:
+    """a ← max(a, b) in place, NaN where either is."""
+    if isinstance(a, Tensor):
+        return a.copy_(torch.maximum(saved(a, h), b)) if h.on_device else torch.maximum(a, b, out=a)
+    return a.maximum_(b)
+
+
+def root(x: Any) -> Any:
+    """√x of a number or of a tensor of one."""
+    return x.sqrt() if isinstance(x, Tensor | TensorList) else x**0.5
+
+
+def is_complex(p: Any) -> bool:
+    """Whether ``p``, a tensor or a list of them, holds complex numbers."""
+    first = p[0] if isinstance(p, TensorList) and len(p) else p
+    return isinstance(first, Tensor) and first.is_complex()
+
+
+def as_real(x: Any) -> Any:
+    """Complex numbers as pairs of reals, sharing memory."""
+    return torch.view_as_real(x) if isinstance(x, Tensor) else x.view_as_real()
+
+
+def real_views(p: Any, g: Any, s: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Parameter, gradient and state as pairs of reals where the parameter is complex; as they are otherwise."""
+    if not is_complex(p):
+        return p, g, s
+    return as_real(p), as_real(g), {k: v if k == "step" else as_real(v) for k, v in s.items()}
+
+
+def as_complex(x: Any) -> Any:
+    """Pairs of reals as complex numbers, sharing memory."""
+    return torch.view_as_complex(x) if isinstance(x, Tensor) else x.view_as_complex()
+
+
+def matching(x: Any, p: Any) -> Any:
+    """A tensor of one number in the parameter's dtype and on its device; a plain number as it is."""
+    return x.to(device=p.device, dtype=p.dtype) if isinstance(x, Tensor) and isinstance(p, Tensor) else x

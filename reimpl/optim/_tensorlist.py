@@ -1,0 +1,142 @@
+"""``TensorList``: a list of tensors with the in-place methods of one tensor, each a single ``torch._foreach_*`` call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Scalar = Any
+"""A Python number, a 0-d tensor, or a ``TensorList`` of 0-d tensors (one scalar a tensor)."""
+
+
+class TensorList(Sequence[Tensor]):
+    """Tensors of one device and dtype that an optimizer's rule treats as if they were one.
+
+    A method does what ``torch.Tensor``'s method of that name does to each tensor in turn, with the same roundings:
+    on the CPU ``torch._foreach_*`` calls the very same operator tensor by tensor.
+    """
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tensors[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TensorList:
+        return TensorList([function(tensor) for tensor in self.tensors])
+
+    def clone(self) -> TensorList:
+        return self._map(torch.clone)
+
+    def detach(self) -> TensorList:
+        return self._map(torch.detach)
+
+    def view_as_real(self) -> TensorList:
+        return self._map(torch.view_as_real)
+
+    def view_as_complex(self) -> TensorList:
+        return self._map(torch.view_as_complex)
+
+    def neg(self) -> TensorList:
+        return TensorList(torch._foreach_neg(self.tensors))
+
+    def sqrt(self) -> TensorList:
+        return TensorList(torch._foreach_sqrt(self.tensors))
+
+    def sqrt_(self) -> TensorList:
+        torch._foreach_sqrt_(self.tensors)
+        return self
+
+    def add(self, other: TensorList | Scalar, *, alpha: Scalar = 1) -> TensorList:
+        if isinstance(other, TensorList):
+            if isinstance(alpha, Tensor) and torch.compiler.is_compiling():
+                return TensorList(torch._foreach_add(self.tensors, torch._foreach_mul(other.tensors, alpha)))
+            return TensorList(torch._foreach_add(self.tensors, other.tensors, alpha=alpha))
+        return TensorList(torch._foreach_add(self.tensors, other))
+
+    def add_(self, other: TensorList | Scalar, *, alpha: Scalar = 1) -> TensorList:
+        if isinstance(other, TensorList):
+            if isinstance(alpha, Tensor) and (alpha.device.type != "cpu" or torch.compiler.is_compiling()):
+                # alpha= would read the number back from the device, which graph capture cannot do
+                torch._foreach_add_(self.tensors, torch._foreach_mul(other.tensors, alpha))
+            else:
+                torch._foreach_add_(self.tensors, other.tensors, alpha=alpha)
+        else:
+            torch._foreach_add_(self.tensors, other)
+        return self
+
+    def mul_(self, other: TensorList | Scalar) -> TensorList:
+        torch._foreach_mul_(self.tensors, _operand(other))
+        return self
+
+    def div_(self, other: TensorList | Scalar) -> TensorList:
+        torch._foreach_div_(self.tensors, _operand(other))
+        return self
+
+    def addcmul(self, a: TensorList, b: TensorList, *, value: Scalar = 1) -> TensorList:
+        return TensorList(torch._foreach_addcmul(self.tensors, a.tensors, b.tensors, value))
+
+    def addcmul_(self, a: TensorList, b: TensorList, *, value: Scalar = 1) -> TensorList:
+        if isinstance(value, Tensor):
+            # _foreach_addcmul_ takes numbers alone
+            torch._foreach_addcmul_(self.tensors, torch._foreach_mul(a.tensors, value), b.tensors, 1)
+        else:
+            torch._foreach_addcmul_(self.tensors, a.tensors, b.tensors, value)
+        return self
+
+    def addcdiv_(self, a: TensorList, b: TensorList, *, value: Scalar = 1) -> TensorList:
+        if isinstance(value, TensorList):
+            torch._foreach_addcdiv_(self.tensors, torch._foreach_mul(a.tensors, value.tensors), b.tensors)
+        elif isinstance(value, Tensor):
+            if value.device.type != "cpu" or torch.compiler.is_compiling():
+                torch._foreach_addcdiv_(self.tensors, torch._foreach_mul(a.tensors, value), b.tensors)
+            else:
+                torch._foreach_addcdiv_(self.tensors, a.tensors, b.tensors, value.item())
+        else:
+            torch._foreach_addcdiv_(self.tensors, a.tensors, b.tensors, value)
+        return self
+
+    def lerp_(self, end: TensorList, weight: Scalar) -> TensorList:
+        torch._foreach_lerp_(self.tensors, end.tensors, weight)
+        return self
+
+    def maximum_(self, other: TensorList) -> TensorList:
+        torch._foreach_maximum_(self.tensors, other.tensors)
+        return self
+
+    def __truediv__(self, other: TensorList | Scalar) -> TensorList:
+        return TensorList(torch._foreach_div(self.tensors, _operand(other)))
+
+    def __rtruediv__(self, other: Scalar) -> TensorList:
+        # _foreach_div takes no number on the left
+        return TensorList(torch._foreach_mul(torch._foreach_reciprocal(self.tensors), other))
+
+    def __mul__(self, other: TensorList | Scalar) -> TensorList:
+        return TensorList(torch._foreach_mul(self.tensors, _operand(other)))
+
+    def __rsub__(self, other: Scalar) -> TensorList:
+        return TensorList(torch._foreach_add(torch._foreach_neg(self.tensors), other))
+
+    def __rpow__(self, base: Scalar) -> TensorList:
+        return TensorList(torch._foreach_pow(base, self.tensors))
+
+    def __pow__(self, exponent: float) -> TensorList:
+        return TensorList(torch._foreach_pow(self.tensors, exponent))
+
+    def __neg__(self) -> TensorList:
+        return self.neg()
+
+
+def _operand(value: TensorList | Scalar) -> Any:
+    return value.tensors if isinstance(value, TensorList) else value

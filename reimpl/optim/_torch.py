@@ -1,0 +1,64 @@
+"""The one place that takes private helpers from ``torch.optim``, and smooths over versions from 2.11 on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    StateDict,
+    _default_to_fused_or_foreach,
+    _device_dtype_check_for_fused,
+    _get_capturable_supported_devices,
+    _get_scalar_dtype,
+    _get_value,
+    _use_grad_for_differentiable,
+)
+
+__all__ = [
+    "Optimizer",
+    "ParamsT",
+    "StateDict",
+    "check_fused_support",
+    "defaults_to_foreach",
+    "grad_mode_of_step",
+    "require_capturable_devices",
+    "step_dtype",
+    "step_value",
+    "to_scalar",
+]
+
+grad_mode_of_step = _use_grad_for_differentiable
+check_fused_support = _device_dtype_check_for_fused
+step_dtype = _get_scalar_dtype
+step_value = _get_value
+
+
+def defaults_to_foreach(params: list[Tensor], differentiable: bool) -> bool:
+    """Whether PyTorch would take its foreach implementation when the user has not chosen one."""
+    return _default_to_fused_or_foreach(params, differentiable, use_fused=False)[1]
+
+
+def to_scalar(value: Any) -> Any:
+    """A one-element tensor as a 0-d tensor; anything else as it is."""
+    return value.squeeze() if isinstance(value, Tensor) and value.dim() != 0 else value
+
+
+def require_capturable_devices(params: list[Tensor], steps: list[Tensor], *, supports_xla: bool) -> None:
+    """Raise PyTorch's error unless parameters and steps lie together on a device that graphs can capture.
+
+    Raises:
+        AssertionError: a parameter and its step are apart, or on a device without graph capture.
+    """
+    if torch.compiler.is_compiling():
+        return
+    supported = _get_capturable_supported_devices(supports_xla=supports_xla)
+    if not all(
+        p.device.type == step.device.type and p.device.type in supported for p, step in zip(params, steps, strict=True)
+    ):
+        raise AssertionError(
+            f"If capturable=True, params and state_steps must be on supported devices: {supported}."
+        )

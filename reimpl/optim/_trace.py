@@ -1,0 +1,254 @@
+"""Runs a rule once over symbols and keeps what it did: scalar expressions, and a straight line of pointwise operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+Operation = tuple[str, ...]
+"""``(result, operator, operand, ...)``; operands are earlier results, inputs, or scalars ``a0``, ``a1``, ..."""
+
+
+class Scalar:
+    """A number of the rule that changes from step to step: an option, the step count, or an expression of them.
+
+    ``code`` is Python source over the options ``o[i]`` and the step ``t``. Comparisons see the option's present value, so
+    a rule may branch on an option; an expression has no value and may not be branched on.
+    """
+
+    __slots__ = ("code", "value")
+
+    def __init__(self, code: str, value: float | None = None) -> None:
+        self.code, self.value = code, value
+
+    @staticmethod
+    def _binary(operator: str, left: Any, right: Any) -> Scalar:
+        return Scalar(f"({_code(left)} {operator} {_code(right)})")
+
+    def __add__(self, other: Any) -> Scalar:
+        return self._binary("+", self, other)
+
+    def __radd__(self, other: Any) -> Scalar:
+        return self._binary("+", other, self)
+
+    def __sub__(self, other: Any) -> Scalar:
+        return self._binary("-", self, other)
+
+    def __rsub__(self, other: Any) -> Scalar:
+        return self._binary("-", other, self)
+
+    def __mul__(self, other: Any) -> Scalar:
+        return self._binary("*", self, other)
+
+    def __rmul__(self, other: Any) -> Scalar:
+        return self._binary("*", other, self)
+
+    def __truediv__(self, other: Any) -> Scalar:
+        return self._binary("/", self, other)
+
+    def __rtruediv__(self, other: Any) -> Scalar:
+        return self._binary("/", other, self)
+
+    def __pow__(self, other: Any) -> Scalar:
+        return self._binary("**", self, other)
+
+    def __rpow__(self, other: Any) -> Scalar:
+        return self._binary("**", other, self)
+
+    def __neg__(self) -> Scalar:
+        return Scalar(f"(-{self.code})")
+
+    def _known(self) -> float:
+        if self.value is None:
+            raise TypeError(f"a rule may branch on an option but not on the expression {self.code}")
+        return self.value
+
+    def __eq__(self, other: object) -> bool:
+        return self._known() == other
+
+    def __ne__(self, other: object) -> bool:
+        return self._known() != other
+
+    def __gt__(self, other: float) -> bool:
+        return self._known() > other
+
+    def __lt__(self, other: float) -> bool:
+        return self._known() < other
+
+    def __ge__(self, other: float) -> bool:
+        return self._known() >= other
+
+    def __le__(self, other: float) -> bool:
+        return self._known() <= other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _code(x: Any) -> str:
+    return x.code if isinstance(x, Scalar) else repr(float(x))
+
+
+class Value:
+    """A traced tensor: in-place methods change which result it stands for, as they change a tensor's memory."""
+
+    __slots__ = ("name", "program")
+
+    def __init__(self, program: Program, name: str) -> None:
+        self.program, self.name = program, name
+
+    def _new(self, operator: str, *operands: Any) -> Value:
+        return Value(self.program, self.program.emit(operator, *operands))
+
+    def _set(self, operator: str, *operands: Any) -> Value:
+        self.name = self.program.emit(operator, *operands)
+        return self
+
+    def clone(self) -> Value:
+        return Value(self.program, self.name)
+
+    detach = clone
+
+    def neg(self) -> Value:
+        return self._new("neg", self)
+
+    def sqrt(self) -> Value:
+        return self._new("sqrt", self)
+
+    def sqrt_(self) -> Value:
+        return self._set("sqrt", self)
+
+    def _plus(self, other: Any, alpha: Any) -> tuple[Any, ...]:
+        if isinstance(alpha, int | float) and alpha == 1:
+            return "add", self, other
+        return "fma", other, alpha, self
+
+    def add(self, other: Any, *, alpha: Any = 1) -> Value:
+        return self._new(*self._plus(other, alpha))
+
+    def add_(self, other: Any, *, alpha: Any = 1) -> Value:
+        return self._set(*self._plus(other, alpha))
+
+    def mul_(self, other: Any) -> Value:
+        return self._set("mul", self, other)
+
+    def div_(self, other: Any) -> Value:
+        return self._set("div", self, other)
+
+    def __truediv__(self, other: Any) -> Value:
+        return self._new("div", self, other)
+
+    def _scaled(self, a: Any, value: Any) -> Any:
+        return a if isinstance(value, int | float) and value == 1 else a._new("mul", a, value)
+
+    def addcmul(self, a: Any, b: Any, *, value: Any = 1) -> Value:
+        return self._new("fma", self._scaled(a, value), b, self)
+
+    def addcmul_(self, a: Any, b: Any, *, value: Any = 1) -> Value:
+        return self._set("fma", self._scaled(a, value), b, self)
+
+    def addcdiv_(self, a: Any, b: Any, *, value: Any = 1) -> Value:
+        return self._set("add", self, self._new("div", self._scaled(a, value), b))
+
+    def lerp_(self, end: Any, weight: Any) -> Value:
+        # torch.lerp counts from the nearer end: base + w·(end − self), w in [−½, ½)
+        base = self._new("nearer", weight, self, end)
+        return self._set("fma", self._new("sub", end, self), self._new("to_nearer", weight), base)
+
+    def maximum_(self, other: Any) -> Value:
+        return self._set("max", self, other)
+
+
+@dataclass
+class Program:
+    """What a rule does to one element: loads, operations, stores; and the scalars to compute beforehand."""
+
+    inputs: tuple[str, ...]
+    operations: list[Operation] = field(default_factory=list)
+    scalars: list[str] = field(default_factory=list)
+    stores: dict[str, str] = field(default_factory=dict)
+    created: tuple[str, ...] = ()
+
+    def emit(self, operator: str, *operands: Any) -> str:
+        """Append an operation, or find the one that computed the same already, and return its result's name."""
+        names = tuple(self._operand(x) for x in operands)
+        for result, *rest in self.operations:
+            if tuple(rest) == (operator, *names):
+                return result
+        result = f"x{len(self.operations)}"
+        self.operations.append((result, operator, *names))
+        return result
+
+    def _operand(self, x: Any) -> str:
+        if isinstance(x, Value):
+            return x.name
+        code = _code(x)
+        if code not in self.scalars:
+            self.scalars.append(code)
+        return f"a{self.scalars.index(code)}"
+
+
+def split_options(group: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The options that choose the program, and the numbers that are its arguments.
+
+    A number takes part in the choice by its sign alone, a tensor by being one.
+    """
+    structure: dict[str, Any] = {}
+    numbers: list[Any] = []
+    for key, value in group.items():
+        if key in ("params", "param_names"):
+            continue
+        parts = value if isinstance(value, tuple) else (value,)
+        if all(map(_is_number, parts)):
+            structure[key] = tuple(map(_sign, parts))
+            numbers.extend(parts)
+        else:
+            structure[key] = value
+    return structure, numbers
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Tensor) or (isinstance(x, int | float) and not isinstance(x, bool))
+
+
+def _sign(x: Any) -> Any:
+    return "tensor" if isinstance(x, Tensor) else (x > 0) - (x < 0)
+
+
+def trace(rule: Any, group: Mapping[str, Any], state: tuple[str, ...]) -> Program:
+    """Run ``rule.prologue`` and ``rule.update`` over symbols, for the structure that ``group``'s options have.
+
+    Args:
+        rule: the optimizer's class.
+        group: a parameter group.
+        state: keys of the state tensors that exist before the step, ``step`` left out.
+    """
+    options: dict[str, Any] = {}
+    count = 0
+    for key, value in group.items():
+        if key in ("params", "param_names"):
+            continue
+        parts = value if isinstance(value, tuple) else (value,)
+        if all(map(_is_number, parts)):
+            symbols = tuple(Scalar(f"o[{count + i}]", float(part)) for i, part in enumerate(parts))
+            count += len(parts)
+            options[key] = symbols if isinstance(value, tuple) else symbols[0]
+        else:
+            options[key] = value
+    h = SimpleNamespace(**options)
+    h.capturable = h.on_device = h.differentiable = False
+    program = Program(inputs=("p", "g", *state))
+    p, g = Value(program, "p"), Value(program, "g")
+    values = {key: Value(program, key) for key in state}
+    if h.maximize:
+        g = g.neg()
+    rule.update(p, g, values, h, rule.prologue(h, Scalar("t")))
+    program.created = tuple(key for key in values if key not in state)
+    program.inputs += program.created
+    for key, value in {"p": p, **values}.items():
+        if value.name != key:
+            program.stores[key] = value.name
+    return program

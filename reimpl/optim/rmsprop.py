@@ -1,0 +1,132 @@
+"""RMSprop (catalogue O8, O8i, O8m)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._engine import Group, RuleOptimizer, State
+from ._ops import descend, l2_penalty, real_views, saved
+from ._torch import ParamsT
+
+
+class RMSprop(RuleOptimizer):
+    r"""Divides the gradient by the running root mean square of its past.
+
+    .. math::
+        v &\leftarrow \alpha v + (1 - \alpha) g^2 \\
+        d &= g \,/\, (\sqrt{v} + \epsilon) \\
+        \theta &\leftarrow \theta - \gamma d
+
+    with v = ``square_avg``, 0 at first. ``centered`` takes v − ḡ² under the root, ḡ = ``grad_avg`` the running mean of g.
+    With ``momentum`` μ a buffer b = ``momentum_buffer`` stands between d and θ:
+
+    ============================  ============================  ===============================
+    ``momentum_form``             buffer                        step (``nesterov``)
+    ============================  ============================  ===============================
+    ``"torch"``                   b ← μb + d                    θ ← θ − γb  (θ − γ(d + μb))
+    ``"velocity"`` (O8m)          b ← μb − γd                   θ ← θ + b  (θ + μb − γd)
+    ============================  ============================  ===============================
+
+    The two agree at a constant γ, and take different paths once γ changes.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        lr: γ, a number or a tensor of one element.
+        alpha: α, the decay of the averages (the notes use 0.9).
+        eps: ε, beside the root, or under it with ``eps_inside_sqrt``: d = g/√(v + ε) (O8i).
+        weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
+        momentum: μ.
+        centered: normalise by the variance instead of the second moment.
+        capturable: keep the step count on the device, so that a CUDA graph can hold the step.
+        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
+        maximize: ascend.
+        differentiable: let autograd through the step.
+        fused: one kernel for the whole step; PyTorch has none for RMSprop.
+        eps_inside_sqrt: ε under the root, as in the notes, the paper and TensorFlow.
+        momentum_form: where γ enters, see the table.
+        nesterov: look ahead along the buffer; needs ``momentum``.
+
+    Raises:
+        ValueError: an argument outside its range.
+        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex parameters.
+
+    Source: O8, O8i (N0 eq. 4.68, N2 alg. 8.5), O8m (N2 §8.5.4); Hinton, lecture 6e (2012).
+    """
+
+    dialects = {"fused": None, "eps_inside_sqrt": False, "momentum_form": "torch", "nesterov": False}
+    torch_class = torch.optim.RMSprop
+    sparse_error = "RMSprop does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+        eps_inside_sqrt: bool = False,
+        momentum_form: str = "torch",
+        nesterov: bool = False,
+    ) -> None:
+        _checks.learning_rate(lr)
+        _checks.at_least_zero("epsilon value", eps)
+        _checks.at_least_zero("momentum value", momentum)
+        _checks.at_least_zero("weight_decay value", weight_decay)
+        _checks.at_least_zero("alpha value", alpha)
+        _checks.one_of("momentum_form", momentum_form, ("torch", "velocity"))
+        if nesterov and momentum <= 0:
+            raise ValueError("Nesterov momentum requires a momentum")
+        defaults = {
+            "lr": lr, "momentum": momentum, "alpha": alpha, "eps": eps, "centered": centered,
+            "weight_decay": weight_decay, "capturable": capturable, "foreach": foreach, "maximize": maximize,
+            "differentiable": differentiable, "fused": fused, "eps_inside_sqrt": eps_inside_sqrt,
+            "momentum_form": momentum_form, "nesterov": nesterov,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def init_state(self, p: Tensor, group: Group) -> State:
+        state = {"step": self.new_step(p, group), "square_avg": self.like(p)}
+        if group["momentum"] > 0:
+            state["momentum_buffer"] = self.like(p)
+        if group["centered"]:
+            state["grad_avg"] = self.like(p)
+        return state
+
+    @staticmethod
+    def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
+        g = l2_penalty(p, g, h)
+        p, g, s = real_views(p, g, s)
+        square_avg = s["square_avg"]
+        square_avg.mul_(h.alpha).addcmul_(g, g, value=1 - h.alpha)
+        variance = square_avg
+        if h.centered:
+            grad_avg = s["grad_avg"]
+            grad_avg.lerp_(g, 1 - h.alpha)
+            variance = square_avg.addcmul(grad_avg, grad_avg, value=-1)
+        if h.eps_inside_sqrt:
+            avg = variance.add(h.eps).sqrt()
+        else:
+            avg = saved(variance.sqrt(), h).add_(h.eps)
+        if h.momentum == 0:
+            p.addcdiv_(g, avg, value=-h.lr)
+        elif h.momentum_form == "velocity":
+            buf = s["momentum_buffer"].mul_(h.momentum).addcdiv_(g, avg, value=-h.lr)
+            if h.nesterov:
+                p.add_(buf, alpha=h.momentum).addcdiv_(g, avg, value=-h.lr)
+            else:
+                p.add_(buf)
+        else:
+            buf = s["momentum_buffer"].mul_(h.momentum).addcdiv_(g, avg)
+            descend(p, (g / avg).add_(buf, alpha=h.momentum) if h.nesterov else buf, h.lr)

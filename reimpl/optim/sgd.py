@@ -1,0 +1,126 @@
+"""Stochastic gradient descent with the dialects of momentum (catalogue O1, O2, O2t, O3, O5)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._engine import Group, RuleOptimizer, State
+from ._ops import descend, l2_penalty
+from ._torch import ParamsT
+
+
+class SGD(RuleOptimizer):
+    r"""θ ← θ − γg, with momentum μ in one of three forms; b = ``momentum_buffer`` in the state.
+
+    ========================  ==================================  ==================================
+    ``momentum_form``         buffer                              step (``nesterov``)
+    ========================  ==================================  ==================================
+    ``"torch"`` (O2t, O5)     b ← μb + (1 − τ)g, b = g at first   θ ← θ − γb  (θ − γ(g + μb))
+    ``"velocity"`` (O2)       b ← μb − γg, b = 0 before           θ ← θ + b  (θ + μb − γg)
+    ``"ewa"`` (O3)            b ← μb + (1 − μ)g, b = 0 before     θ ← θ − γb/(1 − μᵗ) if corrected, else θ − γb
+    ========================  ==================================  ==================================
+
+    ``"velocity"`` has the rate inside the buffer: b is −γ times PyTorch's at a constant γ, and another path once γ
+    changes. ``"ewa"`` is an exponentially weighted average; PyTorch's nearest, ``dampening=momentum``, differs through
+    its first buffer.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        lr: γ, a number or a tensor of one element.
+        momentum: μ.
+        dampening: τ, of the ``"torch"`` form alone.
+        weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
+        nesterov: look ahead along the buffer.
+        maximize: ascend.
+        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
+        differentiable: let autograd through the step.
+        fused: one kernel for the whole step.
+        momentum_form: see the table.
+        bias_correction: divide the average by 1 − μᵗ; of the ``"ewa"`` form alone.
+
+    Raises:
+        ValueError: an argument outside its range, or one that the form of momentum does not have.
+        RuntimeError: ``fused`` with ``foreach``, ``differentiable``, sparse gradients or complex parameters.
+
+    Source: O1, O2 (N0 eq. 4.49, N2 alg. 8.2), O3 (N4), O5 (N0); Sutskever et al. (2013) for ``nesterov``.
+    """
+
+    dialects = {"momentum_form": "torch", "bias_correction": False}
+    torch_class = torch.optim.SGD
+    fused_sparse_error = "`_fused_sgd` does not support sparse gradients"
+    lazy_state = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        momentum_form: str = "torch",
+        bias_correction: bool = False,
+    ) -> None:
+        _checks.learning_rate(lr)
+        _checks.at_least_zero("momentum value", momentum)
+        _checks.at_least_zero("weight_decay value", weight_decay)
+        _checks.one_of("momentum_form", momentum_form, ("torch", "velocity", "ewa"))
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        if dampening != 0 and momentum_form != "torch":
+            raise ValueError(f"dampening={dampening} needs momentum_form='torch', but it is {momentum_form!r}")
+        if nesterov and momentum_form == "ewa":
+            raise ValueError("nesterov=True needs momentum_form='torch' or 'velocity', but it is 'ewa'")
+        if bias_correction and momentum_form != "ewa":
+            raise ValueError(f"bias_correction=True needs momentum_form='ewa', but it is {momentum_form!r}")
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+            "nesterov": nesterov, "maximize": maximize, "foreach": foreach, "differentiable": differentiable,
+            "fused": fused, "momentum_form": momentum_form, "bias_correction": bias_correction,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def is_stateful(self, group: Group) -> bool:
+        return bool(group["momentum"] != 0)
+
+    def init_state(self, p: Tensor, group: Group) -> State:
+        state: State = {"step": self.new_step(p, group)} if group["bias_correction"] else {}
+        if group["momentum_form"] != "torch":
+            state["momentum_buffer"] = self.like(p)
+        return state
+
+    @staticmethod
+    def prologue(h: Any, t: Any) -> Any:
+        return SimpleNamespace(lr=h.lr / (1 - h.momentum**t) if h.bias_correction and h.momentum != 0 else h.lr)
+
+    @staticmethod
+    def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
+        g = l2_penalty(p, g, h)
+        if h.momentum == 0:
+            descend(p, g, h.lr)
+            return
+        buf = s.get("momentum_buffer")
+        if h.momentum_form == "velocity":
+            descend(buf.mul_(h.momentum), g, h.lr)
+            if h.nesterov:
+                descend(p.add_(buf, alpha=h.momentum), g, h.lr)
+            else:
+                p.add_(buf)
+            return
+        if h.momentum_form == "ewa":
+            buf.mul_(h.momentum).add_(g, alpha=1 - h.momentum)
+        elif buf is None:
+            buf = s["momentum_buffer"] = g.detach().clone()
+        else:
+            buf.mul_(h.momentum).add_(g, alpha=1 - h.dampening)
+        descend(p, g.add(buf, alpha=h.momentum) if h.nesterov else buf, c.lr)

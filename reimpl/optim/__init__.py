@@ -1,9 +1,15 @@
-"""``torch.optim``'s classes under ``torch.optim``'s names: change one import, ``import reimpl.optim as optim``."""
+"""``torch.optim``'s classes under ``torch.optim``'s names: change one import, ``import reimpl.optim as optim``.
+
+``REIMPLEMENTED`` names the classes that are this library's own. Every other public name is PyTorch's, so that nothing
+is missed after the change.
+"""
+
+from typing import Any
 
 import torch.optim as _torch_optim
-from torch.optim import *  # noqa: F403  (what is not reimplemented is PyTorch's own)
-from torch.optim import Optimizer, lr_scheduler, swa_utils
 
+from . import lr_scheduler, swa_utils
+from ._torch import Optimizer
 from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam
@@ -12,6 +18,18 @@ from .rmsprop import RMSprop
 from .sgd import SGD
 
 REIMPLEMENTED = ("SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW")
-"""Names that are this library's own; every other public name is PyTorch's."""
 
-__all__ = sorted({*_torch_optim.__all__, *REIMPLEMENTED, "Optimizer", "lr_scheduler", "swa_utils"})
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Optimizer", "RMSprop", "lr_scheduler", "swa_utils"]
+__all__ += [name for name in _torch_optim.__all__ if name not in __all__]
+
+
+def __getattr__(name: str) -> Any:
+    """PyTorch's own, for what is not reimplemented."""
+    try:
+        return getattr(_torch_optim, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

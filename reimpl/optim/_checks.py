@@ -22,7 +22,7 @@ def learning_rate(lr: Any) -> None:
 
 def at_least_zero(name: str, value: Any) -> None:
     """Raise ``Invalid <name>: <value>`` for a value that is negative or NaN."""
-    if not 0.0 <= value:
+    if not value >= 0.0:
         raise ValueError(f"Invalid {name}: {value}")
 
 

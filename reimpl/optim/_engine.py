@@ -47,7 +47,7 @@ class RuleOptimizer(Optimizer):
 
     dialects: ClassVar[Mapping[str, Any]] = {}
     """Options that PyTorch's class lacks, each with the value that is PyTorch's way."""
-    torch_class: ClassVar[type[Optimizer] | None] = None
+    torch_class: ClassVar[Callable[..., Optimizer] | None] = None
     """PyTorch's class of the same name."""
     sparse_error: ClassVar[str | None] = None
     """What a sparse gradient is told, or ``None`` where the rule takes one."""
@@ -144,13 +144,13 @@ class RuleOptimizer(Optimizer):
         if not self.is_stateful(group):
             return []
         probe = torch.empty((), device="meta")
-        keys = [key for key in self.init_state(probe, {**group, "capturable": False, "fused": False})]
+        keys = list(self.init_state(probe, {**group, "capturable": False, "fused": False}))
         return keys + [key for key in self.lazy_state if key not in keys]
 
     # ---------------------------------------------------------------- the step
 
     @grad_mode_of_step
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
         Args:
@@ -244,9 +244,7 @@ class RuleOptimizer(Optimizer):
                 s["step"] -= 1
         self._for_loop(h, params, grads, states)
 
-    def _partition(
-        self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]
-    ) -> Iterator[list[int]]:
+    def _partition(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> Iterator[list[int]]:
         """Indices of tensors that can go together: one device, dtype, layout, step count and set of lazy state."""
         if torch.compiler.is_compiling():
             yield list(range(len(params)))
@@ -366,6 +364,7 @@ _LATE_OPTIONS: dict[str, Any] = {
     "amsgrad": False, "momentum": 0, "centered": False, "decoupled_weight_decay": False, "fused": None,
 }  # fmt: skip
 """Options that PyTorch added after the first release of a class, with the value that an old checkpoint means."""
+
 
 def _hyperparameters(group: Group) -> Any:
     """The group's options as attributes, one-element tensors as 0-d ones."""

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
+import operator
 import os
-import sys
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numba
@@ -20,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _numba_ops
+from . import _kernel_cache, _numba_ops
 from ._trace import Operation, Program
 
 CHUNK = 16_384
@@ -31,7 +26,7 @@ SERIAL = 65_536
 _TEMPLATE = '''\
 """Generated from {title}. Do not edit: the file is written anew when it differs."""
 import math
-import numba
+from math import pow as power
 import numpy as np
 from numba import carray, njit
 from reimpl.optim._numba_ops import *
@@ -40,7 +35,7 @@ from reimpl.optim._numba_ops import {imports}
 real = np.{real}
 
 
-@njit(nogil=True, cache=CACHE, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def prologue(addresses, o, table):
     last = -1.0
     row = -1
@@ -69,7 +64,7 @@ def chunk({parameters}):
 {body}
 
 
-@njit(nogil=True, cache=CACHE, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def run(addresses, chunks, table, counter):
     n_chunks = chunks.shape[0]
     while True:
@@ -91,12 +86,15 @@ _DTYPES = {
 SUPPORTED_DTYPES = frozenset(_DTYPES)
 
 
-def _expression(operator: str, *x: str) -> str:
-    match operator:
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+
+
+def _expression(name: str, *x: str) -> str:
+    match name:
         case "neg":
             return f"-{x[0]}"
         case "add" | "sub" | "mul" | "div":
-            return f"{x[0]} {dict(add='+', sub='-', mul='*', div='/')[operator]} {x[1]}"
+            return f"{x[0]} {_SIGNS[name]} {x[1]}"
         case "fma":
             return f"hardware_fma({', '.join(x)})" if _numba_ops.HAS_FMA else f"{x[0]} * {x[1]} + {x[2]}"
         case "sqrt":
@@ -107,7 +105,7 @@ def _expression(operator: str, *x: str) -> str:
             return f"{x[0]} if abs({x[0]}) < real(0.5) else {x[0]} - real(1.0)"
         case "nearer":
             return f"{x[1]} if abs({x[0]}) < real(0.5) else {x[2]}"
-    raise NotImplementedError(f"no CPU code for the operation {operator!r}")
+    raise NotImplementedError(f"no CPU code for the operation {name!r}")
 
 
 def source(program: Program, dtype: torch.dtype, title: str) -> str:
@@ -119,8 +117,8 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
     scalars = [f"a{k}" for k in range(len(program.scalars))]
 
     def line(operation: Operation) -> str:
-        result, operator, *operands = operation
-        return f"{result} = {_expression(operator, *operands)}"
+        result, name, *operands = operation
+        return f"{result} = {_expression(name, *operands)}"
 
     stores = [f"{n}_[i] = {store.format(x)}" for n, x in program.stores.items()]
     size = np.dtype(storage).itemsize
@@ -136,7 +134,8 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
         arrays=_lines(4, [f"{n}_ = carray(pointer({n}_address), (n,), np.{storage})" for n in names]),
         body=_lines(8, [*loads, *map(line, program.operations), *stores]),
         arguments=", ".join(
-            [f"addresses[{r}, i] + offset * {size}" for r in rows] + [f"real(table[i, {k}])" for k in range(len(scalars))]
+            [f"addresses[{r}, i] + offset * {size}" for r in rows]
+            + [f"real(table[i, {k}])" for k in range(len(scalars))]
         ),
     )
 
@@ -148,20 +147,26 @@ def _lines(indent: int, lines: list[str]) -> str:
 class Kernel:
     """A compiled rule."""
 
+    counts_steps = True
+
     def __init__(self, program: Program, dtype: torch.dtype, title: str) -> None:
-        module = _load(source(program, dtype, title))
+        versions = (numba.__version__, np.__version__, Path(_numba_ops.__file__).read_text())
+        module = _kernel_cache.load(source(program, dtype, title), versions)
         self._prologue: Callable[..., None] = module.prologue
         self._run: Callable[..., None] = module.run
         self._n_scalars = len(program.scalars)
-        self._scalars = eval(f"lambda o, t: [{', '.join(program.scalars)}]")  # our own expressions, from the trace
+        self._scalars = eval(f"lambda o, t: [{', '.join(program.scalars)}]", {"power": operator.pow})
 
-    def bind(self, addresses: Any, sizes: list[int]) -> Callable[[list[Any]], None]:
-        """A function of the group's numbers that steps every tensor whose gradient has an address.
+    def bind(
+        self, addresses: Any, sizes: list[int], device: torch.device
+    ) -> Callable[[list[Any], Tensor | None], None]:
+        """A function of the group's numbers (and of nothing else on the CPU) that steps every tensor with a gradient.
 
         Args:
             addresses: int64 (inputs + 1, tensors), read at each call: a row for each input of the program (parameter,
                 gradient, state), the last one for the step counts; 0 where there is none.
             sizes: how many elements each tensor has.
+            device: the CPU.
         """
         chunks = np.array(
             [(i, at, min(CHUNK, n - at)) for i, n in enumerate(sizes) for at in range(0, n, CHUNK)], dtype=np.int64
@@ -170,7 +175,7 @@ class Kernel:
         table = np.zeros((len(sizes), self._n_scalars + 1))
         prologue, run = self._prologue, self._run
 
-        def launch(numbers: list[Any]) -> None:
+        def launch(numbers: list[Any], found_inf: Tensor | None) -> None:
             prologue(addresses, np.array([float(x) for x in numbers]), table)
             if any(isinstance(x, Tensor) for x in numbers):
                 self._evaluate(numbers, table)
@@ -206,53 +211,3 @@ def _pool(size: int) -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.Lock()))
-
-
-def cache_folder() -> Path | None:
-    """Where compiled kernels are kept, or ``None`` where no such folder can be written.
-
-    ``REIMPL_CACHE_DIR`` if set, else ``reimpl`` under ``XDG_CACHE_HOME`` or ``~/.cache``.
-    """
-    root = os.environ.get("REIMPL_CACHE_DIR")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reimpl"
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=base):
-            return base
-    except (OSError, RuntimeError):
-        return None
-
-
-def _load(text: str) -> ModuleType:
-    """The module of the generated source: compiled code comes from the cache where there is one."""
-    versions = f"{numba.__version__} {np.__version__} {sys.version} {Path(_numba_ops.__file__).read_text()}"
-    digest = hashlib.sha256(f"{versions}\n{text}".encode()).hexdigest()[:24]
-    folder = cache_folder()
-    if folder is not None:
-        try:
-            return _import(_write(folder, digest, text.replace("CACHE", "True")), digest)
-        except (OSError, RuntimeError) as error:
-            warnings.warn(f"compiled kernels are not kept: {folder} cannot be used ({error})", stacklevel=2)
-    module = ModuleType(f"reimpl_kernel_{digest}")
-    exec(compile(text.replace("CACHE", "False"), f"<reimpl kernel {digest}>", "exec"), module.__dict__)
-    return module
-
-
-def _write(folder: Path, digest: str, text: str) -> Path:
-    """The source's file; what stands there already is trusted only if it is the very same text."""
-    path = folder / f"kernel_{digest}.py"
-    if path.exists() and path.read_text() == text:
-        return path
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-    return path
-
-
-def _import(path: Path, digest: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"reimpl_kernel_{digest}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module

@@ -1,4 +1,6 @@
-"""Numba intrinsics that the generated CPU kernels call: addresses, fused multiply-add, half precision, a shared counter."""
+"""Numba intrinsics of the generated CPU kernels: addresses, fused multiply-add, half precision, a shared counter."""
+
+# mypy: disable-error-code="untyped-decorator"
 
 from __future__ import annotations
 

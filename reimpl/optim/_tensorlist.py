@@ -1,4 +1,4 @@
-"""``TensorList``: a list of tensors with the in-place methods of one tensor, each a single ``torch._foreach_*`` call."""
+"""``TensorList``: a list of tensors with the in-place methods of one, each a single ``torch._foreach_*`` call."""
 
 from __future__ import annotations
 

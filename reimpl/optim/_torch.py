@@ -59,6 +59,4 @@ def require_capturable_devices(params: list[Tensor], steps: list[Tensor], *, sup
     if not all(
         p.device.type == step.device.type and p.device.type in supported for p, step in zip(params, steps, strict=True)
     ):
-        raise AssertionError(
-            f"If capturable=True, params and state_steps must be on supported devices: {supported}."
-        )
+        raise AssertionError(f"If capturable=True, params and state_steps must be on supported devices: {supported}.")

@@ -1,9 +1,10 @@
-"""Runs a rule once over symbols and keeps what it did: scalar expressions, and a straight line of pointwise operations."""
+"""Runs a rule once over symbols and keeps what it did: scalar expressions, and a line of pointwise operations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,8 @@ Operation = tuple[str, ...]
 class Scalar:
     """A number of the rule that changes from step to step: an option, the step count, or an expression of them.
 
-    ``code`` is Python source over the options ``o[i]`` and the step ``t``. Comparisons see the option's present value, so
-    a rule may branch on an option; an expression has no value and may not be branched on.
+    ``code`` is Python source over the options ``o[i]``, the step ``t`` and ``power``. Comparisons see the option's
+    present value, so a rule may branch on an option; an expression has no value and may not be branched on.
     """
 
     __slots__ = ("code", "value")
@@ -54,10 +55,10 @@ class Scalar:
         return self._binary("/", other, self)
 
     def __pow__(self, other: Any) -> Scalar:
-        return self._binary("**", self, other)
+        return Scalar(f"power({_code(self)}, {_code(other)})")
 
     def __rpow__(self, other: Any) -> Scalar:
-        return self._binary("**", other, self)
+        return Scalar(f"power({_code(other)}, {_code(self)})")
 
     def __neg__(self) -> Scalar:
         return Scalar(f"(-{self.code})")
@@ -191,64 +192,56 @@ class Program:
         return f"a{self.scalars.index(code)}"
 
 
-def split_options(group: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ...], list[Any]]:
     """The options that choose the program, and the numbers that are its arguments.
 
     A number takes part in the choice by its sign alone, a tensor by being one.
     """
-    structure: dict[str, Any] = {}
+    structure: list[tuple[str, Any]] = []
     numbers: list[Any] = []
-    for key, value in group.items():
-        if key in ("params", "param_names"):
-            continue
+    for key, value in options.items():
         parts = value if isinstance(value, tuple) else (value,)
         if all(map(_is_number, parts)):
-            structure[key] = tuple(map(_sign, parts))
+            structure.append((key, tuple(map(_sign, parts))))
             numbers.extend(parts)
         else:
-            structure[key] = value
-    return structure, numbers
+            structure.append((key, value))
+    return tuple(structure), numbers
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, Tensor) or (isinstance(x, int | float) and not isinstance(x, bool))
+    return isinstance(x, Tensor | Real) and not isinstance(x, bool)
 
 
 def _sign(x: Any) -> Any:
     return "tensor" if isinstance(x, Tensor) else (x > 0) - (x < 0)
 
 
-def trace(rule: Any, group: Mapping[str, Any], state: tuple[str, ...]) -> Program:
-    """Run ``rule.prologue`` and ``rule.update`` over symbols, for the structure that ``group``'s options have.
+def trace(rule: Any, options: Mapping[str, Any], state: tuple[str, ...]) -> Program:
+    """Run ``rule.prologue`` and ``rule.update`` over symbols, for the structure that ``options`` have.
 
     Args:
         rule: the optimizer's class.
-        group: a parameter group.
+        options: the hyperparameters of a parameter group.
         state: keys of the state tensors that exist before the step, ``step`` left out.
     """
-    options: dict[str, Any] = {}
+    symbols: dict[str, Any] = {}
     count = 0
-    for key, value in group.items():
-        if key in ("params", "param_names"):
-            continue
+    for key, value in options.items():
         parts = value if isinstance(value, tuple) else (value,)
         if all(map(_is_number, parts)):
-            symbols = tuple(Scalar(f"o[{count + i}]", float(part)) for i, part in enumerate(parts))
+            scalars = tuple(Scalar(f"o[{count + i}]", float(part)) for i, part in enumerate(parts))
             count += len(parts)
-            options[key] = symbols if isinstance(value, tuple) else symbols[0]
+            symbols[key] = scalars if isinstance(value, tuple) else scalars[0]
         else:
-            options[key] = value
-    h = SimpleNamespace(**options)
+            symbols[key] = value
+    h = SimpleNamespace(**symbols)
     h.capturable = h.on_device = h.differentiable = False
     program = Program(inputs=("p", "g", *state))
     p, g = Value(program, "p"), Value(program, "g")
     values = {key: Value(program, key) for key in state}
-    if h.maximize:
-        g = g.neg()
-    rule.update(p, g, values, h, rule.prologue(h, Scalar("t")))
+    rule.update(p, g.neg() if h.maximize else g, values, h, rule.prologue(h, Scalar("t")))
     program.created = tuple(key for key in values if key not in state)
     program.inputs += program.created
-    for key, value in {"p": p, **values}.items():
-        if value.name != key:
-            program.stores[key] = value.name
+    program.stores = {key: value.name for key, value in {"p": p, **values}.items() if value.name != key}
     return program

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,12 +39,13 @@ class Adadelta(RuleOptimizer):
 
     Raises:
         ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex parameters.
+        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
+            parameters.
 
     Source: O7; N0 eq. 4.59-4.66; Zeiler, `ADADELTA <https://arxiv.org/abs/1212.5701>`_ (2012).
     """
 
-    dialects = {"fused": None}
+    dialects: ClassVar[Mapping[str, Any]] = {"fused": None}
     torch_class = torch.optim.Adadelta
     sparse_error = "Adadelta does not support sparse gradients"
     for_loop_captures_xla = foreach_captures_xla = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Adagrad(RuleOptimizer):
     `Adaptive Subgradient Methods <http://jmlr.org/papers/v12/duchi11a.html>`_ (2011).
     """
 
-    dialects = {"eps_inside_sqrt": False}
+    dialects: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False}
     torch_class = torch.optim.Adagrad
     fused_sparse_error = "`fused` does not support sparse grad or complex param"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
 from ._ops import l2_penalty, matching, maximum_, real_views, root, saved
-from ._torch import ParamsT, to_scalar
+from ._torch import Optimizer, ParamsT, to_scalar
 
 
 class Adam(RuleOptimizer):
@@ -41,14 +42,15 @@ class Adam(RuleOptimizer):
 
     Raises:
         ValueError: an argument outside its range, or a tensor ``lr`` with ``foreach`` and without ``capturable``.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex parameters.
+        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
+            parameters.
 
     Source: O9, O9b; N0 eq. 4.69-4.77; Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_ (2015); Reddi et al.,
     `On the Convergence of Adam and Beyond <https://openreview.net/forum?id=ryQu7f-RZ>`_ (2018) for ``amsgrad``.
     """
 
-    dialects = {"bias_correction": True}
-    torch_class: Any = torch.optim.Adam
+    dialects: ClassVar[Mapping[str, Any]] = {"bias_correction": True}
+    torch_class: ClassVar[Callable[..., Optimizer] | None] = torch.optim.Adam
     sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
     foreach_captures_xla = False
     foreach_takes_tensor_lr = False

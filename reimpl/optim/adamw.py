@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ class AdamW(Adam):
     `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_ (2019).
     """
 
-    torch_class: Any = torch.optim.AdamW
+    torch_class = torch.optim.AdamW
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class RMSprop(RuleOptimizer):
         d &= g \,/\, (\sqrt{v} + \epsilon) \\
         \theta &\leftarrow \theta - \gamma d
 
-    with v = ``square_avg``, 0 at first. ``centered`` takes v − ḡ² under the root, ḡ = ``grad_avg`` the running mean of g.
-    With ``momentum`` μ a buffer b = ``momentum_buffer`` stands between d and θ:
+    with v = ``square_avg``, 0 at first. ``centered`` takes v − ḡ² under the root, ḡ = ``grad_avg`` the running mean
+    of g. With ``momentum`` μ a buffer b = ``momentum_buffer`` stands between d and θ:
 
     ============================  ============================  ===============================
     ``momentum_form``             buffer                        step (``nesterov``)
@@ -52,12 +53,18 @@ class RMSprop(RuleOptimizer):
 
     Raises:
         ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex parameters.
+        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
+            parameters.
 
     Source: O8, O8i (N0 eq. 4.68, N2 alg. 8.5), O8m (N2 §8.5.4); Hinton, lecture 6e (2012).
     """
 
-    dialects = {"fused": None, "eps_inside_sqrt": False, "momentum_form": "torch", "nesterov": False}
+    dialects: ClassVar[Mapping[str, Any]] = {
+        "fused": None,
+        "eps_inside_sqrt": False,
+        "momentum_form": "torch",
+        "nesterov": False,
+    }
     torch_class = torch.optim.RMSprop
     sparse_error = "RMSprop does not support sparse gradients"
 

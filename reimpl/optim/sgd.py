@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class SGD(RuleOptimizer):
     Source: O1, O2 (N0 eq. 4.49, N2 alg. 8.2), O3 (N4), O5 (N0); Sutskever et al. (2013) for ``nesterov``.
     """
 
-    dialects = {"momentum_form": "torch", "bias_correction": False}
+    dialects: ClassVar[Mapping[str, Any]] = {"momentum_form": "torch", "bias_correction": False}
     torch_class = torch.optim.SGD
     fused_sparse_error = "`_fused_sgd` does not support sparse gradients"
     lazy_state = ("momentum_buffer",)
@@ -109,7 +110,7 @@ class SGD(RuleOptimizer):
         if h.momentum == 0:
             descend(p, g, h.lr)
             return
-        buf = s.get("momentum_buffer")
+        buf: Any = s.get("momentum_buffer")
         if h.momentum_form == "velocity":
             descend(buf.mul_(h.momentum), g, h.lr)
             if h.nesterov:

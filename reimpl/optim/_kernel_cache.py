@@ -1,0 +1,85 @@
+"""Where generated kernels live: one source file a kernel in the user's cache folder, beside its compiled code."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def folder() -> Path | None:
+    """The folder of compiled kernels, or ``None`` where it cannot be made or written.
+
+    ``REIMPL_CACHE_DIR`` if set, else ``reimpl`` under ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """
+    chosen = os.environ.get("REIMPL_CACHE_DIR")
+    try:
+        base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reimpl"
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=base):
+            return base
+    except (OSError, RuntimeError):
+        return None
+
+
+@cache
+def _temporary_folder() -> Path:
+    base = Path(tempfile.mkdtemp(prefix="reimpl-kernels-"))
+    owner = os.getpid()
+    atexit.register(_remove, base, owner)
+    return base
+
+
+def _remove(base: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def load(text: str, versions: Iterable[str]) -> ModuleType:
+    """The module of a generated source, whose compiled code is found again by the next process.
+
+    Args:
+        text: Python source.
+        versions: whatever else the compiled code depends on. Python, PyTorch and the source itself always count, so
+            that an upgrade starts afresh instead of reading a stale file.
+    """
+    stamp = "\n".join((sys.version, torch.__version__, *versions, text))
+    name = f"reimpl_kernel_{hashlib.sha256(stamp.encode()).hexdigest()[:24]}"
+    base = folder()
+    if base is not None:
+        try:
+            return _import(_write(base, name, text), name)
+        except OSError as error:
+            warnings.warn(f"compiled kernels are not kept: {base} cannot be used ({error})", stacklevel=2)
+    return _import(_write(_temporary_folder(), name, text), name)
+
+
+def _write(base: Path, name: str, text: str) -> Path:
+    """The source's file; what stands there already counts only if it is the very same text."""
+    path = base / f"{name}.py"
+    if path.exists() and path.read_text() == text:
+        return path
+    with tempfile.NamedTemporaryFile("w", dir=base, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+    return path
+
+
+def _import(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,189 @@
+"""Writes a traced rule as a Triton kernel and runs it over a table of device addresses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from . import _kernel_cache
+from ._trace import Operation, Program
+
+CHUNK = 8_192
+"""Numbers that one program works through: enough programs to fill a large GPU with a small network."""
+BLOCK = 1_024
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_TEMPLATE = '''\
+"""Generated from {title}. Do not edit: the file is written anew when it differs."""
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def interpreted_power(base, exponent):
+    return tl.exp2(exponent * tl.log2(base))
+
+
+@triton.jit
+def run(addresses, chunks, o, found_inf, n_tensors, HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr,
+        CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    if HAS_FOUND_INF:
+        if tl.load(found_inf) != 0:
+            return
+    c = tl.program_id(0).to(tl.int64)
+    i = tl.load(chunks + 3 * c)
+    start = tl.load(chunks + 3 * c + 1)
+    length = tl.load(chunks + 3 * c + 2)
+    if tl.load(addresses + n_tensors + i) == 0:
+        return
+    step_address = tl.load(addresses + {step} * n_tensors + i)
+    t = tl.full((), 0.0, tl.float64)
+    if step_address != 0:
+        t = tl.load(step_address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+{scalars}
+{pointers}
+    for at in range(0, CHUNK, BLOCK):
+        lane = at + tl.arange(0, BLOCK)
+        live = lane < length
+{body}
+'''
+
+_DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+SUPPORTED_DTYPES = frozenset(_DTYPES)
+
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*"}
+
+
+def _expression(name: str, single: bool, *x: str) -> str:
+    match name:
+        case "neg":
+            return f"-{x[0]}"
+        case "add" | "sub" | "mul":
+            return f"{x[0]} {_SIGNS[name]} {x[1]}"
+        case "div":
+            return f"tl.div_rn({x[0]}, {x[1]})" if single else f"{x[0]} / {x[1]}"
+        case "fma":
+            return f"tl.fma({', '.join(x)})"
+        case "sqrt":
+            return f"tl.sqrt_rn({x[0]})" if single else f"tl.sqrt({x[0]})"
+        case "max":
+            return f"tl.maximum({x[0]}, {x[1]}, propagate_nan=tl.PropagateNan.ALL)"
+        case "to_nearer":
+            return f"tl.where(tl.abs({x[0]}) < 0.5, {x[0]}, {x[0]} - 1.0)"
+        case "nearer":
+            return f"tl.where(tl.abs({x[0]}) < 0.5, {x[1]}, {x[2]})"
+    raise NotImplementedError(f"no CUDA code for the operation {name!r}")
+
+
+def source(program: Program, dtype: torch.dtype, title: str) -> str:
+    """The Python source of the module that runs ``program`` over tensors of ``dtype``."""
+    storage, real = _DTYPES[dtype], "float64" if dtype == torch.float64 else "float32"
+    names = list(program.inputs)
+    options = sorted({int(code.split("]")[0]) for s in program.scalars for code in s.split("o[")[1:]})
+    scalars = [f"o{k} = tl.load(o + {k})" for k in options]
+    for k, code in enumerate(program.scalars):
+        for option in options:
+            code = code.replace(f"o[{option}]", f"o{option}")
+        scalars.append(f"a{k} = (tl.zeros((), tl.float64) + {code.replace('power(', _POWER)}).to(tl.{real})")
+    used = {x for operation in program.operations for x in operation[2:]} | set(program.stores.values())
+    pointers = []
+    for row, name in enumerate(names):
+        pointers.append(
+            f"{name}_at = tl.load(addresses + {row} * n_tensors + i).to(tl.pointer_type(tl.{storage})) + start"
+        )
+        pointers.append(f"if ALIGNED:\n        {name}_at = tl.multiple_of({name}_at, 16)")
+    body = [f"{n} = tl.load({n}_at + lane, mask=live, other=0.0).to(tl.{real})" for n in names if n in used]
+
+    def line(operation: Operation) -> str:
+        result, name, *operands = operation
+        return f"{result} = {_expression(name, real == 'float32', *operands)}"
+
+    body += map(line, program.operations)
+    body += [f"tl.store({n}_at + lane, {x}.to(tl.{storage}), mask=live)" for n, x in program.stores.items()]
+    return _TEMPLATE.format(
+        title=title,
+        step=len(names),
+        scalars="\n".join(f"    {x}" for x in scalars),
+        pointers="\n".join(f"    {x}" for x in pointers),
+        body="\n".join(f"        {x}" for x in body),
+    )
+
+
+# the interpreter has no libdevice; exp2 of the logarithm is as near as it gets
+_POWER = "interpreted_power(" if INTERPRETED else "libdevice.pow("
+
+
+class Kernel:
+    """A compiled rule."""
+
+    counts_steps = False
+
+    def __init__(self, program: Program, dtype: torch.dtype, title: str) -> None:
+        self._run: Any = _kernel_cache.load(source(program, dtype, title), (triton.__version__, str(INTERPRETED))).run
+
+    def bind(
+        self, addresses: Any, sizes: list[int], device: torch.device
+    ) -> Callable[[list[Any], Tensor | None], None]:
+        """A function of the group's numbers and of ``GradScaler``'s flag that steps every tensor with a gradient.
+
+        Args:
+            addresses: int64 (inputs + 1, tensors), read at each call: a row for each input of the program (parameter,
+                gradient, state), the last one for the step counts; 0 where there is none.
+            sizes: how many elements each tensor has.
+            device: where the tensors lie.
+        """
+        chunks = torch.tensor(
+            [(i, at, min(CHUNK, n - at)) for i, n in enumerate(sizes) for at in range(0, n, CHUNK)], dtype=torch.int64
+        )
+        n_chunks, chunks = len(chunks), chunks.to(device)
+        table = _Mirror(np.zeros_like(addresses), device)
+        options = _Mirror(np.zeros(0), device)
+        run = self._run
+
+        def launch(numbers: list[Any], found_inf: Tensor | None) -> None:
+            aligned = not (addresses[:-1] & 15).any()
+            table.update(addresses)
+            on_host = [0.0 if isinstance(x, Tensor) and x.is_cuda else float(x) for x in numbers]
+            options.update(np.array(on_host))
+            for i, x in enumerate(numbers):
+                if isinstance(x, Tensor) and x.is_cuda:
+                    options.there[i].copy_(x)
+            if n_chunks:
+                run[(n_chunks,)](
+                    table.there, chunks, options.there, chunks if found_inf is None else found_inf, len(sizes),
+                    HAS_FOUND_INF=found_inf is not None, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK,
+                )  # fmt: skip
+
+        return launch
+
+
+class _Mirror:
+    """An array on the host and its copy on the device, sent again only when it changed."""
+
+    def __init__(self, array: Any, device: torch.device) -> None:
+        self._array, self._device = array, device
+        self.there = torch.from_numpy(array.copy()).to(device)
+        self._captured: list[Tensor] = []
+
+    def update(self, array: Any) -> None:
+        """Send ``array`` unless the device has it already."""
+        if array.shape == self._array.shape and (array == self._array).all():
+            return
+        self._array = array.copy()
+        host = torch.from_numpy(self._array)
+        if self._device.type == "cuda":
+            host = host.pin_memory()
+            if torch.cuda.is_current_stream_capturing():
+                # a replay copies from this very buffer again
+                self._captured.append(host)
+        if self.there.shape != host.shape:
+            self.there = torch.empty_like(host, device=self._device)
+        self.there.copy_(host, non_blocking=True)

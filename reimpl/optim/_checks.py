@@ -16,7 +16,7 @@ def learning_rate(lr: Any) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     at_least_zero("learning rate", lr)
-    if math.isinf(lr):
+    if math.isinf(lr.detach() if isinstance(lr, Tensor) else lr):
         raise ValueError(f"Invalid learning rate: {lr}")
 
 

@@ -56,6 +56,9 @@ class RuleOptimizer(Optimizer):
     """State that the rule itself makes at a parameter's first step."""
     for_loop_captures_xla: ClassVar[bool] = True
     foreach_captures_xla: ClassVar[bool] = True
+    late_options: ClassVar[Mapping[str, Any]] = {}
+    """What an old checkpoint means by leaving an option out, where that is not ``LATE_OPTIONS``'s value."""
+    foreach_refuses_autograd: ClassVar[bool] = True
     foreach_takes_tensor_lr: ClassVar[bool] = True
     """Whether foreach may be chosen unasked for a learning-rate tensor that is not captured."""
 
@@ -217,7 +220,7 @@ class RuleOptimizer(Optimizer):
             update(p, g, s, h, c)
 
     def _foreach(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
-        if h.differentiable:
+        if h.differentiable and self.foreach_refuses_autograd:
             raise AssertionError("_foreach ops don't support autograd")
         if self._has_steps(states):
             _increment([s["step"] for s in states])
@@ -286,9 +289,9 @@ class RuleOptimizer(Optimizer):
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key in _LATE_OPTIONS or key in self.dialects:
-                    group.setdefault(key, _LATE_OPTIONS.get(key, value))
+            for key, value in {**self.dialects, **LATE_OPTIONS, **self.late_options}.items():
+                if key in self.defaults:
+                    group.setdefault(key, value)
             for p in group["params"]:
                 entry = self.state.get(p, {})
                 if "step" in entry and not torch.is_tensor(entry["step"]):
@@ -359,7 +362,7 @@ class RuleOptimizer(Optimizer):
         return twin
 
 
-_LATE_OPTIONS: dict[str, Any] = {
+LATE_OPTIONS: dict[str, Any] = {
     "nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "capturable": False,
     "amsgrad": False, "momentum": 0, "centered": False, "decoupled_weight_decay": False, "fused": None,
 }  # fmt: skip
@@ -371,7 +374,9 @@ def _hyperparameters(group: Group) -> Any:
     h = SimpleNamespace(**{key: value for key, value in group.items() if key not in ("params", "param_names")})
     h.lr = to_scalar(h.lr)
     h.capturable = group.get("capturable", False)
-    h.on_device = h.capturable or h.differentiable
+    # PyTorch keeps the step count a tensor where a graph, or autograd, is to follow it; a class that cannot be captured
+    # reads it as a number all the same
+    h.on_device = h.capturable or ("capturable" in group and h.differentiable)
     return h
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import l2_penalty, real_views
+from ._ops import l2_penalty, real_views, saved
 from ._torch import ParamsT
 
 
@@ -105,7 +105,7 @@ class Adagrad(RuleOptimizer):
         g = l2_penalty(p, g, h)
         p, g, s = real_views(p, g, s)
         total = s["sum"].addcmul_(g, g, value=1)
-        std = total.add(h.eps).sqrt() if h.eps_inside_sqrt else total.sqrt().add_(h.eps)
+        std = total.add(h.eps).sqrt() if h.eps_inside_sqrt else saved(total.sqrt(), h).add_(h.eps)
         p.addcdiv_(g, std, value=-c.lr)
 
 
@@ -116,7 +116,7 @@ def _update_rows(p: Tensor, g: Tensor, total: Tensor, h: Any, c: Any) -> None:
     indices, values = g.indices(), g.values()
 
     def rows(x: Tensor) -> Tensor:
-        return torch.sparse_coo_tensor(indices, x, g.size())
+        return torch.sparse_coo_tensor(indices, x, g.size(), check_invariants=False)  # they are a coalesced tensor's
 
     total.add_(rows(values.pow(2)))
     std = total.sparse_mask(g).values()

@@ -55,6 +55,8 @@ class SGD(RuleOptimizer):
     torch_class = torch.optim.SGD
     fused_sparse_error = "`_fused_sgd` does not support sparse gradients"
     lazy_state = ("momentum_buffer",)
+    late_options: ClassVar[Mapping[str, Any]] = {"fused": False}
+    foreach_refuses_autograd = False
 
     def __init__(
         self,

@@ -1,0 +1,1 @@
+"""Benchmarks, which `make bench` runs and the test suite leaves out."""

@@ -1,0 +1,139 @@
+"""The initialisations: one row each, with the distribution that the oracle expects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import sqrt
+from typing import Any
+
+import torch
+
+import reimpl.init
+from parity_tests.oracle import init as oracle
+from reimpl.testing.declarations import InitTechnique
+
+
+def _of_shape(distribution: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """An oracle that does not look at the shape."""
+
+    def of_shape(shape: Sequence[int], **kwargs: Any) -> dict[str, Any]:
+        return distribution(**kwargs)
+
+    return of_shape
+
+
+INITS: tuple[InitTechnique, ...] = (
+    InitTechnique(
+        name="zeros_",
+        ids=("I1",),
+        source="N0; N2",
+        formula=r"w = 0",
+        ours=reimpl.init.zeros_,
+        torch=torch.nn.init.zeros_,
+        oracle=_of_shape(lambda: oracle.constant(0.0)),
+    ),
+    InitTechnique(
+        name="ones_",
+        ids=("I1",),
+        source="N0; N2",
+        formula=r"w = 1",
+        ours=reimpl.init.ones_,
+        torch=torch.nn.init.ones_,
+        oracle=_of_shape(lambda: oracle.constant(1.0)),
+    ),
+    InitTechnique(
+        name="constant_",
+        ids=("I1",),
+        source="N0; N2",
+        formula=r"w = c",
+        ours=reimpl.init.constant_,
+        torch=torch.nn.init.constant_,
+        oracle=_of_shape(lambda val: oracle.constant(val)),
+        kwargs=({"val": 0.5}, {"val": -3.0}),
+    ),
+    InitTechnique(
+        name="uniform_",
+        ids=("I1",),
+        source="N0; N2",
+        formula=r"w \sim U(a, b)",
+        ours=reimpl.init.uniform_,
+        torch=torch.nn.init.uniform_,
+        oracle=_of_shape(lambda a=0.0, b=1.0: oracle.uniform(a, b)),
+        kwargs=({}, {"a": -2.0, "b": 0.5}),
+    ),
+    InitTechnique(
+        name="normal_",
+        ids=("I1",),
+        source="N0; N2",
+        formula=r"w \sim N(\mu, \sigma^2)",
+        ours=reimpl.init.normal_,
+        torch=torch.nn.init.normal_,
+        oracle=_of_shape(lambda mean=0.0, std=1.0: oracle.normal(mean, std)),
+        kwargs=({}, {"mean": 1.0, "std": 0.25}),
+    ),
+    InitTechnique(
+        name="lecun_normal_",
+        ids=("I2", "I5"),
+        source="N0 eq. 4.43-4.48; N1",
+        formula=r"w \sim N(0, 1/n_{in})",
+        ours=reimpl.init.lecun_normal_,
+        torch=partial(torch.nn.init.kaiming_normal_, nonlinearity="linear"),
+        oracle=partial(oracle.lecun, "normal"),
+    ),
+    InitTechnique(
+        name="lecun_uniform_",
+        ids=("I3",),
+        source="N0, errata 4; LeCun et al. 1998 eq. 16",
+        formula=r"w \sim U(-\sqrt{3/n_{in}}, \sqrt{3/n_{in}})",
+        ours=reimpl.init.lecun_uniform_,
+        torch=partial(torch.nn.init.kaiming_uniform_, nonlinearity="linear"),
+        oracle=partial(oracle.lecun, "uniform"),
+    ),
+    InitTechnique(
+        name="xavier_normal_",
+        ids=("I4",),
+        source="N0; N2 §8.4; Glorot and Bengio 2010",
+        formula=r"w \sim N(0, 2/(n_{in} + n_{out}))",
+        ours=reimpl.init.xavier_normal_,
+        torch=torch.nn.init.xavier_normal_,
+        oracle=partial(oracle.xavier, "normal"),
+        kwargs=({}, {"gain": 5 / 3}),
+    ),
+    InitTechnique(
+        name="xavier_uniform_",
+        ids=("I4",),
+        source="N0; N2 §8.4; Glorot and Bengio 2010 eq. 16",
+        formula=r"w \sim U(\pm\sqrt{6/(n_{in} + n_{out})})",
+        ours=reimpl.init.xavier_uniform_,
+        torch=torch.nn.init.xavier_uniform_,
+        oracle=partial(oracle.xavier, "uniform"),
+        kwargs=({}, {"gain": 5 / 3}),
+    ),
+    InitTechnique(
+        name="kaiming_normal_",
+        ids=("I6", "I7"),
+        source="N0; N1; N4; He et al. 2015 eq. 10",
+        formula=r"w \sim N(0, 2/n_{in})",
+        ours=reimpl.init.kaiming_normal_,
+        torch=torch.nn.init.kaiming_normal_,
+        oracle=partial(oracle.kaiming, "normal"),
+        kwargs=(
+            {},
+            {"mode": "fan_out", "nonlinearity": "relu"},
+            {"nonlinearity": "tanh"},
+            {"a": 0.2},
+            {"nonlinearity": "selu"},
+        ),
+    ),
+    InitTechnique(
+        name="kaiming_uniform_",
+        ids=("I6", "I7"),
+        source="N0; N1; N4; He et al. 2015 eq. 10",
+        formula=r"w \sim U(\pm\sqrt{6/n_{in}})",
+        ours=reimpl.init.kaiming_uniform_,
+        torch=torch.nn.init.kaiming_uniform_,
+        oracle=partial(oracle.kaiming, "uniform"),
+        kwargs=({}, {"mode": "fan_out", "nonlinearity": "relu"}, {"a": sqrt(5)}, {"nonlinearity": "sigmoid"}),
+    ),
+)

@@ -1,0 +1,300 @@
+"""What a function of PyTorch can do, each of ours can: every order and mode of differentiation, vmap, compile, layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import reimpl.functional as F
+from parity_tests.declarations.functional import FUNCTIONS
+from reimpl.testing import FunctionTechnique, Sample, seeded_generator
+
+each_function = pytest.mark.parametrize("technique", FUNCTIONS, ids=lambda technique: technique.name)
+Function = Callable[..., Tensor]
+CPU = torch.device("cpu")
+
+
+def samples(
+    technique: FunctionTechnique, device: torch.device = CPU, dtype: torch.dtype = torch.float64
+) -> Iterator[Sample]:
+    assert technique.samples is not None
+    yield from technique.samples(device, dtype, seeded_generator(0, technique.name))
+
+
+def split(function: Function, sample: Sample) -> tuple[Function, tuple[Tensor, ...]]:
+    """``function`` of the differentiable arguments alone, and those arguments."""
+    wanted = [i for i, arg in enumerate(sample.args) if isinstance(arg, Tensor) and arg.requires_grad]
+
+    def of_wanted(*tensors: Tensor) -> Tensor:
+        args = list(sample.args)
+        for i, tensor in zip(wanted, tensors, strict=True):
+            args[i] = tensor
+        return function(*args, **sample.kwargs)
+
+    return of_wanted, tuple(sample.args[i] for i in wanted)
+
+
+def pairs(technique: FunctionTechnique) -> Iterator[tuple[Function, Function, tuple[Tensor, ...], str]]:
+    """Ours, PyTorch's, detached arguments and description of each sample."""
+    assert technique.torch is not None
+    for sample in samples(technique):
+        ours, tensors = split(technique.ours, sample)
+        theirs, _ = split(technique.torch, sample)
+        yield ours, theirs, tuple(tensor.detach() for tensor in tensors), sample.desc
+
+
+@each_function
+def test_gradcheck_in_both_modes(technique: FunctionTechnique) -> None:
+    for sample in samples(technique):
+        function, tensors = split(technique.ours, sample)
+        assert gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True), sample.desc
+
+
+@each_function
+def test_gradgradcheck_and_forward_over_reverse(technique: FunctionTechnique) -> None:
+    for sample in list(samples(technique))[:3]:
+        function, tensors = split(technique.ours, sample)
+        # Nearly flat everywhere, or constant: the numerical derivative of the derivative is then all rounding.
+        assert gradgradcheck(function, tensors, check_fwd_over_rev=True, check_batched_grad=True), sample.desc
+
+
+def squares(function: Function, others: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+    """A scalar with a second derivative, of the first argument."""
+    return lambda first: (function(first, *others) ** 2).sum()
+
+
+@each_function
+def test_second_derivatives_in_every_combination(technique: FunctionTechnique) -> None:
+    """Among them ``jvp`` of ``jvp``, which an autograd Function's own ``jvp`` answers with a silent 0."""
+    from torch.func import hessian, jacfwd, jacrev
+
+    for ours, theirs, (first, *others), desc in list(pairs(technique))[:2]:
+        function, reference = squares(ours, tuple(others)), squares(theirs, tuple(others))
+        expected = jacrev(jacrev(reference))(first)
+        for name, second in {
+            "reverse over reverse": jacrev(jacrev(function)),
+            "forward over reverse": hessian(function),
+            "reverse over forward": jacrev(jacfwd(function)),
+            "forward over forward": jacfwd(jacfwd(function)),
+        }.items():
+            torch.testing.assert_close(second(first), expected, msg=lambda text, name=name: f"{desc}, {name}: {text}")  # noqa: B023
+
+
+def test_forward_over_forward_of_batch_norm_is_right_where_pytorchs_is_not() -> None:
+    def composed(x: Tensor) -> Tensor:
+        centred = x - x.mean(0)
+        return centred / (centred.square().mean(0) + 1e-5).sqrt()
+
+    def second(function: Callable[[Tensor], Tensor]) -> Tensor:
+        weights = torch.arange(12, dtype=torch.float64).view(4, 3)
+        return torch.func.jacfwd(torch.func.jacfwd(lambda x: (function(x) ** 2 * weights).sum()))(point)  # type: ignore[no-any-return]
+
+    point = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(second(lambda x: F.batch_norm(x, None, None, training=True)), second(composed))
+
+
+@each_function
+def test_dual_tensors(technique: FunctionTechnique) -> None:
+    for ours, theirs, tensors, desc in pairs(technique):
+        tangents = [torch.randn_like(tensor) for tensor in tensors]
+        results = []
+        for function in (ours, theirs):
+            with forward_ad.dual_level():
+                duals = [forward_ad.make_dual(t, v) for t, v in zip(tensors, tangents, strict=True)]
+                results.append(forward_ad.unpack_dual(function(*duals)))
+        torch.testing.assert_close(results[0], results[1], msg=lambda text, desc=desc: f"{desc}: {text}")
+
+
+@each_function
+def test_vmap_over_each_argument_and_all(technique: FunctionTechnique) -> None:
+    for ours, theirs, tensors, desc in pairs(technique):
+        # The mapped dimension comes last, so that it is not a batch by luck.
+        stacks = [torch.stack([t, torch.randn_like(t), torch.randn_like(t)], -1) for t in tensors]
+        for mapped in (*range(len(tensors)), None):
+            dims = tuple(-1 if mapped in (None, i) else None for i in range(len(tensors)))
+            inputs = [s if d == -1 else t for s, t, d in zip(stacks, tensors, dims, strict=True)]
+            rows = [[t[..., k] if d == -1 else t for t, d in zip(inputs, dims, strict=True)] for k in range(3)]
+            message = f"{desc}, mapped {mapped}"
+            torch.testing.assert_close(
+                torch.vmap(ours, dims)(*inputs), torch.stack([theirs(*row) for row in rows]), msg=message
+            )
+            everything = tuple(range(len(tensors)))
+            grads = torch.vmap(torch.func.grad(lambda *t: (ours(*t) ** 2).sum(), everything), dims)(*inputs)  # noqa: B023
+            expected = [torch.func.grad(lambda *t: (theirs(*t) ** 2).sum(), everything)(*row) for row in rows]  # noqa: B023
+            for i, grad in enumerate(grads):
+                torch.testing.assert_close(grad, torch.stack([row[i] for row in expected]), msg=message)
+
+
+def compiled_matches(function: Function, reference: Function, tensors: tuple[Tensor, ...], backend: str) -> None:
+    torch._dynamo.reset()
+    leaves = tuple(tensor.requires_grad_() for tensor in tensors)
+    ours = torch.compile(function, fullgraph=True, backend=backend)(*leaves)
+    theirs = reference(*leaves)
+    torch.testing.assert_close(ours, theirs)
+    assert ours.stride() == theirs.stride()
+    grad = torch.randn_like(theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
+
+
+@each_function
+def test_compiles_whole_forward_and_backward(technique: FunctionTechnique) -> None:
+    for ours, theirs, tensors, _ in list(pairs(technique))[:3]:
+        compiled_matches(ours, theirs, tensors, "aot_eager")
+
+
+@pytest.mark.slow
+def test_compiled_network_matches(device: torch.device) -> None:
+    def network(namespace: Any) -> Function:
+        def run(x: Tensor, kernel: Tensor, gamma: Tensor, weight: Tensor) -> Tensor:
+            y = namespace.conv2d(x, kernel, padding=1)
+            y = namespace.relu(namespace.batch_norm(y, None, None, gamma, training=True))
+            y = namespace.adaptive_avg_pool2d(namespace.max_pool2d(y, 2), 1).flatten(1)
+            return namespace.cross_entropy(namespace.linear(y, weight), target)  # type: ignore[no-any-return]
+
+        return run
+
+    target = torch.tensor([0, 2], device=device)
+    shapes = (2, 3, 6, 6), (4, 3, 3, 3), (4,), (3, 4)
+    tensors = tuple(torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes)
+    compiled_matches(network(F), network(torch.nn.functional), tensors, "inductor")
+
+
+def test_compiled_batch_norm_moves_its_averages() -> None:
+    torch._dynamo.reset()
+    x, results = torch.randn(6, 3, dtype=torch.float64), []
+    for function in (F.batch_norm, torch.compile(F.batch_norm, fullgraph=True, backend="aot_eager")):
+        mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+        function(x, mean, var, training=True)
+        results.append((mean, var))
+    torch.testing.assert_close(results[0], results[1])
+    assert not torch.equal(results[1][0], torch.zeros(3, dtype=torch.float64))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3),
+    "sliced": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1, -1),
+    "single channel": lambda x: x[:, :1].to(memory_format=torch.channels_last),
+}
+
+
+def planar_calls(namespace: Any) -> dict[str, Function]:
+    """Functions of a batch of planes with the options that matter to the layout."""
+
+    def conv2d(layout: torch.memory_format, size: int) -> Function:
+        def run(x: Tensor) -> Tensor:
+            kernel = torch.ones(5, x.shape[1], size, size, device=x.device, dtype=x.dtype).to(memory_format=layout)
+            return namespace.conv2d(x, kernel)  # type: ignore[no-any-return]
+
+        return run
+
+    return {
+        "relu": namespace.relu,
+        "sigmoid": torch.sigmoid if namespace is torch.nn.functional else namespace.sigmoid,
+        "softmax": lambda x: namespace.softmax(x, 1),
+        "log_softmax": lambda x: namespace.log_softmax(x, -1),
+        "max_pool2d": lambda x: namespace.max_pool2d(x, 2),
+        "max_pool2d indices": lambda x: namespace.max_pool2d(x, 2, return_indices=True)[1],
+        "adaptive_avg_pool2d": lambda x: namespace.adaptive_avg_pool2d(x, (3, 2)),
+        "batch_norm": lambda x: namespace.batch_norm(x, None, None, training=True),
+        "conv2d": conv2d(torch.contiguous_format, 3),
+        "conv2d 1x1": conv2d(torch.contiguous_format, 1),
+        "conv2d, weight channels_last": conv2d(torch.channels_last, 3),
+        "linear": lambda x: namespace.linear(x, torch.ones(3, x.shape[-1], device=x.device, dtype=x.dtype)),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_are_pytorchs_on_real_meta_and_fake_tensors(layout: str, device: torch.device) -> None:
+    x = LAYOUTS[layout](torch.randn(4, 6, 8, 8, device=device))
+    reference = planar_calls(torch.nn.functional)
+    for name, function in planar_calls(F).items():
+        expected = reference[name](x)
+        on_meta = function(LAYOUTS[layout](torch.empty(4, 6, 8, 8, device="meta")))
+        with FakeTensorMode() as mode:
+            fake = function(mode.from_tensor(x))
+        for kind, result in {"real": function(x), "meta": on_meta, "fake": fake}.items():
+            assert result.shape == expected.shape and result.dtype == expected.dtype, (name, kind)
+            assert result.stride() == expected.stride(), (name, kind, result.stride(), expected.stride())
+        assert on_meta.is_meta and fake.device == x.device
+        assert on_meta.device.type == "meta"
+
+
+@each_function
+def test_gradients_on_meta_tensors(technique: FunctionTechnique) -> None:
+    for sample in samples(technique, dtype=torch.float32):
+        moved = tuple(
+            a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in sample.args
+        )
+        function, tensors = split(technique.ours, Sample(moved, sample.kwargs))
+        output = function(*tensors)
+        assert output.is_meta and output.shape == technique.ours(*sample.args, **sample.kwargs).shape
+        for tensor, grad in zip(tensors, torch.autograd.grad(output.sum(), tensors), strict=True):
+            assert grad.is_meta and grad.shape == tensor.shape
+
+
+AUTOCAST_CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "linear": lambda m, x: m.linear(x, torch.ones(3, 8, device=x.device, dtype=torch.float32)),
+    "linear, all of one dtype": lambda m, x: m.linear(x, torch.ones(3, 8, device=x.device, dtype=x.dtype)),
+    "conv2d": lambda m, x: m.conv2d(x, torch.ones(4, 6, 3, 3, device=x.device)),
+    "relu": lambda m, x: m.relu(x),
+    "softmax": lambda m, x: m.softmax(x, 1),
+    "log_softmax": lambda m, x: m.log_softmax(x, 1),
+    "max_pool2d": lambda m, x: m.max_pool2d(x, 2),
+    "adaptive_avg_pool2d": lambda m, x: m.adaptive_avg_pool2d(x, 1),
+    "batch_norm": lambda m, x: m.batch_norm(x, None, None, torch.ones(6, device=x.device), training=True),
+    "cross_entropy": lambda m, x: m.cross_entropy(x, torch.zeros(4, 8, 8, dtype=torch.long, device=x.device)),
+    "cross_entropy, probabilities": lambda m, x: m.cross_entropy(x, x.detach().softmax(1)),
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST_CALLS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_gives_pytorchs_dtypes(name: str, compiled: bool, device: torch.device) -> None:
+    torch._dynamo.reset()
+    call = AUTOCAST_CALLS[name]
+
+    def run(namespace: Any, x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return call(namespace, x)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(4, 6, 8, 8, device=device, dtype=dtype, requires_grad=True)
+        ours = (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(F, x)
+        theirs = run(torch.nn.functional, x)
+        assert ours.dtype == theirs.dtype
+        # Two computations in bfloat16, each within a few of its roundings of 2^-8.
+        torch.testing.assert_close(ours, theirs, rtol=2**-5, atol=2**-5)
+        (grad,) = torch.autograd.grad(ours.float().square().mean(), x)
+        (expected,) = torch.autograd.grad(theirs.float().square().mean(), x)
+        assert grad.dtype == x.dtype
+        torch.testing.assert_close(grad, expected, rtol=2**-5, atol=2**-5 * float(expected.abs().max()))
+
+
+def test_autocast_leaves_float64_alone(device: torch.device) -> None:
+    x = torch.randn(2, 3, 4, 4, device=device, dtype=torch.float64)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert F.linear(x, torch.ones(2, 4, device=device, dtype=torch.float64)).dtype == torch.float64
+        assert F.conv2d(x, torch.ones(2, 3, 1, 1, device=device, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_complex_products_have_pytorchs_gradients(device: torch.device) -> None:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.complex128, device=device, requires_grad=True)
+
+    for name, args in {
+        "linear": (leaf(3, 4), leaf(2, 4), leaf(2)),
+        "conv2d": (leaf(2, 3, 4, 4), leaf(2, 3, 2, 2), leaf(2)),
+    }.items():
+        assert gradcheck(getattr(F, name), args) and gradgradcheck(getattr(F, name), args)
+    x = leaf(5)
+    assert gradcheck(F.sigmoid, (x,)) and gradgradcheck(F.sigmoid, (x,))
+    torch.testing.assert_close(F.sigmoid(x), torch.sigmoid(x))

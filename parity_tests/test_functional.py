@@ -1,0 +1,442 @@
+"""Layers and losses against PyTorch and the oracle: values, gradients, independence, and PyTorch's own errors."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as torch_functional
+
+import reimpl.functional as F
+from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.oracle import functional as oracle
+from reimpl.testing import (
+    REAL_DTYPES,
+    SEEDS,
+    FunctionTechnique,
+    IndependenceError,
+    Sample,
+    Verdict,
+    bits_equal,
+    combine,
+    independence_guard,
+    judge,
+    names_used,
+    random_tensor,
+    seeded_generator,
+    to_oracle,
+)
+
+each_function = pytest.mark.parametrize("technique", FUNCTIONS, ids=lambda technique: technique.name)
+
+
+def gradients(function: Callable[..., Tensor], sample: Sample, grad_seed: int) -> tuple[Tensor, dict[int, Tensor]]:
+    """Output, and the gradient of each argument that wants one, for a random gradient of the output."""
+    output = function(*sample.args, **sample.kwargs)
+    wanted = {i: arg for i, arg in enumerate(sample.args) if isinstance(arg, Tensor) and arg.requires_grad}
+    generator = seeded_generator(grad_seed, "grad", tuple(output.shape))
+    grad = random_tensor(output.shape, output.dtype, generator, output.device)
+    return output, dict(zip(wanted, torch.autograd.grad(output, list(wanted.values()), grad), strict=True))
+
+
+def absolute(value: Any) -> Any:
+    """Arrays of numbers without their signs; everything else as it is."""
+    return np.abs(value) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
+
+
+def verdicts(technique: FunctionTechnique, sample: Sample, seed: int) -> Iterator[tuple[str, Verdict]]:
+    """Output and gradients of one call, each judged."""
+    assert technique.torch is not None
+    ours, our_grads = gradients(technique.ours, sample, seed)
+    theirs, their_grads = gradients(technique.torch, sample, seed)
+    assert ours.dtype == theirs.dtype
+    args = [to_oracle(arg) if isinstance(arg, Tensor) else arg for arg in sample.args]
+    grad = to_oracle(random_tensor(ours.shape, ours.dtype, seeded_generator(seed, "grad", tuple(ours.shape))))
+    exact, vjp = technique.oracle(*args, **sample.kwargs)
+    if technique.magnitude is None:
+        scale, scale_vjp = technique.oracle(*map(absolute, args), **sample.kwargs)
+    else:
+        scale, scale_vjp = technique.magnitude(*args, **sample.kwargs)
+    yield "output", judge(ours, theirs, exact, scale)
+    exact_grads, scales = vjp(grad), scale_vjp(np.abs(grad))
+    for i, our_grad in our_grads.items():
+        yield f"gradient {i}", judge(our_grad, their_grads[i], exact_grads[i], scales[i])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@each_function
+def test_three_way_parity(
+    technique: FunctionTechnique, dtype: torch.dtype, device: torch.device, record: Callable[..., Verdict]
+) -> None:
+    assert technique.samples is not None
+    found: dict[tuple[str, str], list[Verdict]] = {}
+    for seed in SEEDS:
+        for sample in technique.samples(device, dtype, seeded_generator(seed, technique.name)):
+            for quantity, verdict in verdicts(technique, sample, seed):
+                found.setdefault((sample.desc, quantity), []).append(verdict)
+    together = {key: combine(rows) for key, rows in found.items()}
+    for (case, quantity), verdict in together.items():
+        record(
+            verdict,
+            kind="function",
+            technique=technique.name,
+            ids=technique.ids,
+            case=case,
+            quantity=quantity,
+            implementation="eager",
+            device=device,
+            dtype=dtype,
+            seeds=len(SEEDS),
+        )
+    for (case, quantity), verdict in together.items():
+        verdict.check(technique.name, f"{case}, {dtype}", quantity)
+
+
+def _geometries() -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]:
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        groups = int(rng.choice([1, 1, 2, 3]))
+        kernel = tuple(int(k) for k in rng.integers(1, 4, 2))
+        dilation = tuple(int(d) for d in rng.integers(1, 3, 2))
+        options: dict[str, Any] = {"groups": groups, "dilation": dilation}
+        if rng.random() < 0.25:
+            options["padding"] = str(rng.choice(["same", "valid"]))
+        else:
+            options["padding"] = tuple(int(p) for p in rng.integers(0, 4, 2))
+            options["stride"] = tuple(int(s) for s in rng.integers(1, 4, 2))
+        size = [dilation[i] * (kernel[i] - 1) + 1 + int(rng.integers(0, 5)) for i in (0, 1)]
+        channels = int(rng.integers(1, 3))
+        yield (
+            (int(rng.integers(1, 4)), groups * channels, *size),
+            (groups * int(rng.integers(1, 3)), channels, *kernel),
+            options,
+        )
+
+
+def test_conv2d_over_random_geometries(device: torch.device) -> None:
+    (row,) = (row for row in FUNCTIONS if row.name == "conv2d")
+    for number, (shape, weight_shape, options) in enumerate(_geometries()):
+        generator = seeded_generator(number, "conv2d geometry")
+        args = tuple(
+            random_tensor(s, torch.float32, generator, device).requires_grad_()
+            for s in (shape, weight_shape, weight_shape[:1])
+        )
+        for quantity, verdict in verdicts(row, Sample(args, options), number):
+            verdict.check("conv2d", f"{shape}, {weight_shape}, {options}", quantity)
+
+
+def test_conv2d_in_parts_of_the_batch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = (row for row in FUNCTIONS if row.name == "conv2d")
+    generator = seeded_generator(0, "parts")
+    args = tuple(
+        random_tensor(s, torch.float32, generator, device).requires_grad_() for s in ((7, 4, 9, 8), (6, 2, 3, 3), (6,))
+    )
+    for name in ("_ROW_BYTES_CPU", "_ROW_BYTES_OTHER"):
+        monkeypatch.setattr(f"reimpl.functional._conv_kernels.{name}", 3 * 4 * 3 * 3 * 5 * 4 * 4)
+    for quantity, verdict in verdicts(row, Sample(args, {"stride": 2, "padding": 1, "groups": 2}), 0):
+        verdict.check("conv2d", "three samples at a time", quantity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
+def test_max_pool2d_indices(dtype: torch.dtype, device: torch.device) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        kernel = [int(k) for k in rng.integers(1, 5, 2)]
+        dilation = [int(d) for d in rng.integers(1, 3, 2)]
+        reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+        args = (
+            kernel,
+            [int(s) for s in rng.integers(1, 4, 2)],
+            [int(rng.integers(0, k // 2 + 1)) for k in kernel],
+            dilation,
+            bool(rng.random() < 0.5),
+        )
+        # Few different values, so that there are ties to break.
+        input = torch.randint(-2, 3, (2, 2, *(r + 3 for r in reach)), generator=seeded_generator(number, "pool"))
+        input = input.to(device, dtype)
+        if dtype.is_floating_point:
+            input[0, 0, :2, :2] = torch.nan
+            input[1, 0] = -torch.inf
+        ours = F.max_pool2d(input, *args, return_indices=True)
+        theirs = torch_functional.max_pool2d(input, *args, return_indices=True)
+        assert bits_equal(ours[0], theirs[0]), args
+        assert torch.equal(ours[1], theirs[1]), args
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_batch_norm_moves_the_running_averages(dtype: torch.dtype, device: torch.device) -> None:
+    generator = seeded_generator(0, "running averages")
+    input = random_tensor((5, 3, 4, 2), dtype, generator, device)
+    for momentum in (0.1, 1.0, 0.0):
+        start = random_tensor((3,), dtype, generator, device), random_tensor((3,), dtype, generator, device).abs()
+        ours, theirs = ([t.clone() for t in start] for _ in range(2))
+        F.batch_norm(input, *ours, training=True, momentum=momentum)
+        torch_functional.batch_norm(input, *theirs, training=True, momentum=momentum)
+        exact = oracle.moved_averages(to_oracle(input), *map(to_oracle, start), momentum)
+        for name, mine, other, value, before in zip(("mean", "var"), ours, theirs, exact, start, strict=True):
+            scale = np.abs(to_oracle(before)) + np.abs(to_oracle(input)).max() ** 2
+            judge(mine, other, value, scale).check("batch_norm", f"momentum {momentum}, {dtype}", name)
+
+
+def test_non_finite_values(device: torch.device) -> None:
+    inf, nan = torch.inf, torch.nan
+    x = torch.tensor([[1.0, -inf, 2.0], [inf, 0.0, 1.0], [nan, 0.0, 1.0], [-inf, -inf, -inf]], device=device)
+    for ours, theirs in (
+        (F.relu, torch_functional.relu),
+        (F.sigmoid, torch.sigmoid),
+        (lambda t: F.softmax(t, 1), lambda t: torch_functional.softmax(t, 1)),
+        (lambda t: F.log_softmax(t, 1), lambda t: torch_functional.log_softmax(t, 1)),
+        (lambda t: F.adaptive_avg_pool2d(t[None], 2), lambda t: torch_functional.adaptive_avg_pool2d(t[None], 2)),
+    ):
+        torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)
+    # A class of probability zero that is not the target costs nothing, and its logit gets no gradient.
+    logits = x[:1].clone().requires_grad_()
+    target = torch.tensor([2], device=device)
+    loss = F.cross_entropy(logits, target)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite() and grad[0, 1] == 0
+
+
+def test_first_error_of_softmax_and_cross_entropy(device: torch.device) -> None:
+    """F18: δ = ŷ - y."""
+    logits = torch.randn(6, 4, dtype=torch.float64, device=device, requires_grad=True)
+    target = torch.tensor([0, 3, 1, 2, 2, 0], device=device)
+    (delta,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum"), logits)
+    expected = to_oracle(logits)
+    expected = np.exp(expected) / np.exp(expected).sum(1, keepdims=True) - np.eye(4)[target.cpu()]
+    # ŷ and y meet in one subtraction: the scale is ŷ + y.
+    judge(delta, None, expected, np.abs(expected) + 2 * np.eye(4)[target.cpu()]).check("cross_entropy", "ŷ - y")
+
+
+@each_function
+def test_calls_nothing_that_does_the_job(technique: FunctionTechnique) -> None:
+    assert technique.samples is not None
+    for sample in technique.samples(torch.device("cpu"), torch.float32, seeded_generator(0, technique.name)):
+        with independence_guard(technique.forbidden) as seen:
+            gradients(technique.ours, sample, 0)
+        assert any(name.startswith("aten::") for name in seen)
+    used = names_used(technique.ours)
+    assert not [name for name in used for pattern in technique.forbidden if fnmatch.fnmatchcase(name, pattern)]
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        lambda x: torch.logsumexp(x, 1),
+        lambda x: x.log_softmax(1).exp(),
+        lambda x: torch_functional.unfold(x[None, None], 2),
+        lambda x: torch_functional.relu(x),
+        lambda x: x.clamp_min(0),
+        lambda x: torch.nn.Conv2d(1, 1, 2)(x[None, None]),
+        lambda x: torch.var_mean(x, 0),
+    ],
+)
+def test_the_guard_catches_what_does_the_job(cheat: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(IndependenceError), independence_guard(FUNCTIONS[0].forbidden):
+        cheat(torch.ones(3, 3))
+
+
+def _error_calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """Calls that PyTorch refuses, by the name of the function."""
+    randn, long = torch.randn, lambda *shape: torch.zeros(*shape, dtype=torch.long)
+    yield "linear", (randn(()), randn(4, 3)), {}
+    yield "linear", (randn(2, 3), randn(3, 3, 3)), {}
+    yield "linear", (randn(2, 3), randn(3), randn(1)), {}
+    yield "relu", (torch.ones(2, dtype=torch.bool),), {}
+    yield "relu", (torch.ones(2, dtype=torch.complex64),), {}
+    for name in ("softmax", "log_softmax"):
+        yield name, (randn(2, 3), 2), {}
+        yield name, (randn(()), 1), {}
+        yield name, (long(2, 3), 1), {}
+        yield name, (randn(2, 3), 1), {"dtype": torch.int64}
+        yield name, (randn(2, 3).to(torch.complex64), 1), {}
+    x, t = randn(3, 5), long(3)
+    yield "cross_entropy", (x, long(4)), {}
+    yield "cross_entropy", (randn(5), long(2)), {}
+    yield "cross_entropy", (randn(()), randn(())), {}
+    yield "cross_entropy", (randn(3, 5, 4), long(3, 5)), {}
+    yield "cross_entropy", (randn(3, 5, 4), long(3)), {}
+    yield "cross_entropy", (randn(3, 5, 4, 4), long(3, 4, 5)), {}
+    yield "cross_entropy", (randn(3, 5, 4, 4), long(2, 4, 4)), {}
+    yield "cross_entropy", (randn(3, 5, 4, 4, 2), long(3, 4, 5, 2)), {}
+    yield "cross_entropy", (x, long(3, 5)), {}
+    yield "cross_entropy", (x, long(3, 1)), {}
+    yield "cross_entropy", (x, t.int()), {}
+    yield "cross_entropy", (x, randn(3)), {}
+    yield "cross_entropy", (x, t + 5), {}
+    yield "cross_entropy", (x, t - 1), {}
+    yield "cross_entropy", (x, t + 5), {"label_smoothing": 0.1}
+    yield "cross_entropy", (randn(3, 5, 4), long(3, 4) + 7), {}
+    yield "cross_entropy", (x, t, randn(4)), {}
+    yield "cross_entropy", (x, t, randn(1, 5)), {}
+    yield "cross_entropy", (x, t, randn(5).double()), {}
+    yield "cross_entropy", (x, t, randn(5).requires_grad_()), {}
+    yield "cross_entropy", (x, x, randn(4)), {}
+    yield "cross_entropy", (x, t), {"label_smoothing": 1.1}
+    yield "cross_entropy", (x, x), {"label_smoothing": 1.1}
+    yield "cross_entropy", (x, x), {"ignore_index": 1}
+    yield "cross_entropy", (x, t), {"reduction": "some"}
+    yield "cross_entropy", (x, x), {"reduction": "some"}
+    yield "cross_entropy", (long(3, 5), t), {}
+    image, kernel = randn(2, 3, 8, 8), randn(4, 3, 3, 3)
+    yield "conv2d", (randn(3, 3), kernel), {}
+    yield "conv2d", (randn(2, 3, 3, 3, 3), kernel), {}
+    yield "conv2d", (image, randn(4, 2, 3, 3)), {}
+    yield "conv2d", (image[0], randn(4, 2, 3, 3)), {}
+    yield "conv2d", (randn(2, 4, 8, 8), randn(3, 2, 3, 3)), {"groups": 2}
+    yield "conv2d", (image, kernel), {"groups": 0}
+    yield "conv2d", (image, kernel, randn(5)), {}
+    yield "conv2d", (image, kernel, randn(4, 1)), {}
+    yield "conv2d", (image, kernel, randn(4).double()), {}
+    yield "conv2d", (randn(2, 3, 2, 2), kernel), {}
+    yield "conv2d", (randn(2, 3, 2, 2), kernel), {"padding": 1, "dilation": 3}
+    yield "conv2d", (image, kernel), {"stride": 0}
+    yield "conv2d", (image, kernel), {"stride": -1}
+    yield "conv2d", (image, kernel), {"padding": -1}
+    yield "conv2d", (image, kernel), {"dilation": 0}
+    yield "conv2d", (image, kernel), {"padding": "full"}
+    yield "conv2d", (image, kernel), {"padding": "same", "stride": 2}
+    yield "conv2d", (image, kernel), {"stride": (1, 2, 3)}
+    yield "conv2d", (image, kernel), {"padding": (1, 2, 3)}
+    yield "conv2d", (image, randn(0, 3, 3, 3)), {}
+    yield "max_pool2d", (randn(3, 3), 2), {}
+    yield "max_pool2d", (image, 2), {"padding": 2}
+    yield "max_pool2d", (image, 2), {"padding": -1}
+    yield "max_pool2d", (image, 2), {"stride": 0}
+    yield "max_pool2d", (image, 2), {"dilation": 0}
+    yield "max_pool2d", (image, (2, 2, 2)), {}
+    yield "max_pool2d", (image, 2), {"stride": (2, 2, 2)}
+    yield "max_pool2d", (image, 2), {"padding": (1, 1, 1)}
+    yield "max_pool2d", (image, 2), {"dilation": (1, 1, 1)}
+    yield "max_pool2d", (randn(2, 3, 1, 1), 3), {}
+    yield "max_pool2d", (image > 0, 2), {}
+    yield "max_pool2d", (randn(2, 0, 8, 8), 2), {}
+    yield "max_pool2d", (randn(2, 3, 0, 8), 2), {}
+    yield "adaptive_avg_pool2d", (randn(3, 3), 2), {}
+    yield "adaptive_avg_pool2d", (image, (1, 2, 3)), {}
+    yield "adaptive_avg_pool2d", (image, -1), {}
+    yield "adaptive_avg_pool2d", (long(2, 3, 4, 5), 2), {}
+    yield "adaptive_avg_pool2d", (randn(2, 3, 0, 5), 2), {}
+    r = randn(3)
+    yield "batch_norm", (randn(1, 3), None, None), {"training": True}
+    yield "batch_norm", (randn(1, 3, 1, 1), None, None), {"training": True}
+    yield "batch_norm", (randn(2, 3), None, None), {}
+    yield "batch_norm", (randn(2, 3), r, None), {}
+    yield "batch_norm", (randn(2, 3), r, None), {"training": True}
+    yield "batch_norm", (randn(2, 3), randn(4), r), {}
+    yield "batch_norm", (randn(2, 3), r, randn(4)), {}
+    yield "batch_norm", (randn(2, 3), r, r, randn(4), r), {}
+    yield "batch_norm", (randn(2, 3), r, r, r, randn(4)), {}
+    yield "batch_norm", (randn(2, 3), None, None), {"training": True, "eps": 0}
+    yield "batch_norm", (randn(2, 3).bfloat16(), r.bfloat16(), r.bfloat16(), r, r), {}
+    yield "batch_norm", (randn(2, 3).double(), r, r, r, r), {}
+    yield "batch_norm", (randn(2, 3), r, r, r.double(), r.double()), {}
+    yield "batch_norm", (long(2, 3), r, r), {}
+    yield "batch_norm", (randn(2, 3, requires_grad=True), randn(3, requires_grad=True), r.abs()), {}
+
+
+@pytest.mark.parametrize("name", [technique.name for technique in FUNCTIONS if technique.name != "sigmoid"])
+def test_refuses_what_pytorch_refuses_in_its_words(name: str) -> None:
+    checked = 0
+    for function, args, kwargs in _error_calls():
+        if function != name:
+            continue
+        with pytest.raises(Exception) as theirs:
+            getattr(torch_functional, name)(*args, **kwargs)
+        with pytest.raises(theirs.type) as ours:
+            getattr(F, name)(*args, **kwargs)
+        assert str(ours.value) == str(theirs.value), (args, kwargs)
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        # Type and meaning are PyTorch's; its own text names a kernel or a library that is not called here.
+        ("linear", (torch.ones(2, 3), torch.ones(4, 5)), r"cannot be multiplied \(2x3 and 5x4\)"),
+        ("linear", (torch.ones(2, 3), torch.ones(4, 3), torch.ones(5)), r"expanded size of the tensor \(4\)"),
+        ("linear", (torch.ones(2, 3), torch.ones(4, 3).double()), "same dtype"),
+        ("conv2d", (torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3)), r"Expected 4D weight .* \[4, 3, 3\]"),
+        ("conv2d", (torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3).double()), "weight type .* should be the same"),
+        ("conv2d", (torch.ones(2, 3, 8, 8), torch.ones(4, 3, 0, 0)), "at least 1 x 1"),
+        ("max_pool2d", (torch.ones(2, 3, 8, 8), 0), "greater than zero|should not be zero"),
+    ],
+)
+def test_refuses_in_other_words(name: str, args: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(Exception) as theirs:
+        getattr(torch_functional, name)(*args)
+    with pytest.raises(theirs.type, match=words):
+        getattr(F, name)(*args)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_dim_left_out_warns_as_pytorch_does(name: str) -> None:
+    for shape in ((3,), (2, 3), (2, 3, 4), (2, 3, 2, 2)):
+        x = torch.randn(shape)
+        results = []
+        for module in (F, torch_functional):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                value = getattr(module, name)(x)
+            results.append((value, [(w.category, str(w.message), w.filename) for w in caught]))
+        torch.testing.assert_close(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
+
+
+def test_deprecated_reduction_arguments() -> None:
+    x, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    for options in ({"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}):
+        with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+            ours = F.cross_entropy(x, target, **options)
+        with pytest.warns(UserWarning):
+            torch.testing.assert_close(ours, torch_functional.cross_entropy(x, target, **options))
+
+
+def test_empty_inputs(device: torch.device) -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device, requires_grad=True)
+
+    ones = torch.ones(3, device=device)
+    for name, args, kwargs in (
+        ("softmax", (empty(0, 3), 0), {}),
+        ("log_softmax", (empty(3, 0), 1), {}),
+        ("relu", (empty(0),), {}),
+        ("linear", (empty(0, 3), torch.ones(2, 3, device=device)), {}),
+        ("conv2d", (empty(0, 3, 8, 8), torch.ones(4, 3, 3, 3, device=device)), {}),
+        ("max_pool2d", (empty(0, 3, 8, 8), 2), {}),
+        ("batch_norm", (empty(0, 3), ones.clone(), ones.clone()), {"training": True}),
+        ("cross_entropy", (empty(0, 5), torch.zeros(0, dtype=torch.long, device=device)), {"reduction": "sum"}),
+        ("cross_entropy", (empty(0, 5), torch.zeros(0, dtype=torch.long, device=device)), {}),
+    ):
+        ours, theirs = getattr(F, name)(*args, **kwargs), getattr(torch_functional, name)(*args, **kwargs)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        (grad,) = torch.autograd.grad(ours.sum(), args[0])
+        assert grad.shape == args[0].shape
+    assert torch.equal(ones, torch.ones(3, device=device))
+
+
+def test_max_pool2d_refuses_a_window_in_the_padding_alone() -> None:
+    # PyTorch without indices answers -inf here, whose gradient has no place to go.
+    x = torch.zeros(1, 1, 2, 2)
+    assert torch_functional.max_pool2d(x, 2, 1, 3, 5).eq(-torch.inf).any()
+    with pytest.raises(RuntimeError, match="window in the padding alone"):
+        F.max_pool2d(x, 2, 1, 3, 5)
+
+
+def test_relu_in_place() -> None:
+    x = torch.randn(5, requires_grad=True)
+    doubled = 2 * x
+    result = F.relu(doubled, inplace=True)
+    assert result is doubled
+    result.sum().backward()
+    assert torch.equal(x.grad, 2.0 * (x.detach() > 0))
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        F.relu(x, inplace=True)

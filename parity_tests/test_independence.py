@@ -1,0 +1,105 @@
+"""No implementation calls what it reimplements; and the guard that says so sees operators, functions and names."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parity_tests.optim_cases import TECHNIQUES, all_configs
+from reimpl.testing.declarations import OptimizerTechnique
+from reimpl.testing.guard import IndependenceError, independence_guard, names_used
+from reimpl.testing.optimizers import DENSE_LAYOUTS, IMPLEMENTATIONS, construct, make_grads, make_params, step_with
+
+pytestmark = pytest.mark.quick
+MODULES = ("sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "_functional", "_multi_tensor")
+FORBIDDEN = ("aten::_fused_*", "torch._fused_*", *(f"torch.optim.{module}.*" for module in MODULES))
+
+
+@pytest.mark.parametrize("implementation", ["forloop", "foreach", "fused"])
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_no_step_calls_pytorchs(technique: OptimizerTechnique, implementation: str, device: torch.device) -> None:
+    for config in all_configs(technique, device, torch.float32):
+        kwargs = {**config.kwargs, **IMPLEMENTATIONS[implementation]}
+        if implementation == "foreach" and technique.name.startswith("Adam") and "lr" in kwargs:
+            kwargs["lr"] = 0.01  # foreach takes no tensor here
+        with independence_guard(FORBIDDEN) as seen:
+            optimizer = construct(technique.ours, make_params(DENSE_LAYOUTS, torch.float32, device), **kwargs)
+            for step in range(2):
+                step_with(optimizer, make_grads(DENSE_LAYOUTS, torch.float32, device, step=step))
+        assert any(name.startswith("aten::") for name in seen), "the guard slept"
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_source_names_no_kernel_of_pytorchs(technique: OptimizerTechnique) -> None:
+    names = names_used(technique.ours)
+    functional = f"torch.optim.{technique.name.lower()}.{technique.name.lower()}"
+    kernels = fnmatch.filter(names, "*_fused_*_") + fnmatch.filter(names, f"{functional}*")
+    assert not kernels
+    assert len(names) > 50, "the source was not read"
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_class_is_an_optimizer_but_not_pytorchs(technique: OptimizerTechnique) -> None:
+    assert isinstance(technique.torch, type) and isinstance(technique.ours, type)
+    assert issubclass(technique.ours, torch.optim.Optimizer)
+    reimplemented = {getattr(torch.optim, p.id) for p in TECHNIQUES}
+    assert not reimplemented & set(technique.ours.__mro__)
+
+
+@pytest.mark.parametrize("technique", [p for p in TECHNIQUES if p.values[0].torch_fused])
+def test_the_guard_catches_pytorchs_fused_kernel(technique: OptimizerTechnique) -> None:
+    assert technique.torch is not None
+    optimizer = technique.torch([torch.ones(3, requires_grad=True)], fused=True)
+    with pytest.raises(IndependenceError, match="aten::_fused_"), independence_guard(["aten::_fused_*"]):
+        step_with(optimizer, [torch.ones(3)])
+
+
+def _softmax_by_a_detour(x: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(x, -1).exp()
+
+
+def _swallows(x: torch.Tensor) -> torch.Tensor:
+    try:
+        return torch.relu(x)
+    except AssertionError:
+        return x.clamp(min=0)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["aten::_log_softmax", "torch.nn.functional.log_softmax", "torch.Tensor.exp", "aten::exp*"],
+)
+def test_the_guard_catches_operators_functions_and_methods(pattern: str) -> None:
+    with pytest.raises(IndependenceError, match="forbidden"), independence_guard([pattern]):
+        _softmax_by_a_detour(torch.ones(3))
+    with independence_guard(["aten::_softmax"]) as seen:
+        _softmax_by_a_detour(torch.ones(3))
+    assert fnmatch.filter(seen, pattern)
+
+
+def test_the_guard_catches_calls_in_the_backward_pass() -> None:
+    x = torch.ones(3, requires_grad=True)
+    y = _softmax_by_a_detour(x).sum()
+    with pytest.raises(IndependenceError), independence_guard(["aten::_log_softmax_backward*"]):
+        y.backward()
+
+
+def test_the_guard_is_not_deceived_by_code_that_swallows_its_error() -> None:
+    with pytest.raises(IndependenceError, match="aten::relu"), independence_guard(["aten::relu"]):
+        _swallows(torch.ones(3))
+
+
+def test_names_are_resolved_whatever_the_import_calls_them() -> None:
+    def inner(x: torch.Tensor) -> Any:
+        import torch.nn.functional as other
+        from torch import special
+
+        return other.gelu(x) + special.expit(x) + _softmax_by_a_detour(x).softmax(-1)
+
+    names = names_used(inner)
+    assert {"torch.nn.functional.log_softmax", "torch.nn.functional.gelu", ".softmax"} <= names
+    assert any("expit" in name for name in names)

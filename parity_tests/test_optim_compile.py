@@ -1,0 +1,48 @@
+"""``torch.compile`` of a training step that ends in ``optimizer.step()``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parity_tests.optim_cases import TECHNIQUES
+from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
+from reimpl.testing.optimizers import DENSE_LAYOUTS, construct, make_grads, make_params, parameters, step_with
+
+LAYOUTS = DENSE_LAYOUTS[3:6]
+FULL: dict[str, dict[str, object]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+    "Adagrad": {"lr": 0.05, "weight_decay": 0.1},
+    "Adadelta": {"lr": 0.5, "weight_decay": 0.1},
+    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
+    "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.1},
+}
+
+
+def _configs(technique: OptimizerTechnique) -> list[OptimizerConfig]:
+    dialect = next((c for c in technique.configs if c.torch_kwargs is None), None)
+    return [OptimizerConfig("full", FULL[technique.name]), *([dialect] if dialect else [])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_compiled_steps_follow_eager_ones(technique: OptimizerTechnique, device: torch.device) -> None:
+    for config in _configs(technique):
+        torch._dynamo.reset()
+        pair = [
+            construct(technique.ours, make_params(LAYOUTS, torch.float64, device), **config.kwargs, foreach=foreach)
+            for foreach in (True, False)
+        ]
+        compiled = torch.compile(pair[0].step)
+        for step in range(4):
+            grads = make_grads(LAYOUTS, torch.float64, device, step=step)
+            for param, grad in zip(parameters(pair[0]), grads):
+                param.grad = grad
+            compiled()
+            step_with(pair[1], grads)
+        for p, q in zip(parameters(pair[0]), parameters(pair[1])):
+            # Inductor computes bias corrections in tensors of the step's dtype, float32, hence not float64's tolerance
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            assert pair[0].state[p].keys() == pair[1].state[q].keys()
+        assert not torch.equal(parameters(pair[0])[0], make_params(LAYOUTS, torch.float64, device)[0])

@@ -1,0 +1,57 @@
+"""Three-way parity: ours and PyTorch's for-loop against the NumPy oracle in the next precision up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from parity_tests.optim_cases import TECHNIQUES, all_configs, dtype_id, for_each, is_refused
+from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
+from reimpl.testing.optimizer_checks import compare_with_oracle
+from reimpl.testing.samples import SEEDS
+from reimpl.testing.tolerance import Verdict
+
+CASES = [
+    *(
+        pytest.param(implementation, dtype)
+        for implementation in ("forloop", "foreach", "fused")
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ),
+    pytest.param("forloop", torch.complex64),
+    pytest.param("foreach", torch.complex64),
+]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("implementation", "dtype"), CASES, ids=dtype_id)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_three_way_parity(
+    technique: OptimizerTechnique,
+    implementation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    record: Callable[..., Verdict],
+) -> None:
+    def check(config: OptimizerConfig) -> None:
+        if is_refused(technique, config, implementation, technique.ours):
+            return
+        verdicts = compare_with_oracle(technique, config, implementation=implementation, dtype=dtype, device=device)
+        for quantity, verdict in verdicts.items():
+            record(
+                verdict,
+                kind="optimizer",
+                technique=technique.name,
+                ids=(config.id,) if config.id else technique.ids,
+                case=config.desc,
+                quantity=quantity,
+                implementation=implementation,
+                device=device,
+                dtype=dtype,
+                seeds=len(SEEDS),
+            )
+        for quantity, verdict in verdicts.items():
+            verdict.check(technique.name, f"{config.desc}, {implementation}, {dtype}", quantity)
+
+    for_each(all_configs(technique, device, dtype), check)

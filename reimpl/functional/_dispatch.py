@@ -1,0 +1,118 @@
+"""How a public function chooses its execution: autocast casts, Function or plain composition, accumulation dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_SCALAR_TYPE_NAMES = {
+    torch.bool: "Bool",
+    torch.uint8: "Byte",
+    torch.int8: "Char",
+    torch.int16: "Short",
+    torch.int32: "Int",
+    torch.int64: "Long",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.complex32: "ComplexHalf",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+}
+
+
+def call(function: type[torch.autograd.Function], composition: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function.apply(*args)``, or the differentiable ``composition(*args)`` where a Function would not do.
+
+    Compilers trace the composition: they differentiate and fuse it themselves. Forward mode takes it too: a
+    ``jvp`` of an autograd Function stops ``torch.compile(fullgraph=True)``, and one inside another ``jvp`` loses
+    the inner tangent without a word, whereas the composition has tangents of every order.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return composition(*args)
+    return function.apply(*args)
+
+
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are taken: float32 for the half-width types, else ``dtype`` itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def scalar_type_name(dtype: torch.dtype) -> str:
+    """PyTorch's C++ name of a dtype, as its error messages print it."""
+    return _SCALAR_TYPE_NAMES.get(dtype, str(dtype))
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of ``device``."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products keep the dtype of their operands."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
+
+
+def autocast_to_lower(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Cast floating-point tensors to autocast's dtype (float64 stays), the policy of products."""
+    tensors = (input, *others)
+    if not autocast_enabled(input.device):
+        return tensors
+    return tuple(_cast(tensor, torch.get_autocast_dtype(input.device.type)) for tensor in tensors)
+
+
+def autocast_to_float32(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Cast half-width tensors to float32 under autocast, the policy of losses."""
+    tensors = (input, *others)
+    if not autocast_enabled(input.device):
+        return tensors
+    return tuple(_cast(tensor, torch.float32) for tensor in tensors)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def memory_format_of(*tensors: Tensor) -> torch.memory_format:
+    """``channels_last`` where one of the 4-d ``tensors`` is laid out so, else ``contiguous_format``.
+
+    Read from the strides, as PyTorch's own suggestion is. Inside ``vmap`` the layout of the tensor that the map
+    hides is unknown, and the answer is ``contiguous_format``.
+    """
+    if not torch.compiler.is_compiling() and any(map(is_batched, tensors)):
+        return torch.contiguous_format
+    return torch.channels_last if any(map(_strides_like_channels_last, tensors)) else torch.contiguous_format
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether ``vmap`` (``torch.func``'s, or the one behind ``is_grads_batched``) maps over ``tensor``."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return functorch.is_legacy_batchedtensor(tensor)
+
+
+def _strides_like_channels_last(tensor: Tensor) -> bool:
+    """Strides that grow in the order channels, columns, rows, samples, and are not a contiguous tensor's."""
+    if tensor.dim() != 4 or tensor.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        size, stride = tensor.shape[d], tensor.stride(d)
+        if size == 0 or stride < least:
+            return False
+        # A batch of one, or planes of one element: the strides of the channels decide.
+        if d == 0 and least == tensor.stride(1):
+            return False
+        least = stride * max(size, 1)
+    return True

@@ -1,0 +1,87 @@
+"""The affine map."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reimpl.functional._dispatch import autocast_disabled, autocast_to_lower, call
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Affine map :math:`y = x W^\top + b`.
+
+    Args:
+        input: shape :math:`(*, \text{in})`.
+        weight: shape :math:`(\text{out}, \text{in})`, or :math:`(\text{in},)` for a single output without an axis.
+        bias: shape :math:`(\text{out},)`.
+
+    Returns:
+        shape :math:`(*, \text{out})`, or :math:`(*,)` for a weight of one dimension.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit; the text is PyTorch's.
+
+    Source: F1; N3, the layer equation. PyTorch: :func:`torch.nn.functional.linear`.
+    """
+    input, weight, bias = autocast_to_lower(input, weight, bias)
+    _check(input, weight, bias)
+    with autocast_disabled(input.device):
+        if weight.dim() == 1:
+            return call(_Linear, _affine, input, weight.unsqueeze(0), bias).squeeze(-1)  # type: ignore[no-any-return]
+        return call(_Linear, _affine, input, weight, bias)  # type: ignore[no-any-return]
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if input.dim() == 0 or weight.dim() == 0:
+        raise RuntimeError(
+            f"both arguments to linear need to be at least 1D, but they are {input.dim()}D and {weight.dim()}D"
+        )
+    if weight.dim() > 2:
+        raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, but self is {weight.dim()}D")
+    if weight.dim() == 1 and bias is not None:
+        raise RuntimeError("addmm: mat2 must be a matrix, got 1-D tensor")
+
+
+def _affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = _rows(input)
+    out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    r"""With :math:`\bar y = \partial E/\partial y`: :math:`\bar x = \bar y W`, :math:`\bar W = \bar y^\top x`,
+    :math:`\bar b = \sum \bar y`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _affine(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias = inputs
+        ctx.save_for_backward(input, weight)
+        ctx.bias_shape = None if bias is None else bias.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        rows = _rows(grad)
+        grad_input = grad_weight = grad_bias = None
+        with autocast_disabled(grad.device):
+            if ctx.needs_input_grad[0]:
+                grad_input = (rows @ weight.conj()).reshape(input.shape)
+            if ctx.needs_input_grad[1]:
+                grad_weight = rows.t() @ _rows(input).conj()
+            if ctx.needs_input_grad[2]:
+                grad_bias = rows.sum_to_size(ctx.bias_shape)
+        return grad_input, grad_weight, grad_bias

@@ -1,0 +1,309 @@
+"""Classification losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+from reimpl.functional._dispatch import (
+    autocast_disabled,
+    autocast_to_float32,
+    call,
+    is_batched,
+    opmath_dtype,
+    scalar_type_name,
+)
+from reimpl.functional.softmax import log_softmax_composition
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy between logits and target classes or class probabilities.
+
+    .. math::
+        \ell_n = -\sum_c w_c\, q_{nc} \log \hat y_{nc}, \qquad \hat y_n = \operatorname{softmax}(x_n), \qquad
+        q_{nc} = (1 - \epsilon)\, t_{nc} + \epsilon / C
+
+    with :math:`t` one-hot for class indices. ``"mean"`` divides the sum by the weights of the target classes for
+    indices and by the number of samples for probabilities. The first error is
+    :math:`\partial \ell_n/\partial x_n = \hat y_n \sum_c w_c q_{nc} - w \odot q_n`, which is :math:`\hat y - t` without
+    weights and smoothing.
+
+    Args:
+        input: logits, shape :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, \dots)`.
+        target: class indices of shape :math:`()`, :math:`(N)` or :math:`(N, d_1, \dots)` in int64 or uint8, or
+            probabilities of the shape of ``input``.
+        weight: :math:`w`, shape :math:`(C)`.
+        size_average, reduce: deprecated, as in PyTorch.
+        ignore_index: a class index that adds nothing to the loss or its gradient.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        label_smoothing: :math:`\epsilon` in [0, 1].
+
+    Raises:
+        ValueError: batch sizes differ, or ``reduction`` is unknown.
+        RuntimeError: shapes or dtypes do not fit, or ``label_smoothing`` exceeds 1.
+        IndexError: a target is no class (checked on the CPU; on CUDA a device assertion).
+
+    Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    _reduction.get_enum(reduction)
+    input, weight = autocast_to_float32(input, weight)
+    with autocast_disabled(input.device):
+        if input.shape == target.shape:
+            (target,) = autocast_to_float32(target)
+            return _with_probabilities(input, target, weight, ignore_index, reduction, label_smoothing)
+        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def _with_indices(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+) -> Tensor:
+    _check_indices(input, target, weight, ignore_index, smoothing)
+    flat_target = target.reshape(1 if input.dim() == 1 else target.shape).long()
+    logits = input.unsqueeze(0) if input.dim() == 1 else input
+    kept = flat_target != ignore_index
+    classes = torch.where(kept, flat_target, 0)
+    loss, _ = call(_IndexLoss, _index_loss, logits, classes, kept, weight, smoothing)
+    if reduction == "none":
+        return loss.reshape(target.shape).to(input.dtype)  # type: ignore[no-any-return]
+    total = loss.sum()
+    if reduction == "mean":
+        counted = kept.to(loss.dtype) if weight is None else torch.where(kept, weight[classes], 0)
+        total = total / counted.to(loss.dtype).sum()
+    return total.to(input.dtype)  # type: ignore[no-any-return]
+
+
+def _with_probabilities(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+) -> Tensor:
+    _check_probabilities(input, target, weight, ignore_index, smoothing)
+    dim = 0 if input.dim() == 1 else 1
+    loss, _ = call(_ProbabilityLoss, _probability_loss, input, target, weight, smoothing, dim)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    if reduction == "none":
+        return loss.to(dtype)  # type: ignore[no-any-return]
+    total = loss.sum()
+    if reduction == "mean":
+        total = total / loss.numel() if loss.numel() else total * torch.nan
+    return total.to(dtype)  # type: ignore[no-any-return]
+
+
+def _check_indices(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> None:
+    if smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
+    _check_floating(input)
+    _check_target_shape(input, target)
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {scalar_type_name(target.dtype)}")
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if weight is not None:
+        if weight.dim() != 1 or weight.numel() != classes:
+            raise RuntimeError(
+                f"weight tensor should be defined either for all {classes} classes or no classes"
+                f" but got weight tensor of shape: {list(weight.shape)}"
+            )
+        if weight.dtype != input.dtype:
+            expected, found = (scalar_type_name(t.dtype) for t in (input, weight))
+            raise RuntimeError(f"expected scalar type {expected} but found {found}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "The function 'nll_loss_forward' is not differentiable with respect to argument 'weight'. "
+                "This input cannot have requires_grad True."
+            )
+    _check_range(target, classes, ignore_index)
+
+
+def _check_floating(input: Tensor) -> None:
+    if not input.is_floating_point():
+        kernel = "log_softmax_lastdim_kernel_impl" if input.dim() <= 2 else "log_softmax_kernel_impl"
+        raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
+
+
+def _check_target_shape(input: Tensor, target: Tensor) -> None:
+    if input.dim() == 1:
+        if target.dim() > 1:
+            raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
+        if target.dim() == 1 and target.numel() != 1:
+            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}")
+        return
+    if input.dim() == 0:
+        raise ValueError("Expected input to have at least 1 dimension, but got 0")
+    if input.dim() == 2 and target.dim() > 1:
+        raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
+    if target.dim() == 0 or input.shape[0] != target.shape[0]:
+        size = target.shape[0] if target.dim() else 1
+        raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({size}).")
+    expected = [input.shape[0], *input.shape[2:]]
+    if list(target.shape) == expected:
+        return
+    if input.dim() == 4 and target.dim() == 3:
+        raise RuntimeError(f"size mismatch (got input: {list(input.shape)} , target: {list(target.shape)}")
+    raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}")
+
+
+def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Name the first target that is no class; where the values cannot be read, the gather itself guards."""
+    if torch.compiler.is_compiling() or target.device.type != "cpu" or type(target) is not Tensor or is_batched(target):
+        return
+    outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if outside.any():
+        raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
+
+
+def _check_probabilities(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"Expected floating point type for target with class probabilities, got {scalar_type_name(target.dtype)}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+    if smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
+    if input.dim() == 0:
+        raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
+    _check_floating(input)
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if weight is not None and (weight.dim() != 1 or weight.numel() != classes):
+        raise RuntimeError(
+            f"cross_entropy: weight tensor should be defined either for all {classes} classes or no classes"
+            f" but got weight tensor of shape: {list(weight.shape)}"
+        )
+
+
+def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:
+    """A vector laid along dimension ``dim`` of ``ndim``."""
+    return vector.reshape(*(1,) * dim, -1, *(1,) * (ndim - dim - 1))
+
+
+def _class_weights(weight: Tensor | None, like: Tensor) -> Tensor:
+    ones = like.new_ones(like.shape[1])
+    return ones if weight is None else weight.to(like.dtype)
+
+
+def _index_loss(
+    input: Tensor, classes: Tensor, kept: Tensor, weight: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Loss of each sample, and the log-probabilities that it was read from; dimension 1 holds the classes."""
+    log_probs = log_softmax_composition(input.to(opmath_dtype(input.dtype)), 1)
+    w = _class_weights(weight, log_probs)
+    picked = log_probs.gather(1, classes.unsqueeze(1)).squeeze(1) * w[classes]
+    loss = -picked
+    if smoothing != 0:
+        spread = (log_probs * _along(w, 1, input.dim())).sum(1)
+        loss = (1 - smoothing) * loss - (smoothing / input.shape[1]) * spread
+    return torch.where(kept, loss, 0), log_probs
+
+
+class _IndexLoss(torch.autograd.Function):
+    r"""The log-probabilities are a differentiable output, so that the gradient, which is made from them, can itself
+    be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, classes: Tensor, kept: Tensor, weight: Tensor | None, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        return _index_loss(input, classes, kept, weight, smoothing)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, classes, kept, weight, ctx.smoothing = inputs
+        ctx.dtype = input.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], classes, kept, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
+        log_probs, classes, kept, weight = ctx.saved_tensors
+        total = None
+        if grad is not None:
+            w = _class_weights(weight, log_probs)
+            sample = torch.where(kept, grad, 0).unsqueeze(1)
+            total = torch.zeros_like(log_probs).scatter(1, classes.unsqueeze(1), 1)
+            total = total * ((1 - ctx.smoothing) * -sample)
+            if ctx.smoothing != 0:
+                total = total - (ctx.smoothing / log_probs.shape[1]) * sample
+            total = total * _along(w, 1, log_probs.dim())
+        grad_input = _through_log_softmax(log_probs, total, grad_log_probs, 1)
+        return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, None
+
+
+def _through_log_softmax(log_probs: Tensor, first: Tensor | None, second: Tensor | None, dim: int) -> Tensor | None:
+    """Gradient of the logits from (the sum of) two gradients of the log-probabilities."""
+    if first is None or second is None:
+        grad = second if first is None else first
+    else:
+        grad = first + second
+    return None if grad is None else grad - torch.exp(log_probs) * grad.sum(dim, keepdim=True)
+
+
+def _smoothed_targets(target: Tensor, weight: Tensor | None, smoothing: float, dim: int, dtype: torch.dtype) -> Tensor:
+    q = target.to(dtype)
+    if smoothing > 0:
+        q = q * (1 - smoothing) + smoothing / target.shape[dim]
+    return q if weight is None else q * _along(weight.to(dtype), dim, target.dim())
+
+
+def _probability_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Loss of each sample, and the log-probabilities; dimension ``dim`` holds the classes."""
+    dtype = opmath_dtype(torch.promote_types(input.dtype, target.dtype))
+    log_probs = log_softmax_composition(input.to(dtype), dim)
+    return -(log_probs * _smoothed_targets(target, weight, smoothing, dim, dtype)).sum(dim), log_probs
+
+
+class _ProbabilityLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, dim: int
+    ) -> tuple[Tensor, Tensor]:
+        return _probability_loss(input, target, weight, smoothing, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, target, weight, ctx.smoothing, ctx.dim = inputs
+        ctx.dtype = input.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], target, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
+        log_probs, target, weight = ctx.saved_tensors
+        dim, dtype = ctx.dim, log_probs.dtype
+        total = grad_target = grad_weight = None
+        if grad is not None:
+            sample = -grad.unsqueeze(dim)
+            total = sample * _smoothed_targets(target, weight, ctx.smoothing, dim, dtype)
+            if ctx.needs_input_grad[1]:
+                grad_target = sample * log_probs * (1 - ctx.smoothing)
+                if weight is not None:
+                    grad_target = grad_target * _along(weight.to(dtype), dim, target.dim())
+                grad_target = grad_target.to(target.dtype)
+            if weight is not None and ctx.needs_input_grad[2]:
+                others = [d for d in range(target.dim()) if d != dim]
+                grad_weight = sample * log_probs * _smoothed_targets(target, None, ctx.smoothing, dim, dtype)
+                grad_weight = (grad_weight.sum(others) if others else grad_weight).to(weight.dtype)
+        grad_input = _through_log_softmax(log_probs, total, grad_log_probs, dim)
+        grad_input = None if grad_input is None else grad_input.to(ctx.dtype)
+        return grad_input, grad_target, grad_weight, None, None

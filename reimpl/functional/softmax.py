@@ -1,0 +1,128 @@
+"""Softmax and its logarithm."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reimpl.functional._dispatch import autocast_enabled, call, opmath_dtype, scalar_type_name
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    r"""Softmax :math:`y_i = e^{x_i - m} / \sum_j e^{x_j - m}`, :math:`m = \max_j x_j` (so that nothing overflows).
+
+    Args:
+        input: any shape, a floating-point dtype.
+        dim: the dimension along which the result sums to 1. Leaving it out is deprecated, as in PyTorch.
+        dtype: cast ``input`` to this dtype first.
+
+    Returns:
+        the shape of ``input``, contiguous. Half-width types are computed in float32 and rounded once.
+
+    Raises:
+        IndexError: ``dim`` is out of range.
+        NotImplementedError: the dtype is not floating-point.
+
+    Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.softmax`.
+    """
+    input, dim = _prepare("softmax", input, dim, _stacklevel, dtype)
+    return call(_Softmax, _softmax, input, dim)  # type: ignore[no-any-return]
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    r"""Logarithm of the softmax :math:`y_i = (x_i - m) - \log \sum_j e^{x_j - m}`, :math:`m = \max_j x_j`.
+
+    Arguments, result and errors are those of :func:`softmax`.
+
+    Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.log_softmax`.
+    """
+    input, dim = _prepare("log_softmax", input, dim, _stacklevel, dtype)
+    return call(_LogSoftmax, log_softmax_composition, input, dim)  # type: ignore[no-any-return]
+
+
+def _prepare(
+    name: str, input: Tensor, dim: int | None, stacklevel: int, dtype: torch.dtype | None
+) -> tuple[Tensor, int]:
+    if dim is None:
+        warnings.warn(
+            f"Implicit dimension choice for {name} has been deprecated. "
+            "Change the call to include dim=X as an argument.",
+            stacklevel=stacklevel,
+        )
+        dim = 0 if input.dim() in (0, 1, 3) else 1
+    bound = max(input.dim(), 1)
+    if not -bound <= dim < bound:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-bound}, {bound - 1}], but got {dim})")
+    dim %= bound
+    if dtype is None and input.device.type == "cuda" and autocast_enabled(input.device):
+        dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else None
+    if dtype is not None:
+        input = input.to(dtype)
+    if not input.is_floating_point():
+        kernel = f"{name}_lastdim_kernel_impl" if dim == bound - 1 else f"{name}_kernel_impl"
+        raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
+    return input, dim
+
+
+def _shifted(input: Tensor, dim: int) -> Tensor:
+    x = input.contiguous().to(opmath_dtype(input.dtype))
+    # The shift cancels in the result, so its derivative need not be followed.
+    return x - x.detach().amax(dim, keepdim=True) if x.numel() else x.clone()
+
+
+def _softmax(input: Tensor, dim: int) -> Tensor:
+    weights = torch.exp(_shifted(input, dim))
+    return (weights / weights.sum(dim, keepdim=True)).to(input.dtype)
+
+
+def log_softmax_composition(input: Tensor, dim: int) -> Tensor:
+    """:func:`log_softmax` in differentiable tensor arithmetic alone."""
+    shifted = _shifted(input, dim)
+    return (shifted - torch.exp(shifted).sum(dim, keepdim=True).log()).to(input.dtype)
+
+
+class _Softmax(torch.autograd.Function):
+    r""":math:`\bar x = y \odot (\bar y - \sum_j \bar y_j y_j)`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, dim: int) -> Tensor:
+        return _softmax(input, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dim = inputs[1]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (output,) = ctx.saved_tensors
+        y, g = (t.to(opmath_dtype(t.dtype)) for t in (output, grad))
+        return (y * (g - (g * y).sum(ctx.dim, keepdim=True))).to(output.dtype), None
+
+
+class _LogSoftmax(torch.autograd.Function):
+    r""":math:`\bar x = \bar y - e^{y} \sum_j \bar y_j`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, dim: int) -> Tensor:
+        return log_softmax_composition(input, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dim = inputs[1]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (output,) = ctx.saved_tensors
+        y, g = (t.to(opmath_dtype(t.dtype)) for t in (output, grad))
+        return (g - torch.exp(y) * g.sum(ctx.dim, keepdim=True)).to(output.dtype), None

@@ -1,0 +1,152 @@
+"""Convolutions as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.functional import pad
+
+from reimpl import functional as F
+from reimpl import init
+from reimpl.nn.linear import reset_bias
+
+_PADDING_STRINGS = {"same", "valid"}
+_PADDING_MODES = {"zeros", "reflect", "replicate", "circular"}
+
+
+class Conv2d(Module):
+    r"""Convolution of planes, :func:`reimpl.functional.conv2d`, from :math:`(N, C, H, W)` to :math:`(N, O, H', W')`.
+
+    Weight :math:`(O, C/\text{groups}, f_h, f_w)` and bias start from :math:`U(-k, k)`,
+    :math:`k = 1/\sqrt{\text{fan\_in}}`, with PyTorch's bits for a seed.
+
+    Args:
+        in_channels, out_channels, kernel_size: sizes.
+        stride, padding, dilation, groups: see the function.
+        bias: whether there is a bias.
+        padding_mode: what stands in the padding, ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: channels not divisible by ``groups``, or an unknown padding.
+
+    Source: F7; N1, N4. PyTorch: :class:`torch.nn.Conv2d`.
+    """
+
+    __constants__: ClassVar[list[str]] = [
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+        "output_padding",
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+    ]
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.dilation = _pair(dilation)
+        self.transposed = False
+        self.output_padding = (0, 0)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self._check()
+        self._reversed_padding_repeated_twice = self._sides()
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    def _check(self) -> None:
+        if self.groups <= 0:
+            raise ValueError("groups must be a positive integer")
+        if self.in_channels % self.groups != 0:
+            raise ValueError("in_channels must be divisible by groups")
+        if self.out_channels % self.groups != 0:
+            raise ValueError("out_channels must be divisible by groups")
+        if isinstance(self.padding, str):
+            if self.padding not in _PADDING_STRINGS:
+                raise ValueError(f"Invalid padding string {self.padding!r}, should be one of {_PADDING_STRINGS}")
+            if self.padding == "same" and any(s != 1 for s in self.stride):
+                raise ValueError("padding='same' is not supported for strided convolutions")
+        if self.padding_mode not in _PADDING_MODES:
+            raise ValueError(
+                f"padding_mode must be one of {_PADDING_MODES}, but got padding_mode='{self.padding_mode}'"
+            )
+
+    def _sides(self) -> list[int]:
+        """Left, right, top and bottom padding, the order of :func:`torch.nn.functional.pad`."""
+        if not isinstance(self.padding, str):
+            return [self.padding[1], self.padding[1], self.padding[0], self.padding[0]]
+        if self.padding == "valid":
+            return [0, 0, 0, 0]
+        totals = [d * (k - 1) for d, k in zip(reversed(self.dilation), reversed(self.kernel_size), strict=True)]
+        return [side for total in totals for side in (total // 2, total - total // 2)]
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, in row-major order whatever the layout of the weight."""
+        with torch.no_grad():
+            if self.weight.is_contiguous():
+                init.kaiming_uniform_(self.weight, a=sqrt(5))
+            else:
+                drawn = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+                self.weight.copy_(init.kaiming_uniform_(drawn, a=sqrt(5)))
+        reset_bias(self.bias, self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+        return F.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        if self.padding != (0,) * len(self.padding):
+            parts.append(f"padding={self.padding}")
+        if self.dilation != (1, 1):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode}")
+        return ", ".join(parts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if not hasattr(self, "padding_mode"):
+            self.padding_mode = "zeros"
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,111 @@
+"""The one adapter to PyTorch's own test databases, which are private, slow to import and in need of ``expecttest``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from reimpl.testing.declarations import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class OptimizerErrorCase:
+    """A constructor call, or a first step, that must raise (or warn, where ``error_type`` is a ``Warning``).
+
+    ``params`` is ``None`` where the test supplies its own.
+    """
+
+    desc: str
+    params: Any
+    kwargs: Mapping[str, Any]
+    error_type: type[Exception]
+    error_regex: str
+    on_step: bool
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """What PyTorch's database says about an optimizer."""
+
+    supported_impls: tuple[str, ...]
+    not_original_flags: tuple[str, ...]
+    supports_sparse: bool
+    supports_complex: bool
+    has_capturable_arg: bool
+    fused_on: tuple[str, ...]
+
+
+def optimizer_inputs(name: str, device: str | torch.device, dtype: torch.dtype) -> tuple[OptimizerConfig, ...]:
+    """PyTorch's own sample configurations of ``torch.optim.<name>``.
+
+    Each call makes new ones: the keyword arguments may hold tensors. Parameters are the caller's affair.
+
+    Raises:
+        KeyError: PyTorch's database has no such optimizer.
+    """
+    inputs = _info(name).optim_inputs_func(str(torch.device(device).type), dtype)
+    return tuple(OptimizerConfig(item.desc, dict(item.kwargs), torch_kwargs=dict(item.kwargs)) for item in inputs)
+
+
+def optimizer_error_inputs(name: str, device: str | torch.device, dtype: torch.dtype) -> tuple[OptimizerErrorCase, ...]:
+    """PyTorch's own bad inputs of ``torch.optim.<name>``, with the error that it expects of each.
+
+    Raises:
+        KeyError: PyTorch's database has no such optimizer.
+    """
+    database = _database()
+    cases = _info(name).optim_error_inputs_func(str(torch.device(device).type), dtype)
+    return tuple(
+        OptimizerErrorCase(
+            desc=case.optimizer_error_input.desc,
+            params=case.optimizer_error_input.params,
+            kwargs=dict(case.optimizer_error_input.kwargs),
+            error_type=case.error_type,
+            error_regex=case.error_regex,
+            on_step=case.error_on is database.OptimizerErrorEnum.STEP_ERROR,
+        )
+        for case in cases
+    )
+
+
+def optimizer_flags(name: str) -> OptimizerFlags:
+    """Which execution flags, gradients and devices ``torch.optim.<name>`` supports.
+
+    Raises:
+        KeyError: PyTorch's database has no such optimizer.
+    """
+    info = _info(name)
+    return OptimizerFlags(
+        supported_impls=tuple(info.supported_impls),
+        not_original_flags=tuple(info.not_og_supported_flags),
+        supports_sparse=bool(info.supports_sparse),
+        supports_complex=bool(info.supports_complex),
+        has_capturable_arg=bool(info.has_capturable_arg),
+        fused_on=tuple(info.supports_fused_on),
+    )
+
+
+@functools.cache
+def _database() -> ModuleType:
+    """Import the database, and undo what its import does to the process.
+
+    ``torch.testing._internal.common_utils`` forbids setting ``torch.backends`` flags from then on; here that would be
+    a surprise at a distance.
+    """
+    from torch.testing._internal import common_optimizers
+
+    torch.backends.__allow_nonbracketed_mutation_flag = True
+    return common_optimizers
+
+
+def _info(name: str) -> Any:
+    for info in _database().optim_db:
+        if info.optim_cls.__name__ == name:
+            return info
+    known = sorted(info.optim_cls.__name__ for info in _database().optim_db)
+    raise KeyError(f"PyTorch's database has no optimizer {name!r}; it has {', '.join(known)}")

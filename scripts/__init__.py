@@ -1,0 +1,1 @@
+"""What people run: the report, CIFAR-10 training, comparisons and benchmarks."""

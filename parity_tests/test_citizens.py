@@ -1,4 +1,4 @@
-"""What a function of PyTorch can do, each of ours can: every order and mode of differentiation, vmap, compile, layouts."""
+"""What a function of PyTorch can do, ours can: derivatives of every kind, vmap, compile, layouts, autocast."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def pairs(technique: FunctionTechnique) -> Iterator[tuple[Function, Function, tu
         yield ours, theirs, tuple(tensor.detach() for tensor in tensors), sample.desc
 
 
+def explain(case: str) -> Callable[[str], str]:
+    """The message of a failed comparison, with the case before it."""
+    return lambda text: f"{case}: {text}"
+
+
+def significant_strides(tensor: Tensor) -> list[int]:
+    """The strides of dimensions of more than one element; the others are of no consequence."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 @each_function
 def test_gradcheck_in_both_modes(technique: FunctionTechnique) -> None:
     for sample in samples(technique):
@@ -60,7 +70,6 @@ def test_gradcheck_in_both_modes(technique: FunctionTechnique) -> None:
 def test_gradgradcheck_and_forward_over_reverse(technique: FunctionTechnique) -> None:
     for sample in list(samples(technique))[:3]:
         function, tensors = split(technique.ours, sample)
-        # Nearly flat everywhere, or constant: the numerical derivative of the derivative is then all rounding.
         assert gradgradcheck(function, tensors, check_fwd_over_rev=True, check_batched_grad=True), sample.desc
 
 
@@ -83,20 +92,35 @@ def test_second_derivatives_in_every_combination(technique: FunctionTechnique) -
             "reverse over forward": jacrev(jacfwd(function)),
             "forward over forward": jacfwd(jacfwd(function)),
         }.items():
-            torch.testing.assert_close(second(first), expected, msg=lambda text, name=name: f"{desc}, {name}: {text}")  # noqa: B023
+            torch.testing.assert_close(second(first), expected, msg=explain(f"{desc}, {name}"))
 
 
-def test_forward_over_forward_of_batch_norm_is_right_where_pytorchs_is_not() -> None:
-    def composed(x: Tensor) -> Tensor:
-        centred = x - x.mean(0)
-        return centred / (centred.square().mean(0) + 1e-5).sqrt()
+def composed_batch_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Batch normalisation of features by differentiable arithmetic."""
+    centred = x - x.mean(0)
+    return centred / (centred.square().mean(0) + 1e-5).sqrt() * weight
+
+
+def test_batch_norm_where_pytorchs_is_wrong() -> None:
+    """In 2.15, ``jvp`` of ``jvp`` through PyTorch's, and its gradient for a weight with strides, have wrong numbers."""
+    generator = torch.Generator().manual_seed(0)
+    point = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    weight = torch.randn(3, 2, dtype=torch.float64, generator=generator)[:, 0]
+    grad = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    assert not weight.is_contiguous()
+
+    def ours(x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, weight, training=True)
+
+    def right(x: Tensor) -> Tensor:
+        return composed_batch_norm(x, weight)
 
     def second(function: Callable[[Tensor], Tensor]) -> Tensor:
-        weights = torch.arange(12, dtype=torch.float64).view(4, 3)
-        return torch.func.jacfwd(torch.func.jacfwd(lambda x: (function(x) ** 2 * weights).sum()))(point)  # type: ignore[no-any-return]
+        return torch.func.jacfwd(torch.func.jacfwd(lambda x: (function(x) * grad).sum()))(point)  # type: ignore[no-any-return]
 
-    point = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(second(lambda x: F.batch_norm(x, None, None, training=True)), second(composed))
+    torch.testing.assert_close(second(ours), second(right))
+    leaf = point.clone().requires_grad_()
+    torch.testing.assert_close(*(torch.autograd.grad(function(leaf), leaf, grad) for function in (ours, right)))
 
 
 @each_function
@@ -108,7 +132,7 @@ def test_dual_tensors(technique: FunctionTechnique) -> None:
             with forward_ad.dual_level():
                 duals = [forward_ad.make_dual(t, v) for t, v in zip(tensors, tangents, strict=True)]
                 results.append(forward_ad.unpack_dual(function(*duals)))
-        torch.testing.assert_close(results[0], results[1], msg=lambda text, desc=desc: f"{desc}: {text}")
+        torch.testing.assert_close(results[0], results[1], msg=explain(desc))
 
 
 @each_function
@@ -119,7 +143,10 @@ def test_vmap_over_each_argument_and_all(technique: FunctionTechnique) -> None:
         for mapped in (*range(len(tensors)), None):
             dims = tuple(-1 if mapped in (None, i) else None for i in range(len(tensors)))
             inputs = [s if d == -1 else t for s, t, d in zip(stacks, tensors, dims, strict=True)]
-            rows = [[t[..., k] if d == -1 else t for t, d in zip(inputs, dims, strict=True)] for k in range(3)]
+            # Contiguous, because PyTorch's batch_norm takes strides of its weight for 1 (see the test of batch_norm).
+            rows = [
+                [t[..., k].contiguous() if d == -1 else t for t, d in zip(inputs, dims, strict=True)] for k in range(3)
+            ]
             message = f"{desc}, mapped {mapped}"
             torch.testing.assert_close(
                 torch.vmap(ours, dims)(*inputs), torch.stack([theirs(*row) for row in rows]), msg=message
@@ -128,7 +155,7 @@ def test_vmap_over_each_argument_and_all(technique: FunctionTechnique) -> None:
             grads = torch.vmap(torch.func.grad(lambda *t: (ours(*t) ** 2).sum(), everything), dims)(*inputs)  # noqa: B023
             expected = [torch.func.grad(lambda *t: (theirs(*t) ** 2).sum(), everything)(*row) for row in rows]  # noqa: B023
             for i, grad in enumerate(grads):
-                torch.testing.assert_close(grad, torch.stack([row[i] for row in expected]), msg=message)
+                torch.testing.assert_close(grad, torch.stack([row[i] for row in expected]), msg=explain(message))
 
 
 def compiled_matches(function: Function, reference: Function, tensors: tuple[Tensor, ...], backend: str) -> None:
@@ -137,7 +164,7 @@ def compiled_matches(function: Function, reference: Function, tensors: tuple[Ten
     ours = torch.compile(function, fullgraph=True, backend=backend)(*leaves)
     theirs = reference(*leaves)
     torch.testing.assert_close(ours, theirs)
-    assert ours.stride() == theirs.stride()
+    assert significant_strides(ours) == significant_strides(theirs)
     grad = torch.randn_like(theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
 
@@ -223,9 +250,8 @@ def test_strides_are_pytorchs_on_real_meta_and_fake_tensors(layout: str, device:
             fake = function(mode.from_tensor(x))
         for kind, result in {"real": function(x), "meta": on_meta, "fake": fake}.items():
             assert result.shape == expected.shape and result.dtype == expected.dtype, (name, kind)
-            assert result.stride() == expected.stride(), (name, kind, result.stride(), expected.stride())
+            assert significant_strides(result) == significant_strides(expected), (name, kind)
         assert on_meta.is_meta and fake.device == x.device
-        assert on_meta.device.type == "meta"
 
 
 @each_function
@@ -252,7 +278,7 @@ AUTOCAST_CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "adaptive_avg_pool2d": lambda m, x: m.adaptive_avg_pool2d(x, 1),
     "batch_norm": lambda m, x: m.batch_norm(x, None, None, torch.ones(6, device=x.device), training=True),
     "cross_entropy": lambda m, x: m.cross_entropy(x, torch.zeros(4, 8, 8, dtype=torch.long, device=x.device)),
-    "cross_entropy, probabilities": lambda m, x: m.cross_entropy(x, x.detach().softmax(1)),
+    "cross_entropy, probabilities": lambda m, x: m.cross_entropy(x, x.detach().flip(1).softmax(1)),
 }
 
 

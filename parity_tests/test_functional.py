@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,39 @@ def test_three_way_parity(
         )
     for (case, quantity), verdict in together.items():
         verdict.check(technique.name, f"{case}, {dtype}", quantity)
+
+
+def _softmax_of_unshifted(input: Tensor, dim: int) -> Tensor:
+    weights = torch.exp(input)
+    return weights / weights.sum(dim, keepdim=True)
+
+
+def _linear_with_detached_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(input, weight) + (0 if bias is None else bias.detach() + 0 * bias)
+
+
+PLANTED: tuple[tuple[str, str, Callable[..., Tensor]], ...] = (
+    ("linear", "a gradient lost", _linear_with_detached_bias),
+    ("relu", "leaky by an ulp of 1", lambda x: torch.where(x > 0, x, x * torch.finfo(x.dtype).eps)),
+    ("sigmoid", "of the wrong sign far out", lambda x: torch.where(x < -15, 0 * x, F.sigmoid(x))),
+    ("softmax", "no shift", _softmax_of_unshifted),
+    ("log_softmax", "log of a sum that lost the small", lambda x, dim: F.softmax(x, dim).log()),
+    ("cross_entropy", "smoothing left out", lambda *a, label_smoothing=0.0, **k: F.cross_entropy(*a, **k)),
+    ("conv2d", "kernel mirrored", lambda x, w, b=None, **k: F.conv2d(x, w.flip(-1), b, **k)),
+    ("max_pool2d", "zeros in the padding", lambda x, *a, **k: F.max_pool2d(x, *a, **k).clamp_min(0)),
+    ("adaptive_avg_pool2d", "an element of 1e-5 more", lambda x, size: F.adaptive_avg_pool2d(x, size) * (1 + 1e-5)),
+    ("batch_norm", "another eps", lambda *a, eps=1e-5, **k: F.batch_norm(*a, eps=eps * 1.5, **k)),
+)
+
+
+@pytest.mark.parametrize(("name", "bug", "wrong"), PLANTED, ids=[f"{name}: {bug}" for name, bug, _ in PLANTED])
+def test_planted_bugs_are_caught(name: str, bug: str, wrong: Callable[..., Tensor]) -> None:
+    (row,) = (row for row in FUNCTIONS if row.name == name)
+    assert row.samples is not None
+    caught = False
+    for sample in row.samples(torch.device("cpu"), torch.float32, seeded_generator(0, name)):
+        caught |= not all(verdict.ok for _, verdict in verdicts(replace(row, ours=wrong), sample, 0))
+    assert caught
 
 
 def _geometries() -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]:
@@ -309,6 +343,7 @@ def _error_calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "max_pool2d", (randn(3, 3), 2), {}
     yield "max_pool2d", (image, 2), {"padding": 2}
     yield "max_pool2d", (image, 2), {"padding": -1}
+    yield "max_pool2d", (image, (3, 2), 1, (2, 1), 2), {}
     yield "max_pool2d", (image, 2), {"stride": 0}
     yield "max_pool2d", (image, 2), {"dilation": 0}
     yield "max_pool2d", (image, (2, 2, 2)), {}
@@ -426,9 +461,9 @@ def test_empty_inputs(device: torch.device) -> None:
 def test_max_pool2d_refuses_a_window_in_the_padding_alone() -> None:
     # PyTorch without indices answers -inf here, whose gradient has no place to go.
     x = torch.zeros(1, 1, 2, 2)
-    assert torch_functional.max_pool2d(x, 2, 1, 3, 5).eq(-torch.inf).any()
+    assert torch_functional.max_pool2d(x, 2, 1, 1, 3).eq(-torch.inf).any()
     with pytest.raises(RuntimeError, match="window in the padding alone"):
-        F.max_pool2d(x, 2, 1, 3, 5)
+        F.max_pool2d(x, 2, 1, 1, 3)
 
 
 def test_relu_in_place() -> None:

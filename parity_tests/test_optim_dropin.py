@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+import reimpl.optim
 from parity_tests.optim_cases import TECHNIQUES
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.optimizer_checks import assert_same
@@ -83,6 +84,16 @@ def test_constructor_begins_as_pytorchs(technique: OptimizerTechnique) -> None:
     assert strip(shared) == strip(theirs)
     extra = [p for p in ours if p not in shared]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY and p.default in (None, False, True, "torch") for p in extra)
+
+
+@pytest.mark.quick
+def test_the_namespace_holds_all_of_pytorchs() -> None:
+    assert set(torch.optim.__all__) <= set(reimpl.optim.__all__) <= set(dir(reimpl.optim))
+    assert set(lr_scheduler.__all__) <= set(dir(reimpl.optim.lr_scheduler))
+    assert reimpl.optim.Optimizer is Optimizer
+    for name in set(torch.optim.__all__) - {"lr_scheduler"}:
+        is_ours = name in {p.id for p in TECHNIQUES}
+        assert (getattr(reimpl.optim, name) is getattr(torch.optim, name)) != is_ours
 
 
 @pytest.mark.quick

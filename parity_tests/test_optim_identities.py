@@ -141,7 +141,7 @@ def test_where_eps_stands(cls: Any, kwargs: dict[str, Any], square: float) -> No
     for inside, size in expected.items():
         param = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         step_with(cls([param], lr=1.0, eps=delta, eps_inside_sqrt=inside, **kwargs), [torch.full_like(param, g)])
-        assert -float(param) == pytest.approx(size, rel=1e-14)  # a few roundings in float64
+        assert -param.item() == pytest.approx(size, rel=1e-14)  # a few roundings in float64
     assert expected[False] > 5 * expected[True]
 
 

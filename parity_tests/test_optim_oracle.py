@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -37,21 +38,24 @@ def test_three_way_parity(
     def check(config: OptimizerConfig) -> None:
         if is_refused(technique, config, implementation, technique.ours):
             return
-        verdicts = compare_with_oracle(technique, config, implementation=implementation, dtype=dtype, device=device)
+        run = {"implementation": implementation, "dtype": dtype, "device": device}
+        row = {**run, "case": config.desc, "technique": technique.name, "seeds": len(SEEDS)}
+        row["ids"] = (config.id,) if config.id else technique.ids
+        verdicts = compare_with_oracle(technique, config, **run)  # type: ignore[arg-type]
         for quantity, verdict in verdicts.items():
-            record(
-                verdict,
-                kind="optimizer",
-                technique=technique.name,
-                ids=(config.id,) if config.id else technique.ids,
-                case=config.desc,
-                quantity=quantity,
-                implementation=implementation,
-                device=device,
-                dtype=dtype,
-                seeds=len(SEEDS),
-            )
+            record(verdict, kind="optimizer", quantity=quantity, **row)
+        if _pytorch_has(technique, config, implementation):
+            theirs = dataclasses.replace(technique, ours=technique.torch)  # type: ignore[arg-type]
+            for quantity, verdict in compare_with_oracle(theirs, config, **run).items():  # type: ignore[arg-type]
+                record(verdict, kind="pytorch", quantity=quantity, **row)
         for quantity, verdict in verdicts.items():
             verdict.check(technique.name, f"{config.desc}, {implementation}, {dtype}", quantity)
 
     for_each(all_configs(technique, device, dtype), check)
+
+
+def _pytorch_has(technique: OptimizerTechnique, config: OptimizerConfig, implementation: str) -> bool:
+    """Whether PyTorch's own foreach or fused path is recorded beside ours; nothing is required of it."""
+    return config.torch_kwargs is not None and (
+        implementation == "foreach" or (implementation == "fused" and technique.torch_fused)
+    )

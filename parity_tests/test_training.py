@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from reimpl.data import synthetic
-from scripts.train_cifar10 import Config, Run, train
+from scripts._checkpoint import CheckpointError
+from scripts.train_cifar10 import Config, Run, main, train
 
 DATA = synthetic(200, 40)
 TINY = Config(generated=(200, 40), widths=(4, 4, 8), batch_size=40, epochs=2, progress=False, device="cpu")
@@ -85,8 +87,9 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         {},
         {"optimizer": "Adam", "average": "ema"},
-        {"optimizer": "RMSprop", "set": ("momentum=0.9", "lr=0.001"), "average": "none"},
+        {"optimizer": "RMSprop", "set": ("momentum=0.9", "lr=0.001"), "average": "off"},
         {"optimizer": "torch.AdamW", "schedule": "constant"},
+        {"optimizer": "Adadelta", "set": ("fused=True",)},
         {"optimizer": "torch.LBFGS", "set": ("max_iter=2",), "channels_last": False},
         {"backend": "reimpl", "precision": "bfloat16", "channels_last": False},
         {"model": "cnn", "widths": None},
@@ -115,6 +118,15 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     assert_same_bits(weights(again.model), weights(whole.model))
 
 
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    train(tiny(out=tmp_path), DATA)
+    with pytest.raises(ValueError, match=r"--out .* holds another run's checkpoints: --resume it, or name another"):
+        Run(tiny(out=tmp_path), DATA)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write .*Not a directory"):
+        train(tiny(out=tmp_path / "file" / "run"), DATA)
+
+
 def test_a_resumed_run_keeps_its_flags_and_images(tmp_path: Path) -> None:
     train(tiny(out=tmp_path, optimizer="Adam", lr=0.01), DATA)
     resumed = Run(Config(resume=tmp_path, optimizer="Adam", lr=0.01, progress=False), DATA).config
@@ -127,7 +139,7 @@ def test_a_resumed_run_keeps_its_flags_and_images(tmp_path: Path) -> None:
 
 def test_a_diverging_run_stops() -> None:
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 5: try a lower --lr"):
-        train(tiny(lr=1e30, average="none"), DATA)
+        train(tiny(lr=1e30, average="off"), DATA)
 
 
 def test_bad_flags_are_named() -> None:
@@ -166,3 +178,26 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"--tensorboard needs the package tensorboard: pip install"):
         train(tiny(out=tmp_path, tensorboard=True), DATA)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optimizer adamw", "unknown optimizer 'adamw'; did you mean reimpl.AdamW? Known: reimpl.Adadelta"),
+        ("--set momentum=0.9 --set beta=1", "reimpl.SGD with {'lr': 0.8, 'momentum': 0.9, "),
+        ("--data .", "lacks batches.meta, data_batch_1"),
+        ("--resume nowhere", "no checkpoint in nowhere"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(
+    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tyro")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_cifar10", *flags.split()])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert str(caught.value).startswith("train_cifar10: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()

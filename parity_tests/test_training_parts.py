@@ -138,7 +138,7 @@ def test_schedules() -> None:
     assert one_cycle == pytest.approx([0.2, 0.6, 1, 0.5, 0], rel=1e-12)  # a few roundings of 1e-16
 
 
-@pytest.mark.parametrize("kind", ["ema", "lookahead", "none"])
+@pytest.mark.parametrize("kind", ["ema", "lookahead", "off"])
 def test_averages_follow_their_formula(kind: Kind) -> None:
     model = nn.BatchNorm1d(3).double()
     total, average, live = 23, weights(model), weights(model)
@@ -152,7 +152,7 @@ def test_averages_follow_their_formula(kind: Kind) -> None:
         if kind == "ema" or (kind == "lookahead" and t % 5 == 0):
             d = min(0.99, (1 + t) / (10 + t)) if kind == "ema" else 0.95**5 * (t / total) ** 3
             average = {name: d * a + (1 - d) * live[name] if a.ndim else a for name, a in average.items()}
-        if kind == "none":
+        if kind == "off":
             average = live
         expected = average if kind == "lookahead" and t % 5 == 0 else live
         torch.testing.assert_close(weights(model), expected, rtol=1e-12, atol=1e-12)  # lerp rounds in another order

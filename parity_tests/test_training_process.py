@@ -75,8 +75,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, A
     [
         pytest.param(KILL_BEFORE_STEP.format(step=7), 6, False, id="first epoch"),
         pytest.param(KILL_BEFORE_STEP.format(step=14), 12, False, id="second epoch"),
-        # The writes are those of steps 3, 6, 9, 10 (the epoch's end), 12.
-        pytest.param(KILL_WHILE_WRITING.format(step=5), 10, True, id="while writing"),
+        # The writes are those of steps 0, 3, 6, 9, 10 (the epoch's end), 12.
+        pytest.param(KILL_WHILE_WRITING.format(step=6), 10, True, id="while writing"),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -140,10 +140,10 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path: Path) ->
     wrapper = ("unshare", "-rm", "sh", "-c", mount + '"$@"' + then, "sh")
     full = start(*FLAGS, "--checkpoint-every", "3", "--out", f"{disk}/run", cwd=tmp_path, wrapper=wrapper)
     assert full.returncode == 1 and "Traceback" not in full.stderr
-    assert f"cannot write {disk}/run/checkpoint-00000009.pt" in full.stderr
+    assert f"cannot write {disk}/run/checkpoint-00000006.pt" in full.stderr
     assert "the disk is full. The last good checkpoint is" in full.stderr
-    assert full.stdout.split() == ["checkpoint-00000003.pt", "checkpoint-00000006.pt"]  # and nothing half written
-    assert _checkpoint.read(tmp_path / "checkpoint-00000006.pt")["step"] == 6
+    assert full.stdout.split() == ["checkpoint-00000000.pt", "checkpoint-00000003.pt"]  # and nothing half written
+    assert _checkpoint.read(tmp_path / "checkpoint-00000003.pt")["step"] == 3
 
 
 @pytest.mark.slow
@@ -156,17 +156,3 @@ def test_the_script_runs_from_any_folder(
         assert done["optimizer"]["name"] == "reimpl.SGD" and done["versions"]["torch"] == torch.__version__
         assert (tmp_path / done["out"] / "model.pt").exists() and done["out"].startswith("runs/fast-reimpl.SGD-0-")
         shutil.rmtree(tmp_path / "runs")
-
-
-@pytest.mark.slow
-def test_wrong_flags_end_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    for flags, message in (
-        (("--optimizer", "adamw"), "unknown optimizer 'adamw'; did you mean reimpl.AdamW? Known: reimpl.Adadelta"),
-        (("--set", "momentum=0.9", "--set", "nesterov=3x"), "train_cifar10: "),
-        (("--data", "."), "lacks batches.meta, data_batch_1"),
-        (("--resume", "nowhere"), "no checkpoint in nowhere"),
-    ):
-        done = start(*flags, "--no-progress", cwd=tmp_path)
-        assert done.returncode == 1 and message in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Kind = Literal["none", "ema", "lookahead"]
+Kind = Literal["off", "ema", "lookahead"]
 
 
 class WeightAverage:
@@ -17,7 +17,7 @@ class WeightAverage:
 
     ``"ema"``: every step, d = min(0.99, (1 + t) / (10 + t)), θ left alone. ``"lookahead"``: every fifth step,
     d = 0.95⁵ (t/T)³ after T steps in all, then θ ← a: steps early on pass nearly unhindered, late ones are averaged.
-    ``"none"``: nothing is kept. Source: N2, 8.7.3 (O14); M. Zhang et al., *Lookahead Optimizer*, 2019, with the
+    ``"off"``: nothing is kept. Source: N2, 8.7.3 (O14); M. Zhang et al., *Lookahead Optimizer*, 2019, with the
     schedule of K. Jordan's *airbench94*.
     """
 
@@ -25,7 +25,7 @@ class WeightAverage:
         self.kind = kind
         self.total_steps = total_steps
         self.every = 5 if kind == "lookahead" else 1
-        self._live = [v for v in model.state_dict().values() if v.is_floating_point()] if kind != "none" else []
+        self._live = [v for v in model.state_dict().values() if v.is_floating_point()] if kind != "off" else []
         self._average = [v.clone() for v in self._live]
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class Config:
     label_smoothing: float | None = None
     """Share of each target spread over all classes."""
     average: Kind | None = None
-    """Averaging of the weights: ema, lookahead or none."""
+    """Averaging of the weights: ema, lookahead or off."""
     flip: bool = True
     """Mirror a random half of the images, and each one anew every epoch."""
     shift: int | None = None
@@ -84,7 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "schedule": "one_cycle",
         "label_smoothing": 0.0,
-        "average": "none",
+        "average": "off",
         "shift": 4,
         "sgd": {"lr": 0.2, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
     },
@@ -92,7 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "schedule": "linear",
         "label_smoothing": 0.0,
-        "average": "none",
+        "average": "off",
         "shift": 2,
         "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
     },
@@ -116,6 +116,8 @@ def with_presets(config: Config) -> Config:
     for name, low in (("epochs", 1), ("batch_size", 1), ("shift", 0), ("seed", 0), ("checkpoint_every", 0)):
         if getattr(config, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(config, name)}")
+    if config.seed >= 2**32:
+        raise ValueError(f"--seed must be below 2**32, got {config.seed}")
     if config.shift > 31:
         raise ValueError(f"--shift must be at most 31, as the images have 32 pixels a side, got {config.shift}")
     if not 0 <= config.label_smoothing <= 1:

@@ -79,7 +79,7 @@ def progress_bar(shown: bool, total: int, step: int) -> Iterator[Show]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("the progress bar needs tqdm: pip install 'reimpl[train]', or --no-progress") from error
-    with tqdm(total=total, initial=step, unit="step") as bar:
+    with tqdm(total=total, initial=step, unit="step", disable=None) as bar:  # none where no one watches
         text: dict[str, str] = {}
 
         def show(step: int, values: Mapping[str, float]) -> None:

@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from reimpl.data import CIFAR10Arrays
 from scripts.train_cifar10 import Config, Result, train
 
 #: Name to highest learning rate; ``None`` is the default of the network for SGD and of the class for the others.
 OPTIMIZERS: Mapping[str, float | None] = {"SGD": None, "Adam": 0.01, "RMSprop": None}
 _CONFIG = Config(
-    model="fast", widths=(8, 16, 32), generated=(4_000, 1_000), epochs=4, batch_size=250, label_smoothing=0.0,
-    average="none", device="cpu", progress=False,
+    model="fast", widths=(8, 16, 32), generated=(4_000, 1_000), epochs=3, batch_size=250, label_smoothing=0.0,
+    average="none", device="cpu", threads=1, progress=False,
 )  # fmt: skip
 
 

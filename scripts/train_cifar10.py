@@ -5,7 +5,8 @@
     python -m scripts.train_cifar10 --model resnet20 --optimizer torch.AdamW --set weight_decay=0.05
     python -m scripts.train_cifar10 --resume runs/NAME                goes on with a run that was cut off
 
-The last line printed is a JSON object with the test accuracy and what it was reached with.
+A flag whose default is None takes the network's own, which is in scripts/_config.py. The last line printed is a JSON
+object with the test accuracy and what it was reached with.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ class Run:
         self.config = config = with_presets(config)
         if config.tensorboard and config.out is None:
             raise ValueError("--tensorboard needs --out, the folder to write the curves into")
+        if saved is None and config.out is not None and _checkpoint.found(config.out):
+            raise ValueError(f"--out {config.out} holds another run's checkpoints: --resume it, or name another folder")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
@@ -131,7 +134,7 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.average = WeightAverage(config.average, self.model, self.steps)
         self.epoch = self.batch = self.step = 0  # the next batch to take, and the steps done
-        self.losses = torch.zeros(self.steps)
+        self.losses = torch.zeros(self.steps, device=self.device)
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         if saved is not None:
@@ -148,7 +151,7 @@ class Run:
             "batch": self.batch,
             "step": self.step,
             "seconds": self.seconds,
-            "losses": self.losses[: self.step].clone(),
+            "losses": self.losses[: self.step].clone().cpu(),
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -184,6 +187,8 @@ class Run:
         folder = config.out / "tensorboard" if config.tensorboard else None
         bar = progress_bar(config.progress, self.steps, self.step)
         with deterministic(self.device), bar as show, curves(folder, self.step) as log:
+            if self.step == 0:
+                self.checkpoint()  # a folder that cannot be written to fails now, not after an epoch
             began = time.perf_counter() - self.seconds
             while self.epoch < config.epochs:
                 for x, y in self.batches.epoch(self.epoch, self.batch):
@@ -192,7 +197,7 @@ class Run:
                     self.average.update(self.step)
                     if self.step % LOG_EVERY == 0 or self.batch == len(self.batches):
                         self.look(show, log)
-                    if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                    if self.batch < len(self.batches) and self.step % (config.checkpoint_every or self.steps) == 0:
                         self.seconds = time.perf_counter() - began
                         self.checkpoint()
                 self.epoch, self.batch = self.epoch + 1, 0
@@ -228,7 +233,7 @@ class Run:
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
-        """Accuracy and cross-entropy over the test images, in the networks's evaluation mode."""
+        """Accuracy and cross-entropy over the test images, in the network's evaluation mode."""
         self.model.eval()
         right, total = 0, 0.0
         for images, labels in zip(self.test_images.split(1_000), self.test_labels.split(1_000)):
@@ -290,6 +295,7 @@ def main() -> None:
         import tyro
     except ImportError:
         sys.exit("training from the command line needs tyro: pip install 'reimpl[train]'")
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.UseAppendAction,))
     try:
         if config.resume is None and config.out is None:

@@ -83,7 +83,7 @@ def _elementwise(draw: _Draw) -> Iterator[Sample]:
 def _along_dim(draw: _Draw) -> Iterator[Sample]:
     yield Sample((draw(4, 7),), {"dim": 1}, desc="rows")
     yield Sample((draw(3, 5, 4),), {"dim": 1}, desc="inner dimension")
-    yield Sample(((draw.constant(3, 6) * 30).requires_grad_(),), {"dim": -1}, desc="large values")
+    yield Sample(((draw.constant(3, 6) * 100).requires_grad_(),), {"dim": -1}, desc="large values")
 
 
 def _cross_entropy(draw: _Draw) -> Iterator[Sample]:
@@ -163,6 +163,7 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         torch=torch_functional.relu,
         oracle=oracle.relu,
         samples=_samples(_elementwise),
+        magnitude=oracle.relu_magnitude,
         module=reimpl.nn.ReLU,
         torch_module=torch.nn.ReLU,
         forbidden=FORBIDDEN,

@@ -80,10 +80,9 @@ def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry
         spread = rows.new_zeros(samples, height, width, groups, channels)
         for i in range(k_h):
             for j in range(k_w):
-                window = spread[:, i * d_h : i * d_h + (o_h - 1) * s_h + 1 : s_h]
-                window = window[:, :, j * d_w : j * d_w + (o_w - 1) * s_w + 1 : s_w]
+                window = _every(_every(spread, 1, i * d_h, o_h, s_h), 2, j * d_w, o_w, s_w)
                 window += rows[:, :, :, :, i, j].permute(1, 2, 3, 0, 4)
-        inner = spread[:, top : top + size[0], left : left + size[1]]
+        inner = spread.narrow(1, top, size[0]).narrow(2, left, size[1])
         return inner.reshape(samples, *size, groups * channels).to(grad.dtype)
 
     row_bytes = o_h * o_w * k_h * k_w * groups * channels * dtype.itemsize
@@ -122,6 +121,12 @@ def _error_rows(grad: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """The output's gradient as rows ``(groups, N·H'·W', O/groups)``."""
     rows = grad.permute(0, 2, 3, 1).to(dtype)
     return rows.reshape(prod(rows.shape[:3]), groups, grad.shape[1] // groups).transpose(0, 1)
+
+
+def _every(tensor: Tensor, dim: int, start: int, count: int, step: int) -> Tensor:
+    """``count`` elements of a dimension, ``step`` apart; ``narrow``, unlike a slice of the whole, works in every vmap."""
+    run = tensor.narrow(dim, start, (count - 1) * step + 1)
+    return run if step == 1 else run[(slice(None),) * dim + (slice(None, None, step),)]
 
 
 def _filters(weight: Tensor, groups: int) -> Tensor:

@@ -177,7 +177,7 @@ def _check_probabilities(
     if smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     if input.dim() == 0:
-        raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
+        raise IndexError("Dimension specified as 1 but tensor has no dimensions")
     _check_floating(input)
     classes = input.shape[0 if input.dim() == 1 else 1]
     if weight is not None and (weight.dim() != 1 or weight.numel() != classes):

@@ -29,7 +29,7 @@ def max_pool2d(
     Args:
         input: shape :math:`(N, C, H, W)` or :math:`(C, H, W)`.
         kernel_size, stride, padding, dilation: a number or a pair (rows, columns); ``stride`` defaults to
-            ``kernel_size``, and the padding, at most half the dilated kernel, is never chosen.
+            ``kernel_size``, and the padding, at most half the kernel, is never chosen.
         ceil_mode: let a last window begin inside the input and reach over its edge.
         return_indices: return also where each maximum stands, as ``row * W + column``.
 
@@ -81,6 +81,11 @@ def _windows(
     if min(dil) <= 0:
         raise RuntimeError(f"dilation should be greater than zero, but got dilationH: {dil[0]} dilationW: {dil[1]}")
     sizes = [_length(input.shape[d], kernel[d], step[d], pad[d], dil[d], ceil_mode) for d in (-2, -1)]
+    if 2 * pad[0] > kernel[0] or 2 * pad[1] > kernel[1]:
+        raise RuntimeError(
+            "pad should be smaller than or equal to half of kernel size, but got "
+            f"padW = {pad[1]}, padH = {pad[0]}, kW = {kernel[1]}, kH = {kernel[0]}"
+        )
     if min(sizes) < 1:
         planes, height, width = input.shape[-3:]
         raise RuntimeError(
@@ -121,8 +126,8 @@ def _length(size: int, kernel: int, stride: int, pad: int, dilation: int, ceil_m
         )
     if any(start % dilation >= size for start in range(-pad, 0, stride)):
         raise RuntimeError(
-            "every window must hold an element of the input, but with "
-            f"pad={pad}, kernel_size={kernel} and dilation={dilation} one of size {size} has a window in the padding alone"
+            f"pad={pad}, kernel_size={kernel} and dilation={dilation} over an input of size {size} "
+            "leave a window in the padding alone, and every window must hold an element of the input"
         )
     length = (size + 2 * pad - reach + (stride - 1 if ceil_mode else 0)) // stride + 1
     if ceil_mode and (length - 1) * stride >= size + pad:

@@ -54,8 +54,7 @@ def load(text: str, versions: Iterable[str]) -> ModuleType:
         versions: whatever else the compiled code depends on. Python, PyTorch and the source itself always count, so
             that an upgrade starts afresh instead of reading a stale file.
     """
-    stamp = "\n".join((sys.version, torch.__version__, *versions, text))
-    name = f"reimpl_kernel_{hashlib.sha256(stamp.encode()).hexdigest()[:24]}"
+    name = _name(text, versions)
     base = folder()
     if base is not None:
         try:
@@ -63,6 +62,19 @@ def load(text: str, versions: Iterable[str]) -> ModuleType:
         except OSError as error:
             warnings.warn(f"compiled kernels are not kept: {base} cannot be used ({error})", stacklevel=2)
     return _import(_write(_temporary_folder(), name, text), name)
+
+
+def _name(text: str, versions: Iterable[str]) -> str:
+    stamp = "\n".join((sys.version, torch.__version__, *versions, text))
+    return f"reimpl_kernel_{hashlib.sha256(stamp.encode()).hexdigest()[:24]}"
+
+
+def forget(text: str, versions: Iterable[str]) -> None:
+    """Remove what is kept of a generated source."""
+    name = _name(text, versions)
+    for base in (folder(), _temporary_folder()):
+        for path in base.rglob(f"{name}.*") if base is not None else ():
+            path.unlink(missing_ok=True)
 
 
 def _write(base: Path, name: str, text: str) -> Path:

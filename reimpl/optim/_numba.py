@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numba
@@ -144,6 +145,14 @@ def _lines(indent: int, lines: list[str]) -> str:
     return "\n".join(" " * indent + line for line in lines)
 
 
+def _compiled(module: ModuleType) -> ModuleType:
+    """The module with its two entries compiled, or read back from the cache, for the only types that they see."""
+    addresses, table = numba.int64[:, ::1], numba.float64[:, ::1]
+    module.prologue.compile((addresses, numba.float64[::1], table))
+    module.run.compile((addresses, numba.int64[:, ::1], table, numba.int64))
+    return module
+
+
 class Kernel:
     """A compiled rule."""
 
@@ -151,7 +160,13 @@ class Kernel:
 
     def __init__(self, program: Program, dtype: torch.dtype, title: str) -> None:
         versions = (numba.__version__, np.__version__, Path(_numba_ops.__file__).read_text())
-        module = _kernel_cache.load(source(program, dtype, title), versions)
+        text = source(program, dtype, title)
+        try:
+            module = _compiled(_kernel_cache.load(text, versions))
+        except Exception:
+            # compiled code that cannot be read back (cut short, or damaged) is made anew; a real fault comes up again
+            _kernel_cache.forget(text, versions)
+            module = _compiled(_kernel_cache.load(text, versions))
         self._prologue: Callable[..., None] = module.prologue
         self._run: Callable[..., None] = module.run
         self._n_scalars = len(program.scalars)

@@ -214,7 +214,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _sign(x: Any) -> Any:
-    return "tensor" if isinstance(x, Tensor) else (x > 0) - (x < 0)
+    return "tensor" if isinstance(x, Tensor) else bool(x > 0) - bool(x < 0)
 
 
 def trace(rule: Any, options: Mapping[str, Any], state: tuple[str, ...]) -> Program:

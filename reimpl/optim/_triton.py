@@ -27,8 +27,9 @@ from triton.language.extra import libdevice
 
 
 @triton.jit
-def interpreted_power(base, exponent):
-    return tl.exp2(exponent * tl.log2(base))
+def power(base, exponent):
+    zero = tl.zeros((), tl.float64)  # makes doubles of literals
+    return {power}
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def run(addresses, chunks, o, found_inf, n_tensors, HAS_FOUND_INF: tl.constexpr,
     c = tl.program_id(0).to(tl.int64)
     i = tl.load(chunks + 3 * c)
     start = tl.load(chunks + 3 * c + 1)
-    length = tl.load(chunks + 3 * c + 2)
+    length = tl.load(chunks + 3 * c + 2).to(tl.int32)
     if tl.load(addresses + n_tensors + i) == 0:
         return
     step_address = tl.load(addresses + {step} * n_tensors + i)
@@ -49,10 +50,15 @@ def run(addresses, chunks, o, found_inf, n_tensors, HAS_FOUND_INF: tl.constexpr,
         t = tl.load(step_address.to(tl.pointer_type(tl.float32))).to(tl.float64)
 {scalars}
 {pointers}
-    for at in range(0, CHUNK, BLOCK):
-        lane = at + tl.arange(0, BLOCK)
-        live = lane < length
-{body}
+    if length == CHUNK:  # without a mask, loads and stores are 16 bytes wide
+        for at in range(0, CHUNK, BLOCK):
+            lane = at + tl.arange(0, BLOCK)
+{whole}
+    else:
+        for at in range(0, length, BLOCK):
+            lane = at + tl.arange(0, BLOCK)
+            live = lane < length
+{masked}
 '''
 
 _DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -92,7 +98,7 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
     for k, code in enumerate(program.scalars):
         for option in options:
             code = code.replace(f"o[{option}]", f"o{option}")
-        scalars.append(f"a{k} = (tl.zeros((), tl.float64) + {code.replace('power(', _POWER)}).to(tl.{real})")
+        scalars.append(f"a{k} = (tl.zeros((), tl.float64) + {code}).to(tl.{real})")
     used = {x for operation in program.operations for x in operation[2:]} | set(program.stores.values())
     pointers = []
     for row, name in enumerate(names):
@@ -100,25 +106,33 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
             f"{name}_at = tl.load(addresses + {row} * n_tensors + i).to(tl.pointer_type(tl.{storage})) + start"
         )
         pointers.append(f"if ALIGNED:\n        {name}_at = tl.multiple_of({name}_at, 16)")
-    body = [f"{n} = tl.load({n}_at + lane, mask=live, other=0.0).to(tl.{real})" for n in names if n in used]
 
     def line(operation: Operation) -> str:
         result, name, *operands = operation
         return f"{result} = {_expression(name, real == 'float32', *operands)}"
 
-    body += map(line, program.operations)
-    body += [f"tl.store({n}_at + lane, {x}.to(tl.{storage}), mask=live)" for n, x in program.stores.items()]
+    def body(load: str, store: str) -> str:
+        loads = [f"{n} = tl.load({n}_at + lane{load}).to(tl.{real})" for n in names if n in used]
+        stores = [f"tl.store({n}_at + lane, {x}.to(tl.{storage}){store})" for n, x in program.stores.items()]
+        return "\n".join(" " * 12 + x for x in [*loads, *map(line, program.operations), *stores])
+
     return _TEMPLATE.format(
         title=title,
+        power=_POWER,
         step=len(names),
         scalars="\n".join(f"    {x}" for x in scalars),
         pointers="\n".join(f"    {x}" for x in pointers),
-        body="\n".join(f"        {x}" for x in body),
+        whole=body("", ""),
+        masked=body(", mask=live, other=0.0", ", mask=live"),
     )
 
 
 # the interpreter has no libdevice; exp2 of the logarithm is as near as it gets
-_POWER = "interpreted_power(" if INTERPRETED else "libdevice.pow("
+_POWER = (
+    "tl.exp2((exponent + zero) * tl.log2(base + zero))"
+    if INTERPRETED
+    else "libdevice.pow(base + zero, exponent + zero)"
+)
 
 
 class Kernel:
@@ -160,6 +174,7 @@ class Kernel:
                 run[(n_chunks,)](
                     table.there, chunks, options.there, chunks if found_inf is None else found_inf, len(sizes),
                     HAS_FOUND_INF=found_inf is not None, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK,
+                    enable_fp_fusion=False,
                 )  # fmt: skip
 
         return launch

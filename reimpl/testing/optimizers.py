@@ -15,6 +15,7 @@ OptimizerClass = Callable[..., torch.optim.Optimizer]
 
 #: How an optimizer runs: the keyword arguments that choose it.
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
     "forloop": {"foreach": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},

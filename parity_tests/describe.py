@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -57,6 +58,9 @@ def _arguments(kwargs: Mapping[str, Any]) -> str:
 
 def _qualified(target: Callable[..., Any]) -> str:
     """``torch.nn.functional.linear`` and ``torch.optim.Adam`` rather than the private modules they live in."""
+    if isinstance(target, functools.partial):
+        given = [*map(repr, target.args), *filter(None, [_arguments(target.keywords)])]
+        return f"{_qualified(target.func)}({', '.join(given)})"
     name = getattr(target, "__name__", repr(target))
     module = getattr(target, "__module__", None) or "torch.nn.functional"  # built in, written in C++
     for public in ("torch.optim", "torch.nn.init", "reimpl.optim", "reimpl.functional", "reimpl.init"):

@@ -226,15 +226,17 @@ def test_shared_references_are_visited_once(tmp_path: Path) -> None:
 def test_damaged_files_never_raise_anything_else(tmp_path: Path) -> None:
     content = {"data": np.arange(30, dtype=np.uint8).reshape(2, 15), "labels": [1, 2], "filenames": ["a", "b"]}
     whole = python2_bytes(content)
-    rng, path = np.random.default_rng(0), tmp_path / "file"
+    rng = np.random.default_rng(0)
     for length in range(len(whole)):
+        path = tmp_path / f"short{length}"  # a new file each: rewriting one waits for the disk
         path.write_bytes(whole[:length])
         with pytest.raises(pickle.UnpicklingError, match=r"truncated or corrupt|never came|refused"):
             load_plain(path)
     refused = 0
-    for _ in range(2_000):
+    for trial in range(2_000):
         damaged = bytearray(whole)
         damaged[rng.integers(len(whole))] = rng.integers(256)
+        path = tmp_path / f"damaged{trial}"
         path.write_bytes(damaged)
         try:
             load_plain(path)

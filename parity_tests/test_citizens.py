@@ -15,6 +15,12 @@ import reimpl.functional as F
 from parity_tests.declarations.functional import FUNCTIONS
 from reimpl.testing import FunctionTechnique, Sample, seeded_generator
 
+pytestmark = [
+    # PyTorch's word about a copy of its own, and about what its gradcheck imports.
+    pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
+]
+
 each_function = pytest.mark.parametrize("technique", FUNCTIONS, ids=lambda technique: technique.name)
 Function = Callable[..., Tensor]
 CPU = torch.device("cpu")

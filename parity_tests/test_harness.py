@@ -16,10 +16,12 @@ import torch
 
 from parity_tests.oracle import optim as oracle
 from parity_tests.planted import PlantedAdam, PlantedSGD
+from reimpl.testing import tolerance
 from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
 from reimpl.testing.optimizer_checks import (
     check_bitwise,
     check_checkpoint_exchange,
+    check_classes,
     check_fused_step,
     compare_with_oracle,
 )
@@ -33,6 +35,7 @@ from reimpl.testing.tolerance import (
     combine,
     judge,
     operand_ulp,
+    oracle_dtype,
     to_oracle,
     ulp_error,
 )
@@ -123,6 +126,13 @@ def test_every_planted_bug_is_tried() -> None:
 
 
 @pytest.mark.quick
+def test_two_classes_are_compared_without_a_declaration() -> None:
+    check_classes(PlantedAdam, torch.optim.Adam, lr=0.1, amsgrad=True)
+    with pytest.raises(AssertionError, match=r"Wrong \[lr=0\.1, .* after step 1, parameter 0 of shape \(\)"):
+        check_classes(type("Wrong", (PlantedAdam,), {"bug": "swapped betas"}), torch.optim.Adam, lr=0.1)
+
+
+@pytest.mark.quick
 def test_a_difference_of_state_keys_and_of_the_step_count_is_caught() -> None:
     class Extra(PlantedAdam):
         def _update(self, p: Any, g: Any, s: Any, group: Any) -> None:
@@ -156,6 +166,12 @@ class TestTolerance:
         error, ulp = ulp_error(torch.tensor([1 / 3], dtype=torch.float64), np.array([third]), None, torch.float64)
         assert to_oracle(torch.ones(1, dtype=torch.float64)).dtype == np.longdouble
         assert 0 < error < 2e-17 and 0 < ulp < 0.5
+
+    def test_float64_stands_in_where_nothing_is_wider(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tolerance, "LONGDOUBLE_IS_WIDER", False)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            assert oracle_dtype(dtype) == to_oracle(torch.ones(1, dtype=dtype)).dtype == np.float64
+        assert oracle_dtype(torch.complex128) == np.complex128
 
     def test_the_magnitude_forgives_cancellation(self) -> None:
         actual, exact = torch.tensor([1e-7]), _exact(0.0)

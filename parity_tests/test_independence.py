@@ -14,12 +14,14 @@ from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.guard import IndependenceError, independence_guard, names_used
 from reimpl.testing.optimizers import DENSE_LAYOUTS, IMPLEMENTATIONS, construct, make_grads, make_params, step_with
 
-pytestmark = pytest.mark.quick
+quick = pytest.mark.quick
 MODULES = ("sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "_functional", "_multi_tensor")
 FORBIDDEN = ("aten::_fused_*", "torch._fused_*", *(f"torch.optim.{module}.*" for module in MODULES))
 
 
-@pytest.mark.parametrize("implementation", ["forloop", "foreach", "fused"])
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("forloop", marks=quick), pytest.param("foreach", marks=quick), "fused"]
+)
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_no_step_calls_pytorchs(technique: OptimizerTechnique, implementation: str, device: torch.device) -> None:
     for config in all_configs(technique, device, torch.float32):
@@ -33,6 +35,7 @@ def test_no_step_calls_pytorchs(technique: OptimizerTechnique, implementation: s
         assert any(name.startswith("aten::") for name in seen), "the guard slept"
 
 
+@quick
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_the_source_names_no_kernel_of_pytorchs(technique: OptimizerTechnique) -> None:
     names = names_used(technique.ours)
@@ -42,6 +45,7 @@ def test_the_source_names_no_kernel_of_pytorchs(technique: OptimizerTechnique) -
     assert len(names) > 50, "the source was not read"
 
 
+@quick
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_the_class_is_an_optimizer_but_not_pytorchs(technique: OptimizerTechnique) -> None:
     assert isinstance(technique.torch, type) and isinstance(technique.ours, type)
@@ -50,6 +54,7 @@ def test_the_class_is_an_optimizer_but_not_pytorchs(technique: OptimizerTechniqu
     assert not reimplemented & set(technique.ours.__mro__)
 
 
+@quick
 @pytest.mark.parametrize("technique", [p for p in TECHNIQUES if p.values[0].torch_fused])
 def test_the_guard_catches_pytorchs_fused_kernel(technique: OptimizerTechnique) -> None:
     assert technique.torch is not None
@@ -69,6 +74,7 @@ def _swallows(x: torch.Tensor) -> torch.Tensor:
         return x.clamp(min=0)
 
 
+@quick
 @pytest.mark.parametrize(
     "pattern",
     ["aten::_log_softmax", "torch.nn.functional.log_softmax", "torch.Tensor.exp", "aten::exp*"],
@@ -81,6 +87,7 @@ def test_the_guard_catches_operators_functions_and_methods(pattern: str) -> None
     assert fnmatch.filter(seen, pattern)
 
 
+@quick
 def test_the_guard_catches_calls_in_the_backward_pass() -> None:
     x = torch.ones(3, requires_grad=True)
     y = _softmax_by_a_detour(x).sum()
@@ -88,11 +95,13 @@ def test_the_guard_catches_calls_in_the_backward_pass() -> None:
         y.backward()
 
 
+@quick
 def test_the_guard_is_not_deceived_by_code_that_swallows_its_error() -> None:
     with pytest.raises(IndependenceError, match="aten::relu"), independence_guard(["aten::relu"]):
         _swallows(torch.ones(3))
 
 
+@quick
 def test_names_are_resolved_whatever_the_import_calls_them() -> None:
     def inner(x: torch.Tensor) -> Any:
         import torch.nn.functional as other

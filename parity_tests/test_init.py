@@ -32,6 +32,7 @@ def draw(function: Callable[..., Any], tensor: torch.Tensor, technique: InitTech
     return tensor
 
 
+@pytest.mark.quick
 @pytest.mark.parity
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @each_init

@@ -56,6 +56,7 @@ def pair(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torc
     return built[0], built[1]
 
 
+@pytest.mark.quick
 @each_case
 def test_same_parameters_buffers_and_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     ours, theirs = pair(name, args, kwargs)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity_tests.optim_cases import TECHNIQUES, all_configs, dtype_id, for_each
+from parity_tests.optim_cases import TECHNIQUES, all_configs, dialect_configs, dtype_id, for_each
 from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
 from reimpl.testing.optimizer_checks import check_fused_step
 from reimpl.testing.optimizers import LONG_LAYOUT, clone_params, construct, parameters, skip_some, step_with
@@ -22,7 +22,18 @@ def _is_judged_by_operands(config: OptimizerConfig) -> bool:
     return not config.kwargs.get("centered", False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.quick)], ids=dtype_id)
+@pytest.mark.quick
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_default_and_one_dialect(technique: OptimizerTechnique, device: torch.device) -> None:
+    """The part of the next test that compiles two kernels only."""
+    dialects = [config for config in dialect_configs(technique)[:1] if _is_judged_by_operands(config)]
+    for_each(
+        [OptimizerConfig("default", torch_kwargs={}), *dialects],
+        lambda config: check_fused_step(technique, config, dtype=torch.float32, device=device),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_one_step_from_the_same_state(technique: OptimizerTechnique, dtype: torch.dtype, device: torch.device) -> None:
     configs = [c for c in all_configs(technique, device, dtype) if _is_judged_by_operands(c)]
@@ -51,7 +62,6 @@ def test_a_tensor_of_several_chunks(technique: OptimizerTechnique, device: torch
 SPECIAL = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-40, 1e-20, 3e38, -3e38, 1.0]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_special_values_go_where_they_go_in_the_for_loop(technique: OptimizerTechnique, device: torch.device) -> None:
     """NaN, infinities, signed zeros and subnormal numbers, in gradients and then in parameters and state."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from parity_tests.optim_cases import TECHNIQUES, all_configs, dtype_id, for_each, is_refused
+from parity_tests.optim_cases import TECHNIQUES, all_configs, dtype_id, for_each, is_refused, pytorch_configs
 from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
 from reimpl.testing.optimizer_checks import compare_with_oracle
 from reimpl.testing.samples import SEEDS
@@ -59,3 +59,15 @@ def _pytorch_has(technique: OptimizerTechnique, config: OptimizerConfig, impleme
     return config.torch_kwargs is not None and (
         implementation == "foreach" or (implementation == "fused" and technique.torch_fused)
     )
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_float16_fused(technique: OptimizerTechnique, device: torch.device) -> None:
+    """Few configurations: the kernels are bfloat16's but for the conversions at their ends."""
+
+    def check(config: OptimizerConfig) -> None:
+        run = {"implementation": "fused", "dtype": torch.float16, "device": device}
+        for quantity, verdict in compare_with_oracle(technique, config, **run).items():  # type: ignore[arg-type]
+            verdict.check(technique.name, f"{config.desc}, fused, float16", quantity)
+
+    for_each([*pytorch_configs(technique, device, torch.float16)[:1], *technique.configs[:1]], check)

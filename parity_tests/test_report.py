@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 pytest.importorskip("tyro")
 
+from parity_tests.describe import describe
 from reimpl.testing.recorder import header, write_json
 from reimpl.testing.timing import Timings
 from scripts import report as command
@@ -25,6 +26,18 @@ from scripts._report_training import CurvePair
 from scripts.step_times import WORKLOADS, StepTimes
 
 pytestmark = pytest.mark.quick
+
+
+def test_declarations_are_described() -> None:
+    rows = {(row["kind"], row["name"]): row for row in describe()}
+    assert rows["optimizer", "Adam"]["torch"] == "torch.optim.Adam"
+    assert rows["function", "softmax"]["ours"] == "reimpl.functional.softmax"
+    assert rows["init", "lecun_normal_"]["torch"] == "torch.nn.init.kaiming_normal_(nonlinearity='linear')"
+    (dialect,) = (d for d in rows["optimizer", "SGD"]["dialects"] if d["description"] == "velocity")
+    assert dialect["id"] == "O2" and "momentum_form='velocity'" in dialect["arguments"] and dialect["torch"] is None
+    assert all(row["source"] and row["formula"] and row["ids"] for row in rows.values())
+    unset = [name for (_, name), row in rows.items() if formula_svg(row["formula"]) is None]
+    assert not unset
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -79,6 +92,14 @@ def test_lines_are_ordered_from_the_plain_and_wide_to_the_fused_and_narrow() -> 
     assert order == [("for-loop", "float64"), ("for-loop", "float32"), ("fused", "float32")]
 
 
+def test_pytorch_beside_itself_is_shown_and_not_counted() -> None:
+    rows = [*ROWS, row(kind="pytorch", implementation="foreach", ours_ulp=77.0, ok=False)]
+    (card,) = make_cards(TECHNIQUES, map(Comparison.from_row, rows))
+    assert len(card.all) == len(ROWS) and [line.execution for line in card.beside] == ["foreach"]
+    text = make_page(rows)
+    assert "everything agrees" in text and "PyTorch&#39;s foreach" in text and ">77 · 3<" in text
+
+
 def test_declared_but_not_measured() -> None:
     cards = make_cards(TECHNIQUES, [Comparison.from_row(row(technique="SGD"))])
     assert [card.name for card in cards] == ["SGD"] and unmeasured(TECHNIQUES, cards) == ["Adam"]
@@ -123,7 +144,7 @@ def test_page_is_whole_and_self_contained() -> None:
     assert all(re.match(r"#|data:|parity\.json$", link) for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert not re.search(r"@import|url\((?!#)", text)
-    for expected in ("1 techniques, 4 comparisons", "everything agrees", "bias_correction=False", "2× as fast"):
+    for expected in ("1 techniques, 4 comparisons", "everything agrees", "bias_correction=False", "2.0× as fast"):
         assert expected in text
     assert "equal to the last bit" in text and "#01020" not in text
 
@@ -193,7 +214,15 @@ def test_numbers_in_words() -> None:
     ]  # fmt: skip
     assert [format_seconds(v) for v in (0.0123, 4.56e-5)] == ["12.3 ms", "45.6 µs"]
     speeds = [speed_verdict(step_times(ours_fused=ours, torch_fused=1.0)) for ours in (0.25, 1.0, 3.0)]
-    assert speeds == ["4× as fast", "level", "3× as long"]
+    assert speeds == ["4.0× as fast", "level", "3.0× as long"]
+
+
+def test_times_of_a_busy_machine_are_marked() -> None:
+    wide = Timings({"ours fused": (1.0, 1.0, 9.0, 9.0), "torch fused": (1.0, 2.0, 9.0, 9.0)})
+    assert "say little" in make_page(ROWS, steps=[StepTimes("Adam", next(iter(WORKLOADS)), "cpu", wide)])
+    calm = [step_times(ours_fused=1.0, torch_fused=2.0)]
+    assert "say little" not in make_page(ROWS, steps=calm)
+    assert "say little" in make_page(ROWS, steps=calm, load=2.0)
 
 
 def test_page_is_replaced_whole(tmp_path: Path) -> None:

@@ -46,15 +46,21 @@ def test_setup_runs_before_each_sample_and_is_not_timed() -> None:
 
 
 def test_sample_is_the_time_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))
+    clock = iter(range(100))  # one tick between two looks at it
     monkeypatch.setattr(timing, "perf_counter", lambda: float(next(clock)))
     timings = interleave({"a": lambda: None}, rounds=2, warmup=0, calls=4)
-    assert timings.samples["a"] == (0.25, 0.25)  # one tick from start to end, four calls
+    assert timings.samples["a"] == (0.25, 0.25)  # four calls in a tick
 
 
 def test_time_limit_ends_the_rounds() -> None:
-    timings = interleave({"a": lambda: time.sleep(0.02)}, rounds=1000, warmup=0, max_seconds=0.01)
-    assert len(timings.samples["a"]) == 1
+    calls: list[str] = []
+
+    def sleep() -> None:
+        calls.append("a")
+        time.sleep(0.02)
+
+    timings = interleave({"a": sleep}, rounds=1000, warmup=1000, max_seconds=0.01)
+    assert len(timings.samples["a"]) == 1 and len(calls) == 2
 
 
 def test_garbage_collection_is_restored_even_after_an_error() -> None:

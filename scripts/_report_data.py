@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import Any
 
 KIND_TITLES: Mapping[str, str] = {"optimizer": "Optimizers", "function": "Layers and losses", "init": "Initialisation"}
+#: Kind of the rows in which PyTorch's foreach or fused stands in the place of ours.
+PYTORCH = "pytorch"
 _DTYPE_ORDER = ("float64", "float32", "bfloat16", "float16", "complex128", "complex64")
 _EXECUTIONS = {"forloop": "for-loop"}
 
@@ -165,11 +167,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Card:
-    """A technique with its declaration and its comparisons."""
+    """A technique with its declaration and its comparisons.
+
+    ``beside`` holds PyTorch's own other executions against its for-loop: recorded for comparison, held to nothing.
+    """
 
     declaration: Mapping[str, Any]
     all: Comparisons
     lines: tuple[Line, ...]
+    beside: tuple[Line, ...] = ()
 
     @property
     def name(self) -> str:
@@ -180,13 +186,22 @@ class Card:
 def make_cards(techniques: Sequence[Mapping[str, Any]], rows: Iterable[Comparison]) -> list[Card]:
     """A card for each declared technique that was measured, in the order of the declarations."""
     by_technique: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
+    beside: dict[str, list[Comparison]] = defaultdict(list)
     for row in rows:
-        by_technique[row.kind, row.technique].append(row)
+        if row.kind == PYTORCH:
+            beside[row.technique].append(row)
+        else:
+            by_technique[row.kind, row.technique].append(row)
     declared = {(t["kind"], t["name"]): t for t in techniques}
     for kind, name in by_technique:
         declared.setdefault((kind, name), _undeclared(kind, name))
     return [
-        Card(declaration, Comparisons(by_technique[key]), _lines(by_technique[key]))
+        Card(
+            declaration,
+            Comparisons(by_technique[key]),
+            _lines(by_technique[key]),
+            _lines(beside[key[1]] if key[0] == "optimizer" else ()),
+        )
         for key, declaration in declared.items()
         if key in by_technique
     ]

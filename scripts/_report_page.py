@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from scripts._report_data import KIND_TITLES, Card, Comparisons, dtype_rank
+from scripts._report_data import KIND_TITLES, Card, Comparisons, Line, dtype_rank
 from scripts._report_plots import error_scatter, formula_svg, loss_curves
 from scripts._report_training import CurvePair
 from scripts.step_times import WORKLOADS, StepTimes
@@ -42,6 +43,8 @@ class Report:
     training: Sequence[CurvePair] = ()
     problems: list[Problem] = field(default_factory=list)
     seconds: float = 0.0
+    load: float = 0.0  # runnable processes a core, when the steps had been timed
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def total(self) -> Comparisons:
@@ -57,7 +60,17 @@ class Report:
     def fastest(self) -> StepTimes | None:
         """The step with the greatest lead over PyTorch's best, if there is a lead at all."""
         best = min(self.steps, key=lambda step: step.ratio, default=None)
-        return best if best is not None and best.ratio < 1 else None
+        return best if best is not None and best.ratio < 1 and not self.busy else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something else must have been running while the steps were timed.
+
+        On an idle machine the quartiles lie within some tens of per cent of each other, and the load is that of the
+        timed threads alone.
+        """
+        spreads = [step.timings.quartiles(name) for step in self.steps for name in step.timings.names]
+        return self.load > 1.5 or sum(third > 1.5 * first for first, _, third in spreads) > len(spreads) / 4
 
     @property
     def headline(self) -> str:
@@ -93,8 +106,9 @@ def render(report: Report) -> str:
         cards=[_card(card) for card in report.cards],
         kinds=[{"key": key, "title": title} for key, title in KIND_TITLES.items() if key in kinds],
         speed=_speed(report.steps),
-        threads=report.header["threads"] if report.steps else None,
+        threads=report.threads if report.steps else None,
         fastest=report.fastest,
+        busy=report.busy,
         training=_training(report.training),
         environment=_environment(report),
     )
@@ -164,20 +178,24 @@ def _dialect(card: Card, dialect: Mapping[str, Any]) -> dict[str, Any]:
 
 def _grid(card: Card) -> dict[str, Any]:
     """The card's lines as a table: a row an execution and device, a column a dtype."""
-    cells = {(line.device, line.execution, line.dtype): line.all for line in card.lines}
     dtypes = sorted({line.dtype for line in card.lines}, key=dtype_rank)
-    rows = dict.fromkeys((line.device, line.execution) for line in card.lines)
     return {
         "dtypes": dtypes,
-        "grid": [
-            {
-                "device": device,
-                "execution": execution,
-                "cells": [cells.get((device, execution, dtype)) for dtype in dtypes],
-            }
-            for device, execution in rows
-        ],
+        "grid": [*_grid_rows(card.lines, dtypes), *_grid_rows(card.beside, dtypes, beside=True)],
     }
+
+
+def _grid_rows(lines: Sequence[Line], dtypes: Sequence[str], beside: bool = False) -> list[dict[str, Any]]:
+    cells = {(line.device, line.execution, line.dtype): line.all for line in lines}
+    return [
+        {
+            "device": device,
+            "execution": f"PyTorch's {execution}" if beside else execution,
+            "beside": beside,
+            "cells": [cells.get((device, execution, dtype)) for dtype in dtypes],
+        }
+        for device, execution in dict.fromkeys((line.device, line.execution) for line in lines)
+    ]
 
 
 def _speed(steps: Sequence[StepTimes]) -> list[dict[str, Any]]:
@@ -222,7 +240,8 @@ def speed_verdict(step: StepTimes) -> str:
     """Ours against PyTorch's best in words."""
     if 0.95 <= step.ratio <= 1.05:
         return "level"
-    return f"{1 / step.ratio:.2g}× as fast" if step.ratio < 1 else f"{step.ratio:.2g}× as long"
+    times = max(step.ratio, 1 / step.ratio)
+    return f"{times:.{0 if times >= 10 else 1}f}× as {'fast' if step.ratio < 1 else 'long'}"
 
 
 def _training(runs: Sequence[CurvePair]) -> dict[str, Any] | None:
@@ -239,8 +258,9 @@ def _training(runs: Sequence[CurvePair]) -> dict[str, Any] | None:
 
 def _environment(report: Report) -> list[tuple[str, str]]:
     header = report.header
-    names = ("date", "torch", "numpy", "python", "cuda", "cpu", "threads", "platform")
+    names = ("date", "torch", "numpy", "python", "cuda", "cpu", "platform")
     rows = [(name, str(header[name])) for name in names if header.get(name) is not None]
+    rows.append(("threads", f"{header['threads']} a process of the parity suite, {report.threads} for the step times"))
     rows.append(("devices", ", ".join(header["devices"])))
     if report.seconds:
         rows.append(("report made in", f"{report.seconds:.0f} s"))

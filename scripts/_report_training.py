@@ -37,14 +37,18 @@ class CurvePair:
 
 
 def train_pairs(config: Config = _CONFIG, arrays: CIFAR10Arrays | None = None) -> Iterator[CurvePair]:
-    """One pair after the other, on ``arrays`` or on the generated set."""
-    for name, lr in OPTIMIZERS.items():
-        ours, theirs = (
-            train(dataclasses.replace(config, optimizer=f"{owner}.{name}", lr=lr), arrays)
-            for owner in ("reimpl", "torch")
-        )
-        losses = tuple(ours.losses), tuple(theirs.losses)
-        yield CurvePair(name, *losses, ours.accuracy, theirs.accuracy, _describe(ours))
+    """One pair after the other, on ``arrays`` or on the generated set; PyTorch's thread count is left as it was."""
+    threads = torch.get_num_threads()
+    try:
+        for name, lr in OPTIMIZERS.items():
+            ours, theirs = (
+                train(dataclasses.replace(config, optimizer=f"{owner}.{name}", lr=lr), arrays)
+                for owner in ("reimpl", "torch")
+            )
+            losses = tuple(ours.losses), tuple(theirs.losses)
+            yield CurvePair(name, *losses, ours.accuracy, theirs.accuracy, _describe(ours))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _describe(result: Result) -> str:

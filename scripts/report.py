@@ -71,8 +71,14 @@ def make_report(options: Options, console: Console) -> Report:
                 for workload in WORKLOADS
                 for name in OPTIMIZERS
             ]
+            report.load = _load()
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _load() -> float:
+    """Runnable processes a core over the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def _parity(options: Options) -> Parity:
@@ -111,25 +117,17 @@ def _part(report: Report, console: Console, title: str) -> Iterator[None]:
 def print_summary(report: Report, console: Console) -> None:
     """The page's summary for the terminal."""
     table = Table(title=report.headline, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for heading in (
-        "",
-        "techniques",
-        "comparisons",
-        "beyond limit",
-        "bitwise",
-        "nearer / level / farther",
-        "worst, ulp",
-    ):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_column("")
+    for heading in ("cases", "beyond", "bitwise", "nearer", "level", "farther", "median ulp"):
+        table.add_column(heading, justify="right")
     for kind, title in KIND_TITLES.items():
         cards = [card for card in report.cards if card.declaration["kind"] == kind]
         rows = Comparisons(row for card in cards for row in card.all.rows)
         if cards:
-            table.add_row(
-                title, str(len(cards)), f"{len(rows):,}", f"[red]{len(rows.failed)}[/]" if rows.failed else "0",
-                f"{rows.bitwise:,}", f"{rows.closer:,} / {rows.level:,} / {rows.farther:,}",
-                format_ulp(rows.worst.ours_ulp),
-            )  # fmt: skip
+            counts = (len(rows), len(rows.failed), rows.bitwise, rows.closer, rows.level, rows.farther)
+            style = "red" if rows.failed else None
+            numbers = (f"{count:,}" for count in counts)
+            table.add_row(f"{title}, {len(cards)}", *numbers, format_ulp(rows.median_ulp), style=style)
     console.print()
     console.print(table)
     if report.steps:
@@ -143,16 +141,17 @@ def print_summary(report: Report, console: Console) -> None:
 
 def _print_steps(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
-    for heading in ("one step", "device", "ours fused", "PyTorch's best", "", "ours is"):
-        table.add_column(heading, justify="right" if heading in ("ours fused", "PyTorch's best") else "left")
+    for heading in ("one step", "ours, fused", "PyTorch's best", "ours is"):
+        table.add_column(heading, justify="right" if heading in ("ours, fused", "PyTorch's best") else "left")
     for step in report.steps:
         best = step.torch_best
-        table.add_row(
-            f"{step.optimizer}, {step.workload}", step.device, format_seconds(step.timings.median("ours fused")),
-            format_seconds(step.timings.median(best)), best.removeprefix("torch "), speed_verdict(step),
-        )  # fmt: skip
+        theirs = f"{format_seconds(step.timings.median(best))} {best.removeprefix('torch '):>8}"
+        name = f"{step.optimizer}, {step.workload}, {step.device}"
+        table.add_row(name, format_seconds(step.timings.median("ours fused")), theirs, speed_verdict(step))
     console.print()
     console.print(table)
+    if report.busy:
+        console.print("[yellow]the machine was busy: these times say little[/]")
 
 
 def main(options: Options) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from math import sqrt
 from typing import Any
 
@@ -21,6 +21,11 @@ def _of_shape(distribution: Callable[..., dict[str, Any]]) -> Callable[..., dict
         return distribution(**kwargs)
 
     return of_shape
+
+
+def _for_linear(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """PyTorch's function with gain 1, still under its own name."""
+    return wraps(function)(partial(function, nonlinearity="linear"))
 
 
 INITS: tuple[InitTechnique, ...] = (
@@ -78,7 +83,7 @@ INITS: tuple[InitTechnique, ...] = (
         source="N0 eq. 4.43-4.48; N1",
         formula=r"w \sim N(0, 1/n_{in})",
         ours=reimpl.init.lecun_normal_,
-        torch=partial(torch.nn.init.kaiming_normal_, nonlinearity="linear"),
+        torch=_for_linear(torch.nn.init.kaiming_normal_),
         oracle=partial(oracle.lecun, "normal"),
     ),
     InitTechnique(
@@ -87,7 +92,7 @@ INITS: tuple[InitTechnique, ...] = (
         source="N0, errata 4; LeCun et al. 1998 eq. 16",
         formula=r"w \sim U(-\sqrt{3/n_{in}}, \sqrt{3/n_{in}})",
         ours=reimpl.init.lecun_uniform_,
-        torch=partial(torch.nn.init.kaiming_uniform_, nonlinearity="linear"),
+        torch=_for_linear(torch.nn.init.kaiming_uniform_),
         oracle=partial(oracle.lecun, "uniform"),
     ),
     InitTechnique(

@@ -80,10 +80,13 @@ def softmax_magnitude(input: Array, dim: int) -> Result:
 
 
 def _log_softmax(x: Array, dim: int) -> tuple[Array, Array]:
-    """The logarithm of the softmax and the sum of absolute values that it is made from."""
+    """The logarithm of the softmax and the scale of what it is made from.
+
+    A relative error of the sum of exponentials is an absolute error of its logarithm: hence the 1 in the scale.
+    """
     shifted = x - x.max(axis=dim, keepdims=True)
     log_sum = np.log(np.exp(shifted).sum(axis=dim, keepdims=True))
-    return shifted - log_sum, np.abs(shifted) + np.abs(log_sum)
+    return shifted - log_sum, np.abs(shifted) + np.abs(log_sum) + 1
 
 
 def log_softmax(input: Array, dim: int) -> Result:
@@ -95,7 +98,7 @@ def log_softmax(input: Array, dim: int) -> Result:
 def log_softmax_magnitude(input: Array, dim: int) -> Result:
     """The gradient holds exp(y), in which the rounding of y, of the size of y, is a relative error."""
     _, size = _log_softmax(input, dim)
-    probabilities = _softmax(input, dim) * (1 + size)
+    probabilities = _softmax(input, dim) * size
     return size, lambda grad: (np.abs(grad) + probabilities * np.abs(grad).sum(axis=dim, keepdims=True),)
 
 
@@ -155,7 +158,7 @@ def _cross_entropy(
     probabilities, sign = _softmax(x, 1), -1
     if magnitude:
         log_probs, wq, w = size, np.abs(wq), np.abs(w)
-        probabilities, sign = probabilities * (1 + size), 1
+        probabilities, sign = probabilities * size, 1
     terms = sign * wq * log_probs
     losses = terms.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):

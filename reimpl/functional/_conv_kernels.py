@@ -124,7 +124,7 @@ def _error_rows(grad: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 
 
 def _every(tensor: Tensor, dim: int, start: int, count: int, step: int) -> Tensor:
-    """``count`` elements of a dimension, ``step`` apart; ``narrow``, unlike a slice of the whole, works in every vmap."""
+    """``count`` elements of a dimension, ``step`` apart; ``narrow``, unlike a whole slice, works in every vmap."""
     run = tensor.narrow(dim, start, (count - 1) * step + 1)
     return run if step == 1 else run[(slice(None),) * dim + (slice(None, None, step),)]
 

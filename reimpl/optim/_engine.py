@@ -288,6 +288,7 @@ class RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
+        self.__dict__.pop("_fused_bundles", None)
         for group in self.param_groups:
             for key, value in {**self.dialects, **LATE_OPTIONS, **self.late_options}.items():
                 if key in self.defaults:

@@ -8,7 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import attrgetter, is_
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._torch import check_fused_support
+from ._torch import check_fused_support, tensor_guards
 from ._trace import Program, split_options, trace
 
 State = dict[str, Any]
@@ -26,6 +26,7 @@ Group = dict[str, Any]
 _FORM = attrgetter("dtype", "layout", "device")
 _DTYPE = attrgetter("dtype")
 _SPARSE = attrgetter("is_sparse")
+_GRAD = attrgetter("grad")
 _PLAIN = {Tensor, Parameter}
 
 
@@ -84,7 +85,9 @@ def _overlap(params: list[Tensor]) -> bool:
 
 
 def _fusible(p: Tensor, g: Tensor, s: State) -> bool:
-    tensors = [p, g, *(v for k, v in s.items() if isinstance(v, Tensor) and k != "step")]
+    if not all(v is None or isinstance(v, Tensor) for v in s.values()):
+        return False
+    tensors = [p, g, *(v for k, v in s.items() if v is not None and k != "step")]
     return all(
         type(t) in _PLAIN and _FORM(t) == _FORM(p) and t.shape == p.shape and not (t.is_neg() or t.is_conj())
         for t in tensors
@@ -103,65 +106,79 @@ class Plan:
             for p, s in zip(params, states, strict=True):
                 s[key] = torch.empty_like(p)
         self.params, self.states = params, states
-        self.keys = list(self.program.inputs[2:]) + (["step"] if "step" in states[0] else [])
-        self.kept = [s[k] for k in self.keys for s in states]
-        self.dtype = params[0].dtype
-        self.strides = list(map(Tensor.stride, params))
-        self.fixed = self._fixed_addresses()
-        rows = np.array(self.fixed, dtype=np.int64).reshape(-1, len(params))
+        # held, so that what the addresses point to cannot be freed and its memory given to another tensor
+        self.kept = list(chain.from_iterable(map(dict.values, states)))
+        self.places = self._places()
+        rows = [*self.program.inputs[2:], *(["step"] if "step" in states[0] else [])]
+        self.dtype, self.strides = params[0].dtype, list(map(Tensor.stride, params))
+        self.guard: Any = None
+        sizes = [p.numel() for p in params]
+        self.empty = [i for i, size in enumerate(sizes) if size == 0]
         self.addresses = np.zeros((len(self.program.inputs) + 1, len(params)), dtype=np.int64)
-        self.addresses[0] = rows[0]
-        self.addresses[2 : 1 + len(rows)] = rows[1:]
-        self.launch = self.kernel.bind(self.addresses, [p.numel() for p in params], params[0].device)
-        self.steps = [s["step"] for s in states] if self.keys[-1:] == ["step"] and not self.kernel.counts_steps else []
+        self.addresses[0] = list(map(Tensor.data_ptr, params))
+        for row, key in enumerate(rows, start=2):
+            self.addresses[row] = [s[key].data_ptr() for s in states]
+        self.launch = self.kernel.bind(self.addresses, sizes, params[0].device)
+        self.steps = [s["step"] for s in states] if "step" in rows and not self.kernel.counts_steps else []
 
-    def _fixed_addresses(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.params)) + list(map(Tensor.data_ptr, self.kept))
+    def _places(self) -> Any:
+        now = chain(self.params, chain.from_iterable(map(dict.values, self.states)))
+        return np.fromiter(map(Tensor.data_ptr, now), np.int64)
 
-    def holds(self, state: Mapping[Tensor, State]) -> bool:
-        """Whether every tensor still is the same object at the same place with the same strides."""
-        states = [state[p] for p in self.params] if self.keys else self.states
-        return (
-            all(map(is_, [s.get(k) for k in self.keys for s in states], self.kept))
-            and self._fixed_addresses() == self.fixed
-            and list(map(Tensor.stride, self.params)) == self.strides
-        )
+    def holds(self) -> bool:
+        """Whether the parameters and all that is in their state lie where they lay."""
+        try:
+            return np.array_equal(self._places(), self.places)
+        except (TypeError, RuntimeError):  # something that is no tensor, or has no address, has come into the state
+            return False
 
-    def takes(self, grads: Sequence[Tensor]) -> bool:
+    def takes(self, grads: list[Tensor | None]) -> bool:
         """Whether the kernel can read these gradients: plain strided tensors of the parameters' dtype.
 
         That they lie on the parameters' device and have their shape, ``Tensor.grad`` itself sees to.
         """
-        return (
-            not set(map(type, grads)) - _PLAIN
-            and not set(map(_DTYPE, grads)) - {self.dtype}
-            and not any(map(Tensor.is_neg, grads))
-            and not any(map(_SPARSE, grads))
-        )
-
-    def run(self, numbers: list[Any], grads: list[Tensor | None], found_inf: Tensor | None) -> None:
-        """One step of the tensors whose gradient is there; none, on a GPU, where ``found_inf`` is not 0."""
+        # one call that compares type, dtype, layout, sizes, strides and the like with those of the step before
+        if self.guard is not None and self.guard.check(*grads):
+            return True
         present = [g for g in grads if g is not None]
-        params, strides, row = self.params, self.strides, self.addresses[1]
-        active: Any = slice(None)
-        if len(present) < len(grads):
+        if (
+            set(map(type, present)) - _PLAIN
+            or set(map(_DTYPE, present)) - {self.dtype}
+            or any(map(_SPARSE, present))
+            or any(map(Tensor.is_neg, present))
+            or list(map(Tensor.stride, self.params)) != self.strides
+        ):
+            return False
+        alike = len(present) == len(grads) and list(map(Tensor.stride, present)) == self.strides
+        self.guard = tensor_guards(present) if alike else None
+        return True
+
+    def run(self, numbers: list[Any], grads: list[Any], found_inf: Tensor | None) -> None:
+        """One step of the tensors whose gradient is there; none, on a GPU, where ``found_inf`` is not 0."""
+        row, params, steps = self.addresses[1], self.params, self.steps
+        if self.guard is not None:
+            row[:] = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
+        else:
             active = [i for i, g in enumerate(grads) if g is not None]
-            params, strides = [params[i] for i in active], [strides[i] for i in active]
+            # the copies live until the kernel has read them
+            grads = [_like(grads[i], params[i]) for i in active]
+            params, steps = [params[i] for i in active], [steps[i] for i in active if steps]
             row[:] = 0
-        if list(map(Tensor.stride, present)) != strides:
-            present = [
-                g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
-                for g, p in zip(present, params, strict=True)
-            ]
+            row[active] = [g.data_ptr() or 1 for g in grads]
         # an empty tensor has no address, and 0 says that there is no gradient
-        row[active] = [g.data_ptr() or 1 for g in present]
-        steps = self.steps if len(present) == len(grads) or not self.steps else [self.steps[i] for i in active]
+        if self.empty and self.guard is not None:
+            row[self.empty] = 1
         if steps:
             torch._foreach_add_(steps, 1)
         self.launch(numbers, found_inf)
         if steps and found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
         torch.autograd.graph.increment_version(params)
+
+
+def _like(g: Tensor, p: Tensor) -> Tensor:
+    """The gradient in the parameter's strides."""
+    return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
 def _settle(p: Tensor, s: State) -> None:
@@ -177,12 +194,19 @@ def _settle(p: Tensor, s: State) -> None:
 class Bundle:
     """The plans of one parameter group, and what must not have changed for them to hold."""
 
-    def __init__(self, group: Group, plans: list[Plan], structure: tuple[tuple[str, Any], ...]) -> None:
+    def __init__(self, optimizer: Any, group: Group, plans: list[Plan], structure: tuple[tuple[str, Any], ...]) -> None:
         self.params = list(group["params"])
         self.plans = plans
         members = {id(p) for plan in plans for p in plan.params}
         self.outside = [p for p in self.params if id(p) not in members]
         self.structure = structure
+        self.kept = list(optimizer.state.values())
+
+    def _same_states(self, state: Mapping[Tensor, State]) -> bool:
+        if len(self.kept) <= 4 * len(self.params):
+            return len(state) == len(self.kept) and all(map(is_, state.values(), self.kept))
+        # many small groups: looking up this one's entries costs less than comparing them all
+        return all(state.get(p) is s for plan in self.plans for p, s in zip(plan.params, plan.states, strict=True))
 
     def run(self, optimizer: Any, group: Group) -> bool:
         """The step, or ``False`` with nothing done where something changed."""
@@ -192,20 +216,20 @@ class Bundle:
             or len(self.params) != len(group["params"])
             or not all(map(is_, self.params, group["params"]))
             or any(p.grad is not None for p in self.outside)
+            or not self._same_states(optimizer.state)
         ):
             return False
-        grads = [[p.grad for p in plan.params] for plan in self.plans]
-        for plan, row in zip(self.plans, grads, strict=True):
-            if not plan.holds(optimizer.state) or not plan.takes([g for g in row if g is not None]):
-                return False
-        skip, found_inf = _scale_gradients(optimizer, [g for row in grads for g in row if g is not None])
+        grads = [list(map(_GRAD, plan.params)) for plan in self.plans]
+        if not all(plan.holds() and plan.takes(row) for plan, row in zip(self.plans, grads, strict=True)):
+            return False
+        skip, found_inf = _scale_gradients(optimizer, grads)
         if not skip:
             for plan, row in zip(self.plans, grads, strict=True):
                 plan.run(numbers, row, found_inf)
         return True
 
 
-def _scale_gradients(optimizer: Any, grads: list[Tensor]) -> tuple[bool, Tensor | None]:
+def _scale_gradients(optimizer: Any, rows: Sequence[Sequence[Tensor | None]]) -> tuple[bool, Tensor | None]:
     """Do ``GradScaler``'s part: divide the gradients by the scale, and tell whether one of them overflowed.
 
     Returns:
@@ -215,6 +239,7 @@ def _scale_gradients(optimizer: Any, grads: list[Tensor]) -> tuple[bool, Tensor 
     found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     if found_inf is None and scale is None:
         return False, None
+    grads = [g for row in rows for g in row if g is not None]
     on_gpu = bool(grads) and all(g.is_cuda for g in grads)
     if found_inf is not None and not on_gpu and found_inf.item():
         return True, None
@@ -235,7 +260,7 @@ def step(
     """Step a group and keep the plan for the next step."""
     bundles = optimizer.__dict__.setdefault("_fused_bundles", {})
     bundles.pop(index, None)
-    skip, found_inf = _scale_gradients(optimizer, grads)
+    skip, found_inf = _scale_gradients(optimizer, [grads])
     if skip:
         return
     options = _options(optimizer, group)
@@ -257,8 +282,9 @@ def step(
                 optimizer._foreach(h, some[0], here, some[1])
         else:
             plan = Plan(type(optimizer), options, *some)
+            plan.takes(list(here))
             plan.run(numbers, list(here), found_inf)
             if not plan.program.created:
                 plans.append(plan)
     if len(plans) == len(parts):
-        bundles[index] = Bundle(group, plans, structure)
+        bundles[index] = Bundle(optimizer, group, plans, structure)

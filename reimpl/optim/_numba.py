@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import operator
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,20 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _kernel_cache, _numba_ops
+from . import _kernel_cache, _numba_ops, _threads
 from ._trace import Operation, Program
 
-CHUNK = 16_384
-"""Numbers that one thread takes at a time: a few streams of them fit the first-level cache many times over."""
-SERIAL = 65_536
-"""Below so many numbers a second thread costs more than it saves."""
+CHUNK = 262_144
+"""Numbers that one thread takes at a time: long streams keep the prefetcher going (16 k are 15% slower)."""
+SERIAL = 131_072
+"""Below so many numbers waking a second thread can cost more than it saves (50 µs, where one thread takes as long)."""
 
 _TEMPLATE = '''\
 """Generated from {title}. Do not edit: the file is written anew when it differs."""
 import math
 from math import pow as power
 import numpy as np
-from numba import carray, njit
+from numba import carray, cfunc, njit
 from reimpl.optim._numba_ops import *
 from reimpl.optim._numba_ops import {imports}
 
@@ -65,11 +62,15 @@ def chunk({parameters}):
 {body}
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def run(addresses, chunks, table, counter):
-    n_chunks = chunks.shape[0]
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
+def run(task):
+    words = carray(task, (7,), np.int64)
+    n_tensors, n_chunks = words[1], words[3]
+    addresses = carray(pointer(words[0]), ({step} + 1, n_tensors), np.int64)
+    chunks = carray(pointer(words[2]), (n_chunks, 3), np.int64)
+    table = carray(pointer(words[4]), (n_tensors, {n_scalars} + 1), np.float64)
     while True:
-        c = take(counter)
+        c = take(words[5])
         if c >= n_chunks:
             return
         i = chunks[c, 0]
@@ -146,10 +147,8 @@ def _lines(indent: int, lines: list[str]) -> str:
 
 
 def _compiled(module: ModuleType) -> ModuleType:
-    """The module with its two entries compiled, or read back from the cache, for the only types that they see."""
-    addresses, table = numba.int64[:, ::1], numba.float64[:, ::1]
-    module.prologue.compile((addresses, numba.float64[::1], table))
-    module.run.compile((addresses, numba.int64[:, ::1], table, numba.int64))
+    """The module with its entry compiled, or read back from the cache, for the only types that it sees."""
+    module.prologue.compile((numba.int64[:, ::1], numba.float64[::1], numba.float64[:, ::1]))
     return module
 
 
@@ -168,7 +167,7 @@ class Kernel:
             _kernel_cache.forget(text, versions)
             module = _compiled(_kernel_cache.load(text, versions))
         self._prologue: Callable[..., None] = module.prologue
-        self._run: Callable[..., None] = module.run
+        self._run: int = module.run.address
         self._n_scalars = len(program.scalars)
         self._scalars = eval(f"lambda o, t: [{', '.join(program.scalars)}]", {"power": operator.pow})
 
@@ -183,24 +182,32 @@ class Kernel:
             sizes: how many elements each tensor has.
             device: the CPU.
         """
+        total = sum(sizes)
+        few, most = total < SERIAL, min(CHUNK, max(SERIAL // 8, total // 16))
         chunks = np.array(
-            [(i, at, min(CHUNK, n - at)) for i, n in enumerate(sizes) for at in range(0, n, CHUNK)], dtype=np.int64
+            [(i, at, min(most, n - at)) for i, n in enumerate(sizes) for at in range(0, n, most)], dtype=np.int64
         ).reshape(-1, 3)
-        small = sum(sizes) < SERIAL
         table = np.zeros((len(sizes), self._n_scalars + 1))
+        counter = np.zeros(1, dtype=np.int64)
+        task = np.array(
+            [
+                addresses.ctypes.data,
+                len(sizes),
+                chunks.ctypes.data,
+                len(chunks),
+                table.ctypes.data,
+                counter.ctypes.data,
+                0,
+            ]
+        )
         prologue, run = self._prologue, self._run
 
         def launch(numbers: list[Any], found_inf: Tensor | None) -> None:
             prologue(addresses, np.array([float(x) for x in numbers]), table)
             if any(isinstance(x, Tensor) for x in numbers):
                 self._evaluate(numbers, table)
-            counter = np.zeros(1, dtype=np.int64)
-            threads = 1 if small else min(torch.get_num_threads(), len(chunks))
-            arguments = (addresses, chunks, table, counter.ctypes.data)
-            helpers = [_pool(threads - 1).submit(run, *arguments) for _ in range(threads - 1)]
-            run(*arguments)
-            for helper in helpers:
-                helper.result()
+            counter[0] = 0
+            _threads.run(run, task.ctypes.data, 1 if few else min(torch.get_num_threads(), len(chunks)))
 
         return launch
 
@@ -209,20 +216,3 @@ class Kernel:
         for t in np.unique(table[:, -1]):
             row = [float(x) for x in self._scalars(numbers, float(t))]
             table[table[:, -1] == t, :-1] = row
-
-
-_POOLS: dict[int, tuple[int, ThreadPoolExecutor]] = {}
-_LOCK = threading.Lock()
-
-
-def _pool(size: int) -> ThreadPoolExecutor:
-    """This process's helper threads; a forked child starts its own."""
-    with _LOCK:
-        present = _POOLS.get(os.getpid())
-        if present is None or present[0] < size:
-            _POOLS.clear()
-            present = _POOLS[os.getpid()] = (size, ThreadPoolExecutor(size, thread_name_prefix="reimpl-fused"))
-        return present[1]
-
-
-os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.Lock()))

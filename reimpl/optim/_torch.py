@@ -28,6 +28,7 @@ __all__ = [
     "require_capturable_devices",
     "step_dtype",
     "step_value",
+    "tensor_guards",
     "to_scalar",
 ]
 
@@ -60,3 +61,16 @@ def require_capturable_devices(params: list[Tensor], steps: list[Tensor], *, sup
         p.device.type == step.device.type and p.device.type in supported for p, step in zip(params, steps, strict=True)
     ):
         raise AssertionError(f"If capturable=True, params and state_steps must be on supported devices: {supported}.")
+
+
+def tensor_guards(tensors: list[Tensor]) -> Any:
+    """An object whose ``check(*tensors)`` tells in one call whether others have the same type, dtype and strides.
+
+    ``None`` where this PyTorch has no such object; the callers then look one by one.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except (ImportError, TypeError, RuntimeError):
+        return None

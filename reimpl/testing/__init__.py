@@ -11,6 +11,13 @@ from reimpl.testing.declarations import (
     Technique,
 )
 from reimpl.testing.guard import IndependenceError, independence_guard, names_used
+from reimpl.testing.optimizer_checks import (
+    check_bitwise,
+    check_checkpoint_exchange,
+    check_classes,
+    check_fused_step,
+    compare_with_oracle,
+)
 from reimpl.testing.recorder import Recorder, read_record
 from reimpl.testing.samples import SEEDS, random_tensor, seeded_generator
 from reimpl.testing.tolerance import (
@@ -44,7 +51,12 @@ __all__ = [
     "assert_bitwise",
     "assert_parity",
     "bits_equal",
+    "check_bitwise",
+    "check_checkpoint_exchange",
+    "check_classes",
+    "check_fused_step",
     "combine",
+    "compare_with_oracle",
     "independence_guard",
     "judge",
     "names_used",

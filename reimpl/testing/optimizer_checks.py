@@ -163,6 +163,25 @@ def check_bitwise(
             assert_same(mine, theirs, technique=technique.name, case=case, step=step + 1)
 
 
+def check_classes(ours: OptimizerClass, reference: OptimizerClass, *, name: str = "", **kwargs: Any) -> None:
+    """Hold one optimizer class to another with the same arguments: :func:`check_bitwise` without a declaration.
+
+    ``check_classes(MyAdam, torch.optim.Adam, lr=0.1, amsgrad=True)`` returns, or says at which step, in which tensor
+    and at which element the two part.
+
+    Raises:
+        AssertionError: they part.
+    """
+    title = name or getattr(ours, "__name__", repr(ours))
+    technique = OptimizerTechnique(title, (), "", "", ours=ours, torch=reference, oracle=_no_oracle)
+    desc = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "default"
+    check_bitwise(technique, OptimizerConfig(desc, kwargs, torch_kwargs=kwargs))
+
+
+def _no_oracle(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("a comparison of two classes has no oracle")
+
+
 def _is_looked_at(step: int) -> bool:
     """The first three steps and every fifth: what differs stays different, and comparing costs more than stepping."""
     return step < 3 or step % 5 == 4

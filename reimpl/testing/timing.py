@@ -73,7 +73,7 @@ def interleave(
         warmup: untimed calls of each contender before the first round (compilation, lazily made state).
         setup: untimed call before each sample.
         calls: calls in one sample; raise it where one call is near the clock's resolution (about 0.1 µs).
-        max_seconds: begin no further round after so long; the first always runs.
+        max_seconds: begin no further warm-up call or round after so long; the first of each always runs.
         device: where the work happens.
 
     Raises:
@@ -85,18 +85,24 @@ def interleave(
         if value < least:
             raise ValueError(f"{argument} must be at least {least}, got {value}")
     synchronize = _synchronizer(torch.device(device))
+    begun = perf_counter()
+
+    def late() -> bool:
+        return max_seconds is not None and perf_counter() - begun > max_seconds
+
     for call in contenders.values():
-        for _ in range(warmup):
+        for done in range(warmup):
+            if done and late():
+                break
             call()
     order = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in order}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
-    begun = perf_counter()
     try:
         for done in range(rounds):
-            if done and max_seconds is not None and perf_counter() - begun > max_seconds:
+            if done and late():
                 break
             for name in order:
                 if setup is not None:

@@ -288,7 +288,7 @@ class RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
-        self.__dict__.pop("_fused_bundles", None)
+        self.forget_plans()
         for group in self.param_groups:
             for key, value in {**self.dialects, **LATE_OPTIONS, **self.late_options}.items():
                 if key in self.defaults:
@@ -297,6 +297,10 @@ class RuleOptimizer(Optimizer):
                 entry = self.state.get(p, {})
                 if "step" in entry and not torch.is_tensor(entry["step"]):
                     entry["step"] = self.new_step(p, group).fill_(float(entry["step"]))
+
+    def forget_plans(self) -> None:
+        """Let the next fused step look at all tensors anew."""
+        self.__dict__.pop("_fused_bundles", None)
 
     def state_dict(self) -> StateDict:
         """PyTorch's ``state_dict``; options that PyTorch's class lacks are in it only where they are not its way."""

@@ -134,8 +134,8 @@ class Plan:
         """Whether the parameters lie where they lay, and their state is the same objects as before.
 
         Raises:
-            RuntimeError: a state tensor was given other memory (``state["exp_avg"].data = ...``). To look at all of them
-                would take longer than many small tensors' step, so each is looked at every ``TURNS`` steps.
+            RuntimeError: a state tensor was given other memory (``state["exp_avg"].data = ...``). To look at all of
+                them takes longer than the step of many small tensors, so each is looked at every ``TURNS`` steps.
         """
         now = chain.from_iterable(map(dict.values, self.states))
         if not all(map(is_, now, self.kept)) or not np.array_equal(_places(self.params), self.places):

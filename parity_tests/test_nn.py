@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import reimpl.nn as nn
+from parity_tests.versions import reference_only
 from reimpl.testing import bits_equal
 
 CASES: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
@@ -170,6 +171,7 @@ def test_batch_norm_checkpoint_without_the_count() -> None:
     assert layer.num_batches_tracked == 7
 
 
+@reference_only
 @pytest.mark.parametrize(
     ("name", "args", "kwargs"),
     [

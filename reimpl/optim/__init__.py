@@ -15,6 +15,7 @@ from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
+from .averaging import ewa
 from .muon import Muon
 from .nesterov_lookahead import NesterovLookahead
 from .rmsprop import RMSprop
@@ -24,7 +25,7 @@ from .sparse_adam import SparseAdam
 REIMPLEMENTED = ("SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW", "SparseAdam", "Adafactor", "Muon")
 
 __all__ = ["SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Muon", "Optimizer", "RMSprop", "SparseAdam"]
-__all__ += ["NesterovLookahead", "lr_scheduler", "swa_utils"]
+__all__ += ["NesterovLookahead", "ewa", "lr_scheduler", "swa_utils"]
 __all__ += [name for name in _torch_optim.__all__ if name not in __all__]
 
 

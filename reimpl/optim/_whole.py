@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._engine import Group, RuleOptimizer, State
+from ._tensorlist import TensorList
 from ._torch import runs_eagerly
 
 
@@ -32,8 +33,14 @@ class WholeTensorRule(RuleOptimizer):
         """
         return self._step_all(closure)
 
-    @runs_eagerly
     def _step_group(self, index: int, group: Group) -> None:
+        if torch.compiler.is_compiling():
+            self._step_group_eagerly(index, group)
+        else:
+            super()._step_group(index, group)
+
+    @runs_eagerly
+    def _step_group_eagerly(self, index: int, group: Group) -> None:
         super()._step_group(index, group)
 
     def _collect(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[State]]:
@@ -52,3 +59,19 @@ class WholeTensorRule(RuleOptimizer):
 
     def _chooses_foreach(self, h: Any, params: list[Tensor]) -> bool:
         return False
+
+
+def each(function: Callable[..., Tensor], *operands: Any) -> Any:
+    """``function`` of tensors, or, where the operands are lists, of each row of them."""
+    if isinstance(operands[0], Tensor):
+        return function(*operands)
+    return TensorList([function(*row) for row in zip(*operands, strict=True)])
+
+
+def root_mean_squares(tensors: list[Tensor], divisor: float = 1.0) -> list[float]:
+    """‖x‖/(√n · divisor) of each tensor, read from the device at once."""
+    if len(tensors) == 1:
+        norms = [torch.linalg.vector_norm(tensors[0]).item()]
+    else:
+        norms = torch.stack(list(torch._foreach_norm(tensors))).tolist()
+    return [norm / ((x.numel() ** 0.5) * divisor) for norm, x in zip(norms, tensors, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from . import _checks
 from ._engine import Group, State
 from ._tensorlist import TensorList
 from ._torch import ParamsT
-from ._whole import WholeTensorRule
+from ._whole import WholeTensorRule, each, root_mean_squares
 
 
 class Adafactor(WholeTensorRule):
@@ -105,35 +105,22 @@ class Adafactor(WholeTensorRule):
             return
         eps1, eps2 = h.eps
         eps1 = torch.finfo(params[0].dtype).eps if eps1 is None else eps1
-        alphas = [max(eps2, rms) * c.rho for rms in _rms(params)]
+        alphas = [max(eps2, rms) * c.rho for rms in root_mean_squares(params)]
         if h.weight_decay != 0:
             p.mul_(1 - h.lr * h.weight_decay)
-        u = _each(lambda v: v.clamp_(min=eps1 * eps1).rsqrt_(), _second_moment(g, s, c.weight, eps1)).mul_(g)
+        u = each(lambda v: v.clamp_(min=eps1 * eps1).rsqrt_(), _second_moment(g, s, c.weight, eps1)).mul_(g)
         updates = list(u) if isinstance(u, TensorList) else [u]
-        for param, update, alpha, rms in zip(params, updates, alphas, _rms(updates, h.d), strict=True):
+        for param, update, alpha, rms in zip(params, updates, alphas, root_mean_squares(updates, h.d), strict=True):
             param.add_(update, alpha=-alpha / max(1.0, rms))
 
 
 def _second_moment(g: Any, s: State, weight: float, eps1: float) -> Any:
     """The estimate of g², in new memory, after the state has taken g in."""
     if "variance" in s:
-        return s["variance"].lerp_(_each(torch.mul, g, g), weight).clone()
+        return s["variance"].lerp_(each(torch.mul, g, g), weight).clone()
     for key, dim in (("row_var", -1), ("col_var", -2)):
         # a norm needs no memory of the gradient's size, where the mean of g * g does
-        mean = _each(lambda x, dim=dim: vector_norm(x, dim=dim, keepdim=True).square_().div_(x.size(dim)), g)
+        mean = each(lambda x, dim=dim: vector_norm(x, dim=dim, keepdim=True).square_().div_(x.size(dim)), g)
         s[key].lerp_(mean, weight)
-    mean = _each(lambda row: row.mean(dim=-2, keepdim=True).clamp_(min=eps1), s["row_var"])
-    return _each(torch.matmul, s["row_var"], s["col_var"]).div_(mean)
-
-
-def _each(function: Callable[..., Tensor], *operands: Any) -> Any:
-    """``function`` of a tensor, or of each of a list."""
-    if isinstance(operands[0], Tensor):
-        return function(*operands)
-    return TensorList([function(*row) for row in zip(*operands, strict=True)])
-
-
-def _rms(tensors: list[Tensor], divisor: float = 1.0) -> list[float]:
-    """‖x‖/(√n · divisor) of each, read from the device at once."""
-    norms: list[float] = torch.stack(list(torch._foreach_norm(tensors))).tolist()
-    return [norm / ((x.numel() ** 0.5) * divisor) for norm, x in zip(norms, tensors, strict=True)]
+    mean = each(lambda row: row.mean(dim=-2, keepdim=True).clamp_(min=eps1), s["row_var"])
+    return each(torch.matmul, s["row_var"], s["col_var"]).div_(mean)

@@ -97,11 +97,11 @@ class SparseAdam(WholeTensorRule):
 
         def average_(average: Tensor, new: Tensor, beta: float) -> Tensor:
             old = average.sparse_mask(g).values()
-            change = new.sub_(old).mul_(1 - beta)
+            change = new.sub(old).mul_(1 - beta)
             average.add_(rows(change))
             return change.add_(old)
 
         beta1, beta2 = h.betas
-        m = average_(s["exp_avg"], values.clone(), beta1)
+        m = average_(s["exp_avg"], values, beta1)
         v = average_(s["exp_avg_sq"], values.pow(2), beta2)
         p.add_(rows(-c.step_size * m.div_(v.sqrt_().add_(h.eps))))

@@ -2,6 +2,8 @@
 
 from parity_tests.declarations.functional import FUNCTIONS
 from parity_tests.declarations.init import INITS
-from parity_tests.declarations.optim import OPTIMIZERS
+from parity_tests.declarations.optim import OPTIMIZERS as _ELEMENTWISE
+from parity_tests.declarations.optim_reducing import OPTIMIZERS as _REDUCING
 
+OPTIMIZERS = (*_ELEMENTWISE, *_REDUCING)
 __all__ = ["FUNCTIONS", "INITS", "OPTIMIZERS"]

@@ -159,6 +159,9 @@ class RuleOptimizer(Optimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
+        return self._step_all(closure)
+
+    def _step_all(self, closure: Callable[[], Any] | None) -> Any:
         if "capturable" in self.defaults:
             self._accelerator_graph_capture_health_check()
         loss = None
@@ -212,9 +215,8 @@ class RuleOptimizer(Optimizer):
             if h.maximize:
                 g = -g
             if "step" in s:
-                step = s["step"]
-                step += 1
-                t = step if on_device else step_value(step)
+                s["step"] += 1
+                t = s["step"] if on_device else step_value(s["step"])
                 if on_device or t != last:
                     c, last = prologue(h, t), t
             update(p, g, s, h, c)
@@ -379,6 +381,8 @@ def _hyperparameters(group: Group) -> Any:
     h = SimpleNamespace(**{key: value for key, value in group.items() if key not in ("params", "param_names")})
     h.lr = to_scalar(h.lr)
     h.capturable = group.get("capturable", False)
+    h.maximize = group.get("maximize", False)
+    h.differentiable = group.get("differentiable", False)
     # PyTorch keeps the step count a tensor where a graph, or autograd, is to follow it; a class that cannot be captured
     # reads it as a number all the same
     h.on_device = h.capturable or ("capturable" in group and h.differentiable)

@@ -37,8 +37,15 @@ OWN: list[tuple[str, dict[str, Any], Callable[..., Any]]] = [
     ("InverseSqrtLR", {}, oracle.inverse_sqrt),
     ("InverseSqrtLR", {"k": 0.3}, oracle.inverse_sqrt),
 ]
-shared = pytest.mark.parametrize(("name", "kwargs", "closed_form"), SHARED, ids=str)
-every = pytest.mark.parametrize(("name", "kwargs", "closed_form"), [*SHARED, *OWN], ids=str)
+
+
+def _id(value: Any) -> str:
+    # a function's default text has its address in it, which differs from worker to worker
+    return value.__name__ if callable(value) else str(value)
+
+
+shared = pytest.mark.parametrize(("name", "kwargs", "closed_form"), SHARED, ids=_id)
+every = pytest.mark.parametrize(("name", "kwargs", "closed_form"), [*SHARED, *OWN], ids=_id)
 RATES = (0.1, 0.35)
 
 

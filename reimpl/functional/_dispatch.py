@@ -27,6 +27,14 @@ _SCALAR_TYPE_NAMES = {
 }
 
 
+# asked once, since Dynamo before torch 2.13 cannot trace the question
+_AUTOCAST_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
+    if torch.amp.is_autocast_available(name)
+)
+
+
 def call(function: type[torch.autograd.Function], composition: Callable[..., Any], *args: Any) -> Any:
     """Run ``function.apply(*args)``, or the differentiable ``composition(*args)`` where a Function would not do.
 
@@ -51,7 +59,7 @@ def scalar_type_name(dtype: torch.dtype) -> str:
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for tensors of ``device``."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[Any]:

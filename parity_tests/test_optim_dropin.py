@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 import reimpl.optim
 from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES
+from parity_tests.versions import IS_REFERENCE
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.optimizer_checks import assert_same
 from reimpl.testing.optimizers import clone_params, parameters, step_with
@@ -138,6 +139,8 @@ def _two_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("flags", [{"foreach": False}, {"foreach": True}], ids=["forloop", "foreach"])
 def test_groups_with_options_of_their_own(technique: OptimizerTechnique, flags: dict[str, bool]) -> None:
+    if technique.name == "Adagrad" and not IS_REFERENCE:
+        pytest.skip("before torch 2.15 PyTorch's Adagrad cannot step a group that was added")
     twins = _Twins(technique, _two_groups, **flags)
     twins.train(3)
     extra = [nn.Parameter(torch.full((3,), 0.5)) for _ in twins.optimizers]

@@ -27,12 +27,9 @@ _SCALAR_TYPE_NAMES = {
 }
 
 
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
 # asked once, since Dynamo before torch 2.13 cannot trace the question
-_AUTOCAST_DEVICES = frozenset(
-    name
-    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
-    if torch.amp.is_autocast_available(name)
-)
+_AUTOCAST_DEVICES = frozenset(filter(torch.amp.is_autocast_available, _DEVICE_TYPES))
 
 
 def call(function: type[torch.autograd.Function], composition: Callable[..., Any], *args: Any) -> Any:

@@ -29,6 +29,11 @@ RICH: dict[str, dict[str, Any]] = {
     "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
     "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1},
     "AdamW": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1},
+    "Adamax": {"lr": 0.01, "weight_decay": 0.1},
+    "NAdam": {"lr": 0.01, "weight_decay": 0.1},
+    "RAdam": {"lr": 0.01, "weight_decay": 0.1, "betas": (0.5, 0.75)},
+    "ASGD": {"lr": 0.05, "lambd": 0.1, "t0": 1, "weight_decay": 0.1},
+    "Rprop": {"lr": 0.01},
 }
 
 

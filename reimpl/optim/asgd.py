@@ -84,7 +84,7 @@ class ASGD(RuleOptimizer):
 
     def init_state(self, p: Tensor, group: Group) -> State:
         step = self.new_step(p, group)
-        eta = torch.as_tensor(to_scalar(group["lr"]), device=step.device, dtype=step.dtype).clone().detach()
+        eta = torch.full_like(step, to_scalar(group["lr"]))
         return {"step": step, "eta": eta, "mu": torch.ones_like(step), "ax": self.like(p)}
 
     @staticmethod

@@ -25,6 +25,7 @@ __all__ = [
     "check_fused_support",
     "defaults_to_foreach",
     "grad_mode_of_step",
+    "plain_scalar",
     "require_capturable_devices",
     "step_dtype",
     "step_value",
@@ -46,6 +47,11 @@ def defaults_to_foreach(params: list[Tensor], differentiable: bool) -> bool:
 def to_scalar(value: Any) -> Any:
     """A one-element tensor as a 0-d tensor; anything else as it is."""
     return value.squeeze() if isinstance(value, Tensor) and value.dim() != 0 else value
+
+
+def plain_scalar(value: Any) -> Any:
+    """A one-element tensor as a 0-d tensor cut out of any graph; anything else as it is."""
+    return to_scalar(value.detach()) if isinstance(value, Tensor) else value
 
 
 def require_capturable_devices(

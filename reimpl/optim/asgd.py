@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
 from ._ops import assign, choose, either_, l2_penalty, number, real_views
-from ._torch import ParamsT, step_dtype, to_scalar
+from ._torch import ParamsT, plain_scalar, step_dtype
 
 
 class ASGD(RuleOptimizer):
@@ -84,7 +84,7 @@ class ASGD(RuleOptimizer):
 
     def init_state(self, p: Tensor, group: Group) -> State:
         step = self.new_step(p, group)
-        eta = torch.full_like(step, to_scalar(group["lr"]))
+        eta = torch.full_like(step, plain_scalar(group["lr"]))
         return {"step": step, "eta": eta, "mu": torch.ones_like(step), "ax": self.like(p)}
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
 from ._ops import real_views, saved
-from ._torch import ParamsT, to_scalar
+from ._torch import ParamsT, plain_scalar
 
 
 class Rprop(RuleOptimizer):
@@ -72,7 +72,7 @@ class Rprop(RuleOptimizer):
         super().__init__(params, defaults)
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        start = to_scalar(group["lr"])
+        start = plain_scalar(group["lr"])
         step_size = torch.full_like(p if p.grad is None else p.grad, complex(start, start) if p.is_complex() else start)
         return {"step": self.new_step(p, group), "prev": self.like(p), "step_size": step_size}
 

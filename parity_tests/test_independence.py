@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from parity_tests.optim_cases import TECHNIQUES, all_configs
+from reimpl.optim import REIMPLEMENTED
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.guard import IndependenceError, independence_guard, names_used
 from reimpl.testing.optimizers import DENSE_LAYOUTS, IMPLEMENTATIONS, construct, make_grads, make_params, step_with
 
 quick = pytest.mark.quick
-MODULES = ("sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "_functional", "_multi_tensor")
+MODULES = (*(name.lower() for name in REIMPLEMENTED), "_functional", "_multi_tensor")
 FORBIDDEN = ("aten::_fused_*", "torch._fused_*", *(f"torch.optim.{module}.*" for module in MODULES))
 
 

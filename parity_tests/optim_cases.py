@@ -11,10 +11,13 @@ import torch
 
 from parity_tests.declarations import OPTIMIZERS
 from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
-from reimpl.testing.optimizers import IMPLEMENTATIONS, clone_params, construct
+from reimpl.testing.optimizer_cases import flags_of
+from reimpl.testing.optimizers import clone_params, construct
 from reimpl.testing.torch_database import optimizer_inputs
 
-TECHNIQUES = [pytest.param(technique, id=technique.name) for technique in OPTIMIZERS]
+EVERY_TECHNIQUE = [pytest.param(technique, id=technique.name) for technique in OPTIMIZERS]
+#: The elementwise ones, which take any parameter and have every implementation.
+TECHNIQUES = [param for param in EVERY_TECHNIQUE if "fused" in param.values[0].implementations]
 
 
 def dtype_id(value: object) -> str | None:
@@ -38,6 +41,14 @@ def all_configs(technique: OptimizerTechnique, device: torch.device, dtype: torc
     return [*pytorch_configs(technique, device, dtype), *dialect_configs(technique)]
 
 
+def skip_unless_it_runs(technique: OptimizerTechnique, implementation: str, dtype: torch.dtype = torch.float64) -> None:
+    """Skip a test of an implementation or a dtype that the technique does not have."""
+    if implementation not in ("default", *technique.implementations):
+        pytest.skip(f"{technique.name} has no {implementation} implementation")
+    if dtype not in technique.dtypes:
+        pytest.skip(f"{technique.name} does not take {dtype}")
+
+
 def is_refused(
     technique: OptimizerTechnique, config: OptimizerConfig, implementation: str, reference: Callable[..., Any]
 ) -> bool:
@@ -45,8 +56,8 @@ def is_refused(
 
     PyTorch's Adam takes no learning-rate tensor with ``foreach`` unless ``capturable``.
     """
-    kwargs = {**config.kwargs, **IMPLEMENTATIONS[implementation]}
-    params = [torch.ones(1, requires_grad=True)]
+    kwargs = {**config.kwargs, **flags_of(technique, implementation)}
+    params = [torch.ones(1, 1, requires_grad=True)]
     try:
         construct(reference, clone_params(params), **kwargs)
     except ValueError as expected:

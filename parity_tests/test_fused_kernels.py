@@ -149,6 +149,29 @@ def test_parameters_that_share_memory_are_stepped_in_turn() -> None:
 
 
 @needs_numba
+def test_state_given_other_memory_is_noticed() -> None:
+    params = _parameters([(4,), (3,)])
+    optimizer = _steps("Adam", {}, params, fused=True)
+    optimizer.state[params[1]]["exp_avg"].data = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="given other memory during the last steps"):
+        for _ in range(_fused.TURNS):
+            optimizer.step()
+    optimizer.forget_plans()
+    optimizer.step()
+
+
+@needs_numba
+def test_state_moved_to_shared_memory_is_followed() -> None:
+    ours, reference = _parameters([(4,), (3,)]), _parameters([(4,), (3,)])
+    optimizer = _steps("Adagrad", {}, ours, 2, fused=True)
+    optimizer.share_memory()
+    for _ in range(2):
+        optimizer.step()
+    _steps("Adagrad", {}, reference, 4, fused=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+
+
+@needs_numba
 def test_options_of_the_users_own_do_no_harm() -> None:
     params = _parameters([(4,)])
     optimizer = optim.Adam([{"params": params, "layers": ["conv", "bn"], "initial_lr": 0.1}], fused=True)

@@ -9,35 +9,45 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parity_tests.optim_cases import TECHNIQUES, all_configs
+from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES, all_configs, skip_unless_it_runs
 from reimpl.optim import REIMPLEMENTED
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.guard import IndependenceError, independence_guard, names_used
-from reimpl.testing.optimizers import DENSE_LAYOUTS, IMPLEMENTATIONS, construct, make_grads, make_params, step_with
+from reimpl.testing.optimizer_cases import flags_of, grads_of, layouts_of
+from reimpl.testing.optimizers import DENSE_LAYOUTS, construct, make_params, step_with
 
 quick = pytest.mark.quick
-MODULES = (*(name.lower() for name in REIMPLEMENTED), "_functional", "_multi_tensor")
+MODULES = (
+    *(name.lower() for name in REIMPLEMENTED),
+    "_functional",
+    "_multi_tensor",
+    "sparse_adam",
+    "_adafactor",
+    "_muon",
+)
 FORBIDDEN = ("aten::_fused_*", "torch._fused_*", *(f"torch.optim.{module}.*" for module in MODULES))
 
 
 @pytest.mark.parametrize(
     "implementation", [pytest.param("forloop", marks=quick), pytest.param("foreach", marks=quick), "fused"]
 )
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_no_step_calls_pytorchs(technique: OptimizerTechnique, implementation: str, device: torch.device) -> None:
+    skip_unless_it_runs(technique, implementation)
+    layouts = layouts_of(technique, DENSE_LAYOUTS)
     for config in all_configs(technique, device, torch.float32):
-        kwargs = {**config.kwargs, **IMPLEMENTATIONS[implementation]}
+        kwargs = {**config.kwargs, **flags_of(technique, implementation)}
         if implementation == "foreach" and technique.name.startswith("Adam") and "lr" in kwargs:
             kwargs["lr"] = 0.01  # foreach takes no tensor here
         with independence_guard(FORBIDDEN) as seen:
-            optimizer = construct(technique.ours, make_params(DENSE_LAYOUTS, torch.float32, device), **kwargs)
+            optimizer = construct(technique.ours, make_params(layouts, torch.float32, device), **kwargs)
             for step in range(2):
-                step_with(optimizer, make_grads(DENSE_LAYOUTS, torch.float32, device, step=step))
+                step_with(optimizer, grads_of(technique, layouts, torch.float32, device, step=step))
         assert any(name.startswith("aten::") for name in seen), "the guard slept"
 
 
 @quick
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_the_source_names_no_kernel_of_pytorchs(technique: OptimizerTechnique) -> None:
     names = names_used(technique.ours)
     functional = f"torch.optim.{technique.name.lower()}.{technique.name.lower()}"
@@ -47,11 +57,11 @@ def test_the_source_names_no_kernel_of_pytorchs(technique: OptimizerTechnique) -
 
 
 @quick
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_the_class_is_an_optimizer_but_not_pytorchs(technique: OptimizerTechnique) -> None:
     assert isinstance(technique.torch, type) and isinstance(technique.ours, type)
     assert issubclass(technique.ours, torch.optim.Optimizer)
-    reimplemented = {getattr(torch.optim, p.id) for p in TECHNIQUES}
+    reimplemented = {getattr(torch.optim, p.id) for p in EVERY_TECHNIQUE}
     assert not reimplemented & set(technique.ours.__mro__)
 
 

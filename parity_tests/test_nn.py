@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import reimpl.nn as nn
+from parity_tests.versions import reference_only
 from reimpl.testing import bits_equal
 
 CASES: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
@@ -170,6 +171,7 @@ def test_batch_norm_checkpoint_without_the_count() -> None:
     assert layer.num_batches_tracked == 7
 
 
+@reference_only
 @pytest.mark.parametrize(
     ("name", "args", "kwargs"),
     [
@@ -212,7 +214,9 @@ def test_one_changed_import_is_enough() -> None:
         ours = getattr(nn, name)
         assert (ours is not getattr(torch.nn, name)) == (name in nn.REIMPLEMENTED), name
     assert nn.init.__name__ == "reimpl.init" and nn.functional.__name__ == "reimpl.functional"
-    assert nn.utils is torch.nn.utils
+    for name in torch.nn.utils.__all__:
+        ours = getattr(nn.utils, name)
+        assert (ours is not getattr(torch.nn.utils, name)) == (name in nn.utils.REIMPLEMENTED), name
     assert {"Conv2d", "Dropout"} <= set(dir(nn))
     with pytest.raises(AttributeError, match="no_such_layer"):
         nn.no_such_layer  # noqa: B018

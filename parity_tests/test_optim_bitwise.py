@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from parity_tests.optim_cases import (
-    TECHNIQUES,
+    EVERY_TECHNIQUE,
     all_configs,
     dialect_configs,
     dtype_id,
     for_each,
     is_refused,
     pytorch_configs,
+    skip_unless_it_runs,
 )
 from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
 from reimpl.testing.optimizer_checks import check_bitwise, check_checkpoint_exchange, reference_of
@@ -44,10 +45,11 @@ def _skip_foreach_on_cuda(implementation: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), FOR_LOOP + FOREACH, ids=dtype_id)
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_every_configuration(
     technique: OptimizerTechnique, implementation: str, dtype: torch.dtype, device: torch.device
 ) -> None:
+    skip_unless_it_runs(technique, implementation, dtype)
     _skip_foreach_on_cuda(implementation, device)
 
     def check(config: OptimizerConfig) -> None:
@@ -62,10 +64,11 @@ def test_every_configuration(
 
 
 @pytest.mark.parametrize("implementation", ["forloop", "foreach"])
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_gradients_so_small_that_eps_counts(
     technique: OptimizerTechnique, implementation: str, device: torch.device
 ) -> None:
+    skip_unless_it_runs(technique, implementation)
     _skip_foreach_on_cuda(implementation, device)
 
     def check(config: OptimizerConfig) -> None:
@@ -76,10 +79,11 @@ def test_gradients_so_small_that_eps_counts(
 
 
 @pytest.mark.parametrize("implementation", ["forloop", "foreach"])
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_parameters_that_skip_gradients_keep_their_own_step_count(
     technique: OptimizerTechnique, implementation: str, device: torch.device
 ) -> None:
+    skip_unless_it_runs(technique, implementation)
     _skip_foreach_on_cuda(implementation, device)
 
     def check(config: OptimizerConfig) -> None:
@@ -95,10 +99,11 @@ def test_parameters_that_skip_gradients_keep_their_own_step_count(
     [("forloop", torch.float64), ("foreach", torch.float64), ("forloop", torch.float32)],
     ids=dtype_id,
 )
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_checkpoints_go_on_to_the_same_bits(
     technique: OptimizerTechnique, implementation: str, dtype: torch.dtype, to_ours: bool, device: torch.device
 ) -> None:
+    skip_unless_it_runs(technique, implementation, dtype)
     _skip_foreach_on_cuda(implementation, device)
 
     def check(config: OptimizerConfig) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import reimpl.optim
-from parity_tests.optim_cases import TECHNIQUES
+from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.optimizer_checks import assert_same
 from reimpl.testing.optimizers import clone_params, parameters, step_with
@@ -82,6 +82,7 @@ def technique(request: pytest.FixtureRequest) -> OptimizerTechnique:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_constructor_begins_as_pytorchs(technique: OptimizerTechnique) -> None:
     assert technique.torch is not None
     ours = list(inspect.signature(technique.ours).parameters.values())
@@ -100,7 +101,7 @@ def test_the_namespace_holds_all_of_pytorchs() -> None:
     assert reimpl.optim.Optimizer is Optimizer
     for name, cls in vars(torch.optim).items():
         if isinstance(cls, type) and name in torch.optim.__all__:
-            assert (getattr(reimpl.optim, name) is not cls) == (name in {p.id for p in TECHNIQUES})
+            assert (getattr(reimpl.optim, name) is not cls) == (name in {p.id for p in EVERY_TECHNIQUE})
 
 
 @pytest.mark.quick

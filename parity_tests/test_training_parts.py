@@ -101,7 +101,7 @@ def test_optimizers_are_found_by_name() -> None:
     [
         ("adamw", "reimpl.AdamW"),
         ("torch.Adamm", "torch.Adam"),
-        ("reimpl.Muon", "torch.Muon"),
+        ("reimpl.LBFGS", "torch.LBFGS"),
         ("numpy.SGD", "reimpl.SGD"),
     ],
 )

@@ -16,6 +16,8 @@ import torch
 
 from scripts import _checkpoint
 
+pytest.importorskip("tyro", reason="the command line needs the extra train")
+
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = (
     *("--generated", "400", "40", "--widths", "4", "4", "8", "--batch-size", "40", "--epochs", "2"),

@@ -190,7 +190,7 @@ def _grid_rows(lines: Sequence[Line], dtypes: Sequence[str], beside: bool = Fals
     return [
         {
             "device": device,
-            "execution": f"PyTorch's {execution}" if beside else execution,
+            "execution": f"torch {execution}" if beside else execution,
             "beside": beside,
             "cells": [cells.get((device, execution, dtype)) for dtype in dtypes],
         }

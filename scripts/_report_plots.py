@@ -141,8 +141,8 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[float], Sequence[float]]]) ->
         )  # fmt: skip
         for (above, below), (name, ours, theirs) in zip(panels.T, runs, strict=True):
             steps = np.arange(1, len(ours) + 1)
-            above.plot(steps, theirs, color=TORCH, linewidth=5, alpha=0.45, solid_capstyle="round", label="PyTorch")
-            above.plot(steps, ours, color=OURS, linewidth=1.3, label="ours")
+            above.plot(steps, theirs, color=TORCH, linewidth=6, alpha=0.35, solid_capstyle="round", label="PyTorch")
+            above.plot(steps, ours, color=OURS, linewidth=1.8, label="ours")
             above.set_title(name, loc="left", fontsize=12)
             above.legend(loc="upper right")
             below.plot(steps, np.subtract(ours, theirs), color=OURS, linewidth=1.2)

@@ -117,8 +117,8 @@ def _part(report: Report, console: Console, title: str) -> Iterator[None]:
 def print_summary(report: Report, console: Console) -> None:
     """The page's summary for the terminal."""
     table = Table(title=report.headline, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("")
-    for heading in ("cases", "beyond", "bitwise", "nearer", "level", "farther", "median ulp"):
+    table.add_column("", no_wrap=True)
+    for heading in ("cases", "beyond", "bitwise", "nearer", "level", "farther", "ulp"):
         table.add_column(heading, justify="right")
     for kind, title in KIND_TITLES.items():
         cards = [card for card in report.cards if card.declaration["kind"] == kind]

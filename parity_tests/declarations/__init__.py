@@ -1,9 +1,10 @@
 """Every declared technique: the rows that the generic tests, the report and the documentation are made from."""
 
-from parity_tests.declarations import optim, optim_rest
 from parity_tests.declarations.functional import FUNCTIONS
 from parity_tests.declarations.init import INITS
+from parity_tests.declarations.optim import OPTIMIZERS as _ELEMENTWISE
+from parity_tests.declarations.optim_reducing import OPTIMIZERS as _REDUCING
+from parity_tests.declarations.optim_rest import OPTIMIZERS as _REST
 
-OPTIMIZERS = (*optim.OPTIMIZERS, *optim_rest.OPTIMIZERS)
-
+OPTIMIZERS = (*_ELEMENTWISE, *_REST, *_REDUCING)
 __all__ = ["FUNCTIONS", "INITS", "OPTIMIZERS"]

@@ -86,19 +86,23 @@ def log_softmax_composition(input: Tensor, dim: int) -> Tensor:
     return (shifted - torch.exp(shifted).sum(dim, keepdim=True).log()).to(input.dtype)
 
 
-class _Softmax(torch.autograd.Function):
-    r""":math:`\bar x = y \odot (\bar y - \sum_j \bar y_j y_j)`."""
+class _FromOutput(torch.autograd.Function):
+    """A Function whose backward needs its output alone."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input: Tensor, dim: int) -> Tensor:
-        return _softmax(input, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.dim = inputs[1]
         ctx.save_for_backward(output)
+
+
+class _Softmax(_FromOutput):
+    r""":math:`\bar x = y \odot (\bar y - \sum_j \bar y_j y_j)`."""
+
+    @staticmethod
+    def forward(input: Tensor, dim: int) -> Tensor:
+        return _softmax(input, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -107,19 +111,12 @@ class _Softmax(torch.autograd.Function):
         return (y * (g - (g * y).sum(ctx.dim, keepdim=True))).to(output.dtype), None
 
 
-class _LogSoftmax(torch.autograd.Function):
+class _LogSoftmax(_FromOutput):
     r""":math:`\bar x = \bar y - e^{y} \sum_j \bar y_j`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(input: Tensor, dim: int) -> Tensor:
         return log_softmax_composition(input, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dim = inputs[1]
-        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -22,6 +22,7 @@ from torch.nn import (
 )
 
 from reimpl import functional, init
+from reimpl.nn import utils
 from reimpl.nn.activation import LogSoftmax, ReLU, Sigmoid, Softmax
 from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d
 from reimpl.nn.conv import Conv2d
@@ -69,6 +70,7 @@ __all__ = [
     "Unflatten",
     "functional",
     "init",
+    "utils",
 ]
 
 

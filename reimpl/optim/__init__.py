@@ -1,7 +1,7 @@
 """``torch.optim``'s classes under ``torch.optim``'s names: change one import, ``import reimpl.optim as optim``.
 
-``REIMPLEMENTED`` names the classes that are this library's own. Every other public name is PyTorch's, so that nothing
-is missed after the change.
+``REIMPLEMENTED`` names PyTorch's classes that are this library's own here; ``NesterovLookahead`` is one that PyTorch
+lacks. Every other public name is PyTorch's, so that nothing is missed after the change.
 """
 
 from typing import Any
@@ -11,25 +11,32 @@ import torch.optim as _torch_optim
 from . import lr_scheduler, swa_utils
 from ._torch import Optimizer
 from .adadelta import Adadelta
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam
 from .adamax import Adamax
 from .adamw import AdamW
 from .asgd import ASGD
+from .averaging import ewa
+from .muon import Muon
 from .nadam import NAdam
+from .nesterov_lookahead import NesterovLookahead
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
+from .sparse_adam import SparseAdam
 
 REIMPLEMENTED = (
     "SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop",
+    "SparseAdam", "Adafactor", "Muon",
 )  # fmt: skip
 
 __all__ = [
-    "ASGD", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop",
-    "lr_scheduler", "swa_utils",
+    "ASGD", "SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "Optimizer", "RAdam",
+    "RMSprop", "Rprop", "SparseAdam",
 ]  # fmt: skip
+__all__ += ["NesterovLookahead", "ewa", "lr_scheduler", "swa_utils"]
 __all__ += [name for name in _torch_optim.__all__ if name not in __all__]
 
 

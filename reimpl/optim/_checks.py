@@ -8,22 +8,27 @@ from typing import Any
 from torch import Tensor
 
 
-def learning_rate(lr: Any) -> None:
-    """Raise unless ``lr`` is a finite number of at least 0, or a tensor of one such element.
+def learning_rate(lr: Any, text: str = "Invalid learning rate:") -> None:
+    """Raise ``<text> <lr>`` unless ``lr`` is a finite number of at least 0, or a tensor of one such element.
 
     PyTorch lets an infinite rate (and for ``SGD`` a NaN) through, which turns every parameter into NaN.
     """
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    at_least_zero("learning rate", lr)
-    if math.isinf(lr.detach() if isinstance(lr, Tensor) else lr):
-        raise ValueError(f"Invalid learning rate: {lr}")
+    if not lr >= 0.0 or math.isinf(lr.detach() if isinstance(lr, Tensor) else lr):
+        raise ValueError(f"{text} {lr}")
 
 
 def at_least_zero(name: str, value: Any) -> None:
     """Raise ``Invalid <name>: <value>`` for a value that is negative or NaN."""
     if not value >= 0.0:
         raise ValueError(f"Invalid {name}: {value}")
+
+
+def should_be(name: str, condition: str, value: Any, holds: Any) -> None:
+    """Raise ``<name> should be <condition> but is: <value>`` unless ``holds``."""
+    if not holds:
+        raise ValueError(f"{name} should be {condition} but is: {value}")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

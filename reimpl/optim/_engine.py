@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _fused
+from ._checkpoints import LATE_OPTIONS, restore_numbers, torch_twin
 from ._tensorlist import TensorList
 from ._torch import (
     Optimizer,
@@ -168,6 +168,9 @@ class RuleOptimizer(Optimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
+        return self._step_all(closure)
+
+    def _step_all(self, closure: Callable[[], Any] | None) -> Any:
         if "capturable" in self.defaults:
             self._accelerator_graph_capture_health_check()
         loss = None
@@ -223,9 +226,8 @@ class RuleOptimizer(Optimizer):
             if h.maximize:
                 g = -g
             if "step" in s:
-                step = s["step"]
-                step += 1
-                t = step if on_device else step_value(step)
+                s["step"] += 1
+                t = s["step"] if on_device else step_value(s["step"])
                 if on_device or t != last or kept:
                     c, last = prologue(h, t, *(s[key] for key in kept)), t
             update(p, g, s, h, c)
@@ -300,7 +302,7 @@ class RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
-        self.__dict__.pop("_fused_bundles", None)
+        self.forget_plans()
         for group in self.param_groups:
             for key, value in {**self.dialects, **LATE_OPTIONS, **self.late_options}.items():
                 if key in self.defaults:
@@ -311,6 +313,10 @@ class RuleOptimizer(Optimizer):
                     if key in entry and not torch.is_tensor(entry[key]):
                         entry[key] = self.new_step(p, group).fill_(float(entry[key]))
 
+    def forget_plans(self) -> None:
+        """Let the next fused step look at all tensors anew."""
+        self.__dict__.pop("_fused_bundles", None)
+
     def state_dict(self) -> StateDict:
         """PyTorch's ``state_dict``; options that PyTorch's class lacks are in it only where they are not its way."""
         return self._strip(super().state_dict())
@@ -318,7 +324,7 @@ class RuleOptimizer(Optimizer):
     def _strip(self, packed: StateDict) -> StateDict:
         for group in packed["param_groups"]:
             for key in self.dialects:
-                if key in group and self._is_torch_way(key, group[key]):
+                if key in group and self.is_torch_way(key, group[key]):
                     del group[key]
         return packed
 
@@ -341,23 +347,12 @@ class RuleOptimizer(Optimizer):
                     )
         absent = [[key for key in mine if key not in theirs] for mine, theirs in zip(here, saved, strict=False)]
         super().load_state_dict(state_dict)
-        self._load_scalars(self, state_dict)
+        restore_numbers(self, state_dict, self.scalar_state)
         for group, mine, keys in zip(self.param_groups, here, absent, strict=False):
             group.update({key: mine[key] for key in keys})
 
-    def _load_scalars(self, optimizer: Optimizer, state_dict: StateDict) -> None:
-        # PyTorch loads them in the parameter's dtype: coarser than they were, or finer than an uninterrupted run's
-        if not self.scalar_state:
-            return
-        for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False):
-            for index, p in zip(saved["params"], group["params"], strict=False):
-                here, there = optimizer.state.get(p, {}), state_dict["state"].get(index, {})
-                for key in self.scalar_state:
-                    if isinstance(there.get(key), Tensor):
-                        dtype = torch.promote_types(there[key].dtype, torch.float32)
-                        here[key] = there[key].detach().to(device=here[key].device, dtype=dtype, copy=True)
-
-    def _is_torch_way(self, dialect: str, value: Any) -> bool:
+    def is_torch_way(self, dialect: str, value: Any) -> bool:
+        """Whether PyTorch's class does what ``value`` asks of the option ``dialect``."""
         return bool(value == self.dialects[dialect]) or (dialect == "fused" and not value)
 
     def to_torch(self) -> Optimizer:
@@ -366,35 +361,7 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: a dialect is in use that PyTorch's class cannot express.
         """
-        name = type(self).__name__
-        if self.torch_class is None:
-            raise ValueError(f"torch.optim has no counterpart of {name}")
-        for i, group in enumerate(self.param_groups):
-            for key in self.dialects:
-                if key != "fused" and not self._is_torch_way(key, group[key]):
-                    raise ValueError(
-                        f"torch.optim.{name} has no equivalent of {key}={group[key]!r} (parameter group {i})"
-                    )
-        names = ["param_names" in group for group in self.param_groups]
-        groups = [
-            {"params": list(zip(g["param_names"], g["params"], strict=True)) if named else g["params"]}
-            for g, named in zip(self.param_groups, names, strict=True)
-        ]
-        twin = self.torch_class(groups)
-        packed = deepcopy(Optimizer.state_dict(self))
-        for group in packed["param_groups"]:
-            for key in self.dialects:
-                group.pop(key, None)
-        twin.load_state_dict(packed)
-        self._load_scalars(twin, packed)
-        return twin
-
-
-LATE_OPTIONS: dict[str, Any] = {
-    "nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "capturable": False,
-    "amsgrad": False, "momentum": 0, "centered": False, "decoupled_weight_decay": False, "fused": None,
-}  # fmt: skip
-"""Options that PyTorch added after the first release of a class, with the value that an old checkpoint means."""
+        return torch_twin(self)
 
 
 def _hyperparameters(group: Group, differentiates_step: bool) -> Any:
@@ -402,6 +369,8 @@ def _hyperparameters(group: Group, differentiates_step: bool) -> Any:
     h = SimpleNamespace(**{key: value for key, value in group.items() if key not in ("params", "param_names")})
     h.lr = to_scalar(h.lr)
     h.capturable = group.get("capturable", False)
+    h.maximize = group.get("maximize", False)
+    h.differentiable = group.get("differentiable", False)
     # PyTorch keeps the step count a tensor where a graph, or autograd, is to follow it
     h.on_device = h.capturable or (differentiates_step and h.differentiable)
     return h

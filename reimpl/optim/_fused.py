@@ -94,6 +94,13 @@ def _fusible(p: Tensor, g: Tensor, s: State, numbers: tuple[str, ...]) -> bool:
     ) and (p.numel() == 0 or _dense(p))
 
 
+TURNS = 8
+
+
+def _places(tensors: Sequence[Tensor]) -> Any:
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
 class Plan:
     """Addresses, chunks and the kernel for tensors of one device and dtype, valid while the tensors stay in place."""
 
@@ -106,9 +113,11 @@ class Plan:
             for p, s in zip(params, states, strict=True):
                 s[key] = torch.empty_like(p)
         self.params, self.states = params, states
-        # held, so that what the addresses point to cannot be freed and its memory given to another tensor
         self.kept = list(chain.from_iterable(map(dict.values, states)))
-        self.places = self._places()
+        # held, so that what the addresses point to cannot be freed and its memory given to another tensor
+        self.storages = [t.untyped_storage() for t in (*params, *self.kept)]
+        self.places, self.kept_places = _places(params), _places(self.kept)
+        self.turn = 0
         rows = [*self.program.inputs[2:], *(["step"] if "step" in states[0] else []), *self.program.kept]
         self.dtype, self.strides = params[0].dtype, list(map(Tensor.stride, params))
         self.guard: Any = None
@@ -121,16 +130,23 @@ class Plan:
         self.launch = self.kernel.bind(self.addresses, sizes, params[0].device)
         self.steps = [s["step"] for s in states] if "step" in rows and not self.kernel.counts_steps else []
 
-    def _places(self) -> Any:
-        now = chain(self.params, chain.from_iterable(map(dict.values, self.states)))
-        return np.fromiter(map(Tensor.data_ptr, now), np.int64)
-
     def holds(self) -> bool:
-        """Whether the parameters and all that is in their state lie where they lay."""
-        try:
-            return np.array_equal(self._places(), self.places)
-        except (TypeError, RuntimeError):  # something that is no tensor, or has no address, has come into the state
+        """Whether the parameters lie where they lay, and their state is the same objects as before.
+
+        Raises:
+            RuntimeError: a state tensor was given other memory (``state["exp_avg"].data = ...``). To look at all of
+                them takes longer than the step of many small tensors, so each is looked at every ``TURNS`` steps.
+        """
+        now = chain.from_iterable(map(dict.values, self.states))
+        if not all(map(is_, now, self.kept)) or not np.array_equal(_places(self.params), self.places):
             return False
+        self.turn = (self.turn + 1) % TURNS
+        if not np.array_equal(_places(self.kept[self.turn :: TURNS]), self.kept_places[self.turn :: TURNS]):
+            raise RuntimeError(
+                "a tensor in the optimizer's state was given other memory during the last steps, which fused=True did "
+                "not see; replace the entry of optimizer.state instead of its .data"
+            )
+        return True
 
     def takes(self, grads: list[Tensor | None]) -> bool:
         """Whether the kernel can read these gradients: plain strided tensors of the parameters' dtype.

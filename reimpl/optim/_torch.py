@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
@@ -27,6 +28,7 @@ __all__ = [
     "grad_mode_of_step",
     "plain_scalar",
     "require_capturable_devices",
+    "runs_eagerly",
     "step_dtype",
     "step_value",
     "tensor_guards",
@@ -37,6 +39,8 @@ grad_mode_of_step = _use_grad_for_differentiable
 check_fused_support = _device_dtype_check_for_fused
 step_dtype = _get_scalar_dtype
 step_value = _get_value
+runs_eagerly = _disable_dynamo
+"""A decorator for what ``torch.compile`` is to call, not to trace; unlike ``torch.compiler.disable`` it is lazy."""
 
 
 def defaults_to_foreach(params: list[Tensor], differentiable: bool) -> bool:

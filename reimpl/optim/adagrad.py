@@ -92,6 +92,7 @@ class Adagrad(RuleOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["sum"].share_memory_()
+        self.forget_plans()
 
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:

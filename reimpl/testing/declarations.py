@@ -65,7 +65,11 @@ class OptimizerTechnique(Technique):
     ``state`` maps the optimizer's own state keys (``exp_avg``, ...) to arrays. ``configs`` holds the dialects and
     whatever PyTorch's own database of inputs does not have; the database's inputs are added by the generic tests.
     The oracle also takes ``state=None``, an earlier state to go on from. ``magnitude`` works like the oracle and gives
-    the scale of the numbers added up; by default it is the oracle on absolute values with ``lr`` negated.
+    the scale of the numbers added up; by default it is the oracle on absolute values with ``lr`` negated. Where either
+    takes ``machine_eps``, it gets that of the dtype under test.
+
+    ``implementations`` are the ways of running that the class has, ``takes_shape`` tells the shapes of parameters that
+    it takes (default: all), ``only_sparse`` says that every gradient must be sparse.
     """
 
     configs: tuple[OptimizerConfig, ...] = ()
@@ -73,6 +77,9 @@ class OptimizerTechnique(Technique):
     supports_complex: bool = True
     supports_capturable: bool = True
     torch_fused: bool = False
+    implementations: tuple[str, ...] = ("forloop", "foreach", "fused", "differentiable")
+    takes_shape: Callable[[tuple[int, ...]], bool] | None = None
+    only_sparse: bool = False
     magnitude: Callable[..., Any] | None = None
 
 

@@ -8,7 +8,6 @@ element they part.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 
 from reimpl.testing.declarations import Array, OptimizerConfig, OptimizerTechnique
+from reimpl.testing.optimizer_cases import flags_of, grads_of, layouts_of, oracle_hyper, reference_of
 from reimpl.testing.optimizers import (
     DENSE_LAYOUTS,
     EXECUTION_KEYS,
-    IMPLEMENTATIONS,
     STRIDED_LAYOUTS,
     Layout,
     OptimizerClass,
@@ -40,26 +39,6 @@ FUSED_ULP = 2.0
 #: Steps of a comparison with the oracle: enough for averages, bias corrections and rates to change.
 ORACLE_STEPS = 6
 ORACLE_LAYOUTS = tuple(x for x in DENSE_LAYOUTS if x.name in ("scalar", "empty", "vector9", "vector67", "transposed"))
-
-
-def reference_of(technique: OptimizerTechnique, config: OptimizerConfig) -> tuple[OptimizerClass, dict[str, Any]]:
-    """The for-loop that a configuration is compared with: PyTorch's, or ours for a dialect that PyTorch lacks."""
-    if technique.torch is None or config.torch_kwargs is None:
-        return technique.ours, {**config.kwargs, "foreach": False}
-    return technique.torch, {**config.torch_kwargs, "foreach": False}
-
-
-def oracle_hyper(technique: OptimizerTechnique, config: OptimizerConfig) -> dict[str, Any]:
-    """The configuration as the oracle takes it: tensors as numbers, no execution flags, ``lr`` always there."""
-    default = inspect.signature(technique.ours).parameters["lr"].default
-    kwargs = {"lr": default, **(config.kwargs if config.oracle_kwargs is None else config.oracle_kwargs)}
-    return {key: _as_number(value) for key, value in kwargs.items() if key not in EXECUTION_KEYS}
-
-
-def _as_number(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.item()
-    return tuple(_as_number(item) for item in value) if isinstance(value, tuple) else value
 
 
 def magnitude(
@@ -147,7 +126,8 @@ def check_bitwise(
         AssertionError: they part; says at which step and where.
     """
     reference, reference_kwargs = reference_of(technique, config)
-    flags = dict(IMPLEMENTATIONS[implementation])
+    flags = flags_of(technique, implementation)
+    layouts = layouts_of(technique, layouts)
     params = make_params(layouts, dtype, device, seed=seed)
     if implementation == "differentiable":
         params = [p.detach() for p in params]  # autograd refuses an in-place step on a leaf that requires a gradient
@@ -156,7 +136,7 @@ def check_bitwise(
     theirs = construct(reference, clone_params(params), **reference_kwargs)
     case = f"{config.desc}, {implementation}, {dtype}"
     for step in range(steps):
-        grads = make_grads(layouts, dtype, device, seed=seed, step=step, scale=scale, skip=skip)
+        grads = grads_of(technique, layouts, dtype, device, seed=seed, step=step, scale=scale, skip=skip)
         step_with(mine, grads)
         step_with(theirs, grads)
         if _is_looked_at(step):
@@ -207,7 +187,8 @@ def check_checkpoint_exchange(
         AssertionError: the path is not the uninterrupted one.
     """
     reference, reference_kwargs = reference_of(technique, config)
-    ours_kwargs = {**config.kwargs, **IMPLEMENTATIONS[implementation]}
+    ours_kwargs = {**config.kwargs, **flags_of(technique, implementation)}
+    layouts = layouts_of(technique, layouts)
     halves = [(reference, reference_kwargs), (technique.ours, ours_kwargs)]
     (first, first_kwargs), (second, second_kwargs) = halves if to_ours else halves[::-1]
     params = make_params(layouts, dtype, device)
@@ -224,7 +205,7 @@ def check_checkpoint_exchange(
             if not to_ours:
                 # PyTorch loads ASGD's and NAdam's numbers in the parameter's dtype, and goes on in that one
                 whole.load_state_dict(copy.deepcopy(whole.state_dict()))
-        grads = make_grads(layouts, dtype, device, step=step)
+        grads = grads_of(technique, layouts, dtype, device, step=step)
         step_with(running, grads)
         step_with(whole, grads)
         if _is_looked_at(step):
@@ -305,7 +286,7 @@ def _fused_differences(
         verdict = None
         if not ulp <= FUSED_ULP:
             (param, state), arrays = _split(before), [None if grad is None else to_oracle(grad)]
-            hyper = oracle_hyper(technique, config)
+            hyper = oracle_hyper(technique, config, value.dtype)
             exact, scale = (
                 {"param": new, **new_state}
                 for new, new_state in (
@@ -362,9 +343,10 @@ def _compare_seed(
     seed: int,
     skip: Skip | None,
 ) -> list[tuple[str, Verdict]]:
+    layouts = layouts_of(technique, layouts)
     params = make_params(layouts, dtype, device, seed=seed)
-    history = [make_grads(layouts, dtype, device, seed=seed, step=step, skip=skip) for step in range(steps)]
-    mine = construct(technique.ours, clone_params(params), **{**config.kwargs, **IMPLEMENTATIONS[implementation]})
+    history = [grads_of(technique, layouts, dtype, device, seed=seed, step=step, skip=skip) for step in range(steps)]
+    mine = construct(technique.ours, clone_params(params), **{**config.kwargs, **flags_of(technique, implementation)})
     reference, reference_kwargs = reference_of(technique, config)
     theirs = None
     if reference is technique.torch:
@@ -373,7 +355,7 @@ def _compare_seed(
         for optimizer in (mine, theirs):
             if optimizer is not None:
                 step_with(optimizer, grads)
-    hyper = oracle_hyper(technique, config)
+    hyper = oracle_hyper(technique, config, dtype)
     rows: list[tuple[str, Verdict]] = []
     for index, p in enumerate(parameters(mine)):
         arrays = [None if grad is None else to_oracle(grad) for grad in (grads[index] for grads in history)]

@@ -133,10 +133,20 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def step_with(optimizer: torch.optim.Optimizer, grads: Sequence[torch.Tensor | None]) -> None:
     """Set the gradients and step; optimizers that are compared may be given the same tensors, which they only read."""
     for param, grad in zip(parameters(optimizer), grads):
-        param.grad = None if grad is None else grad.clone(memory_format=torch.preserve_format)
-        if grad is not None and param.grad is not None and param.grad.stride() != grad.stride():
+        param.grad = None if grad is None else grad.clone()
+        if grad is not None and grad.layout is torch.strided and param.grad.stride() != grad.stride():  # type: ignore[union-attr]
             param.grad = grad  # an expanded gradient: a clone would lose its strides
     optimizer.step()
+
+
+def sparse_rows(grad: torch.Tensor, step: int = 0) -> torch.Tensor:
+    """Every other row of ``grad`` as a sparse tensor, its first row in two halves as an embedding's gradient may be."""
+    rows = torch.arange(grad.shape[0], device=grad.device)[step % 2 :: 2]
+    values = grad[rows]
+    if len(rows):
+        rows, values = torch.cat([rows, rows[:1]]), torch.cat([values, values[:1]])
+        values[[0, -1]] /= 2  # exact, so that their sum is the row again
+    return torch.sparse_coo_tensor(rows[None], values, grad.shape, check_invariants=True)
 
 
 @torch.no_grad()

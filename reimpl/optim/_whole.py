@@ -1,0 +1,77 @@
+"""``WholeTensorRule``: what the rules share that look at a tensor as a whole, by reductions or by sparse rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ._engine import Group, RuleOptimizer, State
+from ._tensorlist import TensorList
+from ._torch import runs_eagerly
+
+
+class WholeTensorRule(RuleOptimizer):
+    """A rule that is not elementwise: it runs tensor by tensor unless ``foreach`` is asked for, and is never fused.
+
+    ``torch.compile`` calls it instead of tracing it, so that a compiled training step gives the eager step's bits.
+    """
+
+    complex_error: ClassVar[str | None] = None
+    """What a complex parameter is told, or ``None`` where the rule takes one."""
+    dense_error: ClassVar[str | None] = None
+    """What a dense gradient is told, or ``None`` where the rule takes one."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        return self._step_all(closure)
+
+    def _step_group(self, index: int, group: Group) -> None:
+        if torch.compiler.is_compiling():
+            self._step_group_eagerly(index, group)
+        else:
+            super()._step_group(index, group)
+
+    @runs_eagerly
+    def _step_group_eagerly(self, index: int, group: Group) -> None:
+        super()._step_group(index, group)
+
+    def _collect(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[State]]:
+        for p in group["params"]:
+            if p.grad is not None:
+                self._check_kind(p, p.grad)
+        return super()._collect(group)
+
+    def _check_kind(self, p: Tensor, g: Tensor) -> None:
+        if self.complex_error is not None and p.is_complex():
+            raise RuntimeError(self.complex_error)
+        if self.sparse_error is not None and g.is_sparse:
+            raise RuntimeError(self.sparse_error)
+        if self.dense_error is not None and not g.is_sparse:
+            raise RuntimeError(self.dense_error)
+
+    def _chooses_foreach(self, h: Any, params: list[Tensor]) -> bool:
+        return False
+
+
+def each(function: Callable[..., Tensor], *operands: Any) -> Any:
+    """``function`` of tensors, or, where the operands are lists, of each row of them."""
+    if isinstance(operands[0], Tensor):
+        return function(*operands)
+    return TensorList([function(*row) for row in zip(*operands, strict=True)])
+
+
+def root_mean_squares(tensors: list[Tensor], divisor: float = 1.0) -> list[float]:
+    """‖x‖/(√n · divisor) of each tensor, read from the device at once."""
+    if len(tensors) == 1:
+        norms = [torch.linalg.vector_norm(tensors[0]).item()]
+    else:
+        norms = torch.stack(list(torch._foreach_norm(tensors))).tolist()
+    return [norm / ((x.numel() ** 0.5) * divisor) for norm, x in zip(norms, tensors, strict=True)]

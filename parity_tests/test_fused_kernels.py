@@ -26,6 +26,11 @@ RULES: dict[str, dict[str, Any]] = {
     "RMSprop": {"momentum": 0.5, "centered": True},
     "Adam": {"amsgrad": True, "weight_decay": 0.01},
     "AdamW": {"maximize": True},
+    "Adamax": {"weight_decay": 0.01},
+    "NAdam": {"weight_decay": 0.01, "decoupled_weight_decay": True},
+    "RAdam": {"betas": (0.5, 0.9)},
+    "ASGD": {"t0": 1.0, "lambd": 0.1},
+    "Rprop": {},
 }
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")

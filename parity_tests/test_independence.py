@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES, all_configs, skip_unless_it_runs
+from reimpl.optim import REIMPLEMENTED
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.guard import IndependenceError, independence_guard, names_used
 from reimpl.testing.optimizer_cases import flags_of, grads_of, layouts_of
@@ -17,12 +18,7 @@ from reimpl.testing.optimizers import DENSE_LAYOUTS, construct, make_params, ste
 
 quick = pytest.mark.quick
 MODULES = (
-    "sgd",
-    "adagrad",
-    "adadelta",
-    "rmsprop",
-    "adam",
-    "adamw",
+    *(name.lower() for name in REIMPLEMENTED),
     "_functional",
     "_multi_tensor",
     "sparse_adam",

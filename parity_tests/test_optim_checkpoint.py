@@ -121,6 +121,7 @@ def test_checkpoints_of_old_versions(technique: OptimizerTechnique, kept: tuple[
     for entry in saved["state"].values():
         if "step" in entry:
             entry["step"] = int(entry["step"])
+        entry.update({key: float(entry[key]) for key in ("mu_product", "eta", "mu") if key in entry})
     original = {"SGD": {"momentum", "dampening", "weight_decay"}}.get(technique.name, set())
     for group in saved["param_groups"]:
         for key in [k for k in group if k in newer and not (kept is None and k in ("amsgrad", "nesterov", "centered"))]:
@@ -137,6 +138,28 @@ def test_checkpoints_of_old_versions(technique: OptimizerTechnique, kept: tuple[
     assert {k: v for k, v in pair[0].param_groups[0].items() if k in theirs and k != "params"} == {
         k: v for k, v in theirs.items() if k != "params"
     }
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["NAdam", "ASGD"])
+def test_numbers_of_the_state_keep_their_precision(name: str) -> None:
+    """PyTorch loads them in the parameter's dtype; in bfloat16 that leaves ASGD's rate two digits."""
+    technique = next(p.values[0] for p in TECHNIQUES if p.id == name)
+    kwargs = {"lr": 0.3, "t0": 0.0} if name == "ASGD" else {}
+    optimizer = construct(technique.ours, make_params(LAYOUTS, torch.bfloat16), **kwargs)
+    _steps(optimizer, 0, 3)
+    other = construct(technique.ours, clone_params(parameters(optimizer)), **kwargs)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twin = optimizer.to_torch()
+    for p, q, r in zip(parameters(optimizer), parameters(other), parameters(twin)):
+        for key in technique.ours.scalar_state:  # type: ignore[attr-defined]
+            number = optimizer.state[p][key]
+            assert number.dtype == torch.float32 and number != number.bfloat16()
+            for copied in (other.state[q][key], twin.state[r][key]):
+                assert bits_equal(copied, number) and copied is not number
+    _steps(optimizer, 3, 6)
+    _steps(other, 3, 6)
+    assert_same(other, optimizer, technique=name, case="loaded, bfloat16", step=6)
 
 
 def _dialects(technique: OptimizerTechnique) -> list[OptimizerConfig]:

@@ -17,6 +17,11 @@ FULL: dict[str, dict[str, object]] = {
     "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
     "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1},
     "AdamW": {"lr": 0.01, "weight_decay": 0.1},
+    "Adamax": {"lr": 0.01, "weight_decay": 0.1},
+    "NAdam": {"lr": 0.01, "weight_decay": 0.1},
+    "RAdam": {"lr": 0.01, "betas": (0.5, 0.75)},
+    "ASGD": {"lr": 0.05, "lambd": 0.1, "t0": 1.0},
+    "Rprop": {"lr": 0.01},
 }
 
 

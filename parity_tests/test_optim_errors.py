@@ -73,6 +73,11 @@ def _bad_values(technique: OptimizerTechnique) -> Iterator[dict[str, Any]]:
         "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum"),
         "Adam": ("lr", "eps", "weight_decay"),
         "AdamW": ("lr", "eps", "weight_decay"),
+        "Adamax": ("lr", "eps", "weight_decay"),
+        "NAdam": ("lr", "eps", "weight_decay", "momentum_decay"),
+        "RAdam": ("lr", "eps", "weight_decay"),
+        "ASGD": ("lr", "lambd", "alpha", "weight_decay"),
+        "Rprop": ("lr",),
         "SparseAdam": ("lr", "eps"),
         "Adafactor": ("lr", "weight_decay", "d"),
         "Muon": ("lr", "momentum", "weight_decay"),
@@ -81,9 +86,11 @@ def _bad_values(technique: OptimizerTechnique) -> Iterator[dict[str, Any]]:
         yield {name: -1.0}
         if technique.name != "SGD":  # PyTorch's SGD compares the other way round and lets NaN through; ours does not
             yield {name: math.nan}
-    if technique.name.startswith("Adam"):
-        for betas in ((-0.1, 0.9), (0.9, -0.1), (0.9, 1.0), (math.nan, 0.9), (0.9, math.nan), (1, 0.9), (0, 0)):
+    if technique.name.endswith(("Adam", "AdamW", "Adamax")):
+        for betas in ((-0.1, 0.9), (0.9, -0.1), (0.9, 1.0), (math.nan, 0.9), (0.9, math.nan), (1, 0.9)):
             yield {"betas": betas}
+    if technique.name in ("Adam", "AdamW"):
+        yield {"betas": (0, 0)}
         yield {"betas": (torch.tensor([0.9, 0.9]), torch.tensor(0.9))}
         yield {"betas": (torch.tensor(0.9), torch.tensor([0.9, 0.9]))}
         yield {"lr": torch.tensor(0.1), "foreach": True}
@@ -102,6 +109,9 @@ def _bad_values(technique: OptimizerTechnique) -> Iterator[dict[str, Any]]:
         yield from ({"adjust_lr_fn": "other"}, {"ns_steps": 100}, {"ns_coefficients": (1.0, 2.0)})
     if technique.name == "Adadelta":
         yield {"rho": 1.5}
+    if technique.name == "Rprop":
+        for etas in ((0.0, 1.2), (1.0, 1.2), (0.5, 1.0), (1.2, 0.5), (math.nan, 1.2), (0.5, math.nan)):
+            yield {"etas": etas}
     if technique.name == "SGD":
         yield {"nesterov": True}
         yield {"nesterov": True, "momentum": 0.9, "dampening": 0.5}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import reimpl.optim as optim
-from parity_tests.oracle import optim as oracle
+from parity_tests.optim_cases import TECHNIQUES
+from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.optimizers import step_with
 from reimpl.testing.samples import random_tensor, seeded_generator
 
@@ -183,11 +184,11 @@ def test_adadelta_needs_no_rate_of_the_gradients_size() -> None:
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw"])
-def test_oracles_go_on_from_a_state(name: str) -> None:
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_oracles_go_on_from_a_state(technique: OptimizerTechnique) -> None:
     """Six gradients at once are the same as three and three: the checks of one step rely on it."""
-    run = getattr(oracle, name)
-    extra = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
+    run = technique.oracle
+    extra = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9}, "ASGD": {"t0": 1}}.get(technique.name, {})
     param, grads = _draw("param").numpy(), [grad.numpy() for grad in GRADS[:6]]
     whole, whole_state = run(param, grads, lr=0.1, **extra)
     half, state = run(param, grads[:3], lr=0.1, **extra)

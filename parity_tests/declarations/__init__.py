@@ -4,6 +4,7 @@ from parity_tests.declarations.functional import FUNCTIONS
 from parity_tests.declarations.init import INITS
 from parity_tests.declarations.optim import OPTIMIZERS as _ELEMENTWISE
 from parity_tests.declarations.optim_reducing import OPTIMIZERS as _REDUCING
+from parity_tests.declarations.optim_rest import OPTIMIZERS as _REST
 
-OPTIMIZERS = (*_ELEMENTWISE, *_REDUCING)
+OPTIMIZERS = (*_ELEMENTWISE, *_REST, *_REDUCING)
 __all__ = ["FUNCTIONS", "INITS", "OPTIMIZERS"]

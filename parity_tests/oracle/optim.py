@@ -21,6 +21,10 @@ Grads = Sequence[Array | None]
 Rate = float | Sequence[float]
 
 
+NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
+"""State of one number for the whole parameter."""
+
+
 def _pairs(array: Array) -> Array:
     """Complex numbers as pairs of reals in a last dimension; a copy in either case."""
     return np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else np.array(array, copy=True)
@@ -35,7 +39,7 @@ class _Path:
         self.scalar = self.theta.dtype.type
         self.grads = grads
         self.rates = list(lr) if isinstance(lr, Sequence) else [lr] * len(grads)
-        self.state = {key: value if key == "step" else _pairs(value) for key, value in (state or {}).items()}
+        self.state = {key: value if key in NUMBERS else _pairs(value) for key, value in (state or {}).items()}
 
     def __getitem__(self, key: str) -> Array:
         return self.state[key]
@@ -62,7 +66,7 @@ class _Path:
         return step
 
     def result(self) -> tuple[Array, State]:
-        return self._whole(self.theta), {k: v if k == "step" else self._whole(v) for k, v in self.state.items()}
+        return self._whole(self.theta), {k: v if k in NUMBERS else self._whole(v) for k, v in self.state.items()}
 
     def _whole(self, array: Array) -> Array:
         return array[..., 0] + 1j * array[..., 1] if self.complex else array

@@ -14,17 +14,28 @@ from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam
+from .adamax import Adamax
 from .adamw import AdamW
+from .asgd import ASGD
 from .averaging import ewa
 from .muon import Muon
+from .nadam import NAdam
 from .nesterov_lookahead import NesterovLookahead
+from .radam import RAdam
 from .rmsprop import RMSprop
+from .rprop import Rprop
 from .sgd import SGD
 from .sparse_adam import SparseAdam
 
-REIMPLEMENTED = ("SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW", "SparseAdam", "Adafactor", "Muon")
+REIMPLEMENTED = (
+    "SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop",
+    "SparseAdam", "Adafactor", "Muon",
+)  # fmt: skip
 
-__all__ = ["SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Muon", "Optimizer", "RMSprop", "SparseAdam"]
+__all__ = [
+    "ASGD", "SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "Optimizer", "RAdam",
+    "RMSprop", "Rprop", "SparseAdam",
+]  # fmt: skip
 __all__ += ["NesterovLookahead", "ewa", "lr_scheduler", "swa_utils"]
 __all__ += [name for name in _torch_optim.__all__ if name not in __all__]
 

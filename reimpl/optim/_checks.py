@@ -35,3 +35,10 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of the names in ``allowed``."""
     if value not in allowed:
         raise ValueError(f"Invalid {name}: {value!r} (expected one of {', '.join(map(repr, allowed))})")
+
+
+def betas(values: tuple[float | Tensor, float | Tensor]) -> None:
+    """Raise unless both decay rates lie in [0, 1)."""
+    for i, beta in enumerate(values):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _fused
+from ._checkpoints import LATE_OPTIONS, restore_numbers, torch_twin
 from ._tensorlist import TensorList
 from ._torch import (
     Optimizer,
@@ -37,7 +37,9 @@ class RuleOptimizer(Optimizer):
 
     - ``init_state(p, group)`` returns the state that a parameter starts with;
     - ``prologue(h, t)`` computes the scalars that depend on the step count ``t`` (bias corrections, schedules of the
-      rule's own) from the hyperparameters ``h``, a namespace of the parameter group;
+      rule's own) from the hyperparameters ``h``, a namespace of the parameter group; the numbers of the state that
+      ``scalar_state`` names come as further arguments, 0-d tensors that it reads by ``_ops.number`` and changes in
+      place;
     - ``update(p, g, s, h, c)`` changes the parameter ``p`` and the state ``s`` in place, given the gradient ``g`` and
       the prologue's result ``c``, in the in-place methods of ``torch.Tensor``.
 
@@ -54,6 +56,13 @@ class RuleOptimizer(Optimizer):
     fused_sparse_error: ClassVar[str] = ""
     lazy_state: ClassVar[tuple[str, ...]] = ()
     """State that the rule itself makes at a parameter's first step."""
+    scalar_state: ClassVar[tuple[str, ...]] = ()
+    """State of one number a parameter, beside the step count."""
+    differentiates_step: ClassVar[bool] = False
+    """Whether the step count stays a tensor where the step is differentiated, as where it is captured."""
+    for_loop_captured: ClassVar[str] = "params and state_steps"
+    """What ``capturable`` wants on the device, in the words of PyTorch's error."""
+    foreach_captured: ClassVar[str] = "params and state_steps"
     for_loop_captures_xla: ClassVar[bool] = True
     foreach_captures_xla: ClassVar[bool] = True
     late_options: ClassVar[Mapping[str, Any]] = {}
@@ -86,7 +95,7 @@ class RuleOptimizer(Optimizer):
         """Raise what PyTorch raises at ``step`` for options that do not go together."""
 
     @staticmethod
-    def prologue(h: Any, t: Any) -> Any:
+    def prologue(h: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         """Scalars of step ``t``."""
         return None
 
@@ -182,7 +191,7 @@ class RuleOptimizer(Optimizer):
         params, grads, states = self._collect(group)
         if not params:
             return
-        h = _hyperparameters(group)
+        h = _hyperparameters(group, self.differentiates_step)
         if fused:
             if any(g.is_sparse for g in grads):
                 raise RuntimeError(self.fused_sparse_error)
@@ -195,7 +204,9 @@ class RuleOptimizer(Optimizer):
             foreach = self._chooses_foreach(h, params)
         if h.capturable and self._has_steps(states):
             xla = self.foreach_captures_xla if foreach else self.for_loop_captures_xla
-            require_capturable_devices(params, [s["step"] for s in states], supports_xla=xla)
+            names = self.foreach_captured if foreach else self.for_loop_captured
+            numbers = [[s[key] for key in ("step", *self.scalar_state)] for s in states]
+            require_capturable_devices(params, numbers, names, supports_xla=xla)
         (self._foreach if foreach else self._for_loop)(h, params, grads, states)
 
     def _chooses_foreach(self, h: Any, params: list[Tensor]) -> bool:
@@ -208,7 +219,7 @@ class RuleOptimizer(Optimizer):
         return "step" in states[0]
 
     def _for_loop(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
-        prologue, update, on_device = self.prologue, self.update, h.on_device
+        prologue, update, on_device, kept = self.prologue, self.update, h.on_device, self.scalar_state
         c = prologue(h, None) if not self._has_steps(states) else None
         last = None
         for p, g, s in zip(params, grads, states, strict=True):
@@ -217,8 +228,8 @@ class RuleOptimizer(Optimizer):
             if "step" in s:
                 s["step"] += 1
                 t = s["step"] if on_device else step_value(s["step"])
-                if on_device or t != last:
-                    c, last = prologue(h, t), t
+                if on_device or t != last or kept:
+                    c, last = prologue(h, t, *(s[key] for key in kept)), t
             update(p, g, s, h, c)
 
     def _foreach(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
@@ -237,7 +248,8 @@ class RuleOptimizer(Optimizer):
             if "step" in s:
                 t = s["step"] if h.on_device else step_value(part[0]["step"])
             keys = set(s)
-            self.update(p, g.neg() if h.maximize else g, s, h, self.prologue(h, t))
+            c = self.prologue(h, t, *(s[key] for key in self.scalar_state))
+            self.update(p, g.neg() if h.maximize else g, s, h, c)
             for key in s.keys() - keys:
                 for state, value in zip(part, s[key], strict=True):
                     state[key] = value
@@ -250,7 +262,7 @@ class RuleOptimizer(Optimizer):
         self._for_loop(h, params, grads, states)
 
     def _partition(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> Iterator[list[int]]:
-        """Indices of tensors that can go together: one device, dtype, layout, step count and set of lazy state."""
+        """Indices of tensors that go together: one device, dtype and layout, equal numbers and lazy keys in state."""
         if torch.compiler.is_compiling():
             yield list(range(len(params)))
             return
@@ -258,8 +270,8 @@ class RuleOptimizer(Optimizer):
         parts: defaultdict[Any, list[int]] = defaultdict(list)
         for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):
             missing = tuple(key for key in self.lazy_state if s.get(key) is None)
-            step = s["step"].item() if with_steps else None
-            parts[p.device, p.dtype, g.dtype, g.layout, missing, step].append(i)
+            numbers = tuple(s[key].item() for key in ("step", *self.scalar_state)) if with_steps else None
+            parts[p.device, p.dtype, g.dtype, g.layout, missing, numbers].append(i)
         yield from parts.values()
 
     def _compiled_group(self, group: Group) -> None:
@@ -271,7 +283,7 @@ class RuleOptimizer(Optimizer):
         self._init_group(group, params, grads, *columns)
         if not params:
             return
-        h = _hyperparameters(group)
+        h = _hyperparameters(group, self.differentiates_step)
         states: list[State] = [
             {key: column[i] for key, column in zip(keys, columns, strict=True) if column[i] is not None}
             for i in range(len(params))
@@ -297,8 +309,9 @@ class RuleOptimizer(Optimizer):
                     group.setdefault(key, value)
             for p in group["params"]:
                 entry = self.state.get(p, {})
-                if "step" in entry and not torch.is_tensor(entry["step"]):
-                    entry["step"] = self.new_step(p, group).fill_(float(entry["step"]))
+                for key in ("step", *self.scalar_state):
+                    if key in entry and not torch.is_tensor(entry[key]):
+                        entry[key] = self.new_step(p, group).fill_(float(entry[key]))
 
     def forget_plans(self) -> None:
         """Let the next fused step look at all tensors anew."""
@@ -311,7 +324,7 @@ class RuleOptimizer(Optimizer):
     def _strip(self, packed: StateDict) -> StateDict:
         for group in packed["param_groups"]:
             for key in self.dialects:
-                if key in group and self._is_torch_way(key, group[key]):
+                if key in group and self.is_torch_way(key, group[key]):
                     del group[key]
         return packed
 
@@ -334,10 +347,12 @@ class RuleOptimizer(Optimizer):
                     )
         absent = [[key for key in mine if key not in theirs] for mine, theirs in zip(here, saved, strict=False)]
         super().load_state_dict(state_dict)
+        restore_numbers(self, state_dict, self.scalar_state)
         for group, mine, keys in zip(self.param_groups, here, absent, strict=False):
             group.update({key: mine[key] for key in keys})
 
-    def _is_torch_way(self, dialect: str, value: Any) -> bool:
+    def is_torch_way(self, dialect: str, value: Any) -> bool:
+        """Whether PyTorch's class does what ``value`` asks of the option ``dialect``."""
         return bool(value == self.dialects[dialect]) or (dialect == "fused" and not value)
 
     def to_torch(self) -> Optimizer:
@@ -346,46 +361,18 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: a dialect is in use that PyTorch's class cannot express.
         """
-        name = type(self).__name__
-        if self.torch_class is None:
-            raise ValueError(f"torch.optim has no counterpart of {name}")
-        for i, group in enumerate(self.param_groups):
-            for key in self.dialects:
-                if key != "fused" and not self._is_torch_way(key, group[key]):
-                    raise ValueError(
-                        f"torch.optim.{name} has no equivalent of {key}={group[key]!r} (parameter group {i})"
-                    )
-        names = ["param_names" in group for group in self.param_groups]
-        groups = [
-            {"params": list(zip(g["param_names"], g["params"], strict=True)) if named else g["params"]}
-            for g, named in zip(self.param_groups, names, strict=True)
-        ]
-        twin = self.torch_class(groups)
-        packed = deepcopy(Optimizer.state_dict(self))
-        for group in packed["param_groups"]:
-            for key in self.dialects:
-                group.pop(key, None)
-        twin.load_state_dict(packed)
-        return twin
+        return torch_twin(self)
 
 
-LATE_OPTIONS: dict[str, Any] = {
-    "nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "capturable": False,
-    "amsgrad": False, "momentum": 0, "centered": False, "decoupled_weight_decay": False, "fused": None,
-}  # fmt: skip
-"""Options that PyTorch added after the first release of a class, with the value that an old checkpoint means."""
-
-
-def _hyperparameters(group: Group) -> Any:
+def _hyperparameters(group: Group, differentiates_step: bool) -> Any:
     """The group's options as attributes, one-element tensors as 0-d ones."""
     h = SimpleNamespace(**{key: value for key, value in group.items() if key not in ("params", "param_names")})
     h.lr = to_scalar(h.lr)
     h.capturable = group.get("capturable", False)
     h.maximize = group.get("maximize", False)
     h.differentiable = group.get("differentiable", False)
-    # PyTorch keeps the step count a tensor where a graph, or autograd, is to follow it; a class that cannot be captured
-    # reads it as a number all the same
-    h.on_device = h.capturable or ("capturable" in group and h.differentiable)
+    # PyTorch keeps the step count a tensor where a graph, or autograd, is to follow it
+    h.on_device = h.capturable or (differentiates_step and h.differentiable)
     return h
 
 

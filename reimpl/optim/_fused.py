@@ -84,10 +84,10 @@ def _overlap(params: list[Tensor]) -> bool:
     return any(start + size > after for (start, size), (after, _) in pairwise(plain))
 
 
-def _fusible(p: Tensor, g: Tensor, s: State) -> bool:
+def _fusible(p: Tensor, g: Tensor, s: State, numbers: tuple[str, ...]) -> bool:
     if not all(v is None or isinstance(v, Tensor) for v in s.values()):
         return False
-    tensors = [p, g, *(v for k, v in s.items() if v is not None and k != "step")]
+    tensors = [p, g, *(v for k, v in s.items() if v is not None and k not in numbers)]
     return all(
         type(t) in _PLAIN and _FORM(t) == _FORM(p) and t.shape == p.shape and not (t.is_neg() or t.is_conj())
         for t in tensors
@@ -104,9 +104,9 @@ def _places(tensors: Sequence[Tensor]) -> Any:
 class Plan:
     """Addresses, chunks and the kernel for tensors of one device and dtype, valid while the tensors stay in place."""
 
-    def __init__(self, rule: type, options: Group, params: list[Tensor], states: list[State]) -> None:
+    def __init__(self, rule: Any, options: Group, params: list[Tensor], states: list[State]) -> None:
         for p, s in zip(params, states, strict=True):
-            _settle(p, s)
+            _settle(p, s, ("step", *rule.scalar_state))
         keys = tuple(k for k, v in states[0].items() if k != "step" and v is not None)
         self.program, self.kernel = _kernel(rule, options, keys, params[0].device.type, params[0].dtype)
         for key in self.program.created:
@@ -118,12 +118,12 @@ class Plan:
         self.storages = [t.untyped_storage() for t in (*params, *self.kept)]
         self.places, self.kept_places = _places(params), _places(self.kept)
         self.turn = 0
-        rows = [*self.program.inputs[2:], *(["step"] if "step" in states[0] else [])]
+        rows = [*self.program.inputs[2:], *(["step"] if "step" in states[0] else []), *self.program.kept]
         self.dtype, self.strides = params[0].dtype, list(map(Tensor.stride, params))
         self.guard: Any = None
         sizes = [p.numel() for p in params]
         self.empty = [i for i, size in enumerate(sizes) if size == 0]
-        self.addresses = np.zeros((len(self.program.inputs) + 1, len(params)), dtype=np.int64)
+        self.addresses = np.zeros((len(self.program.inputs) + 1 + len(self.program.kept), len(params)), dtype=np.int64)
         self.addresses[0] = list(map(Tensor.data_ptr, params))
         for row, key in enumerate(rows, start=2):
             self.addresses[row] = [s[key].data_ptr() for s in states]
@@ -197,10 +197,10 @@ def _like(g: Tensor, p: Tensor) -> Tensor:
     return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
-def _settle(p: Tensor, s: State) -> None:
-    """Bring the state of a checkpoint to the strides that the kernel walks, and its step count to float32."""
+def _settle(p: Tensor, s: State, numbers: tuple[str, ...]) -> None:
+    """Bring the state of a checkpoint to the strides that the kernel walks, and its numbers to float32."""
     for key, value in s.items():
-        if key == "step":
+        if key in numbers:
             if value.dtype != torch.float32 or value.device != p.device:
                 s[key] = value.to(device=p.device, dtype=torch.float32)
         elif isinstance(value, Tensor) and value.stride() != p.stride():
@@ -281,13 +281,13 @@ def step(
         return
     options = _options(optimizer, group)
     structure, numbers = split_options(options)
-    overlapping = _overlap(params)
+    overlapping, numbers_of_state = _overlap(params), ("step", *optimizer.scalar_state)
     parts: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):
         if not p.is_floating_point():
             check_fused_support(p)
         missing = tuple(key for key in optimizer.lazy_state if s.get(key) is None)
-        fusible = not overlapping and _fusible(p, g, s) and _backend(p.device.type) is not None
+        fusible = not overlapping and _fusible(p, g, s, numbers_of_state) and _backend(p.device.type) is not None
         parts[(p.device, p.dtype, missing) if fusible else None].append(i)
     plans: list[Plan] = []
     for key, indices in parts.items():

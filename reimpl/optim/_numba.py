@@ -31,6 +31,12 @@ from reimpl.optim._numba_ops import *
 from reimpl.optim._numba_ops import {imports}
 
 real = np.{real}
+double = float
+
+
+@njit(inline="always")
+def single(x):
+    return float(np.float32(x))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -46,13 +52,21 @@ def prologue(addresses, o, table):
             step[0] += np.float32(1.0)
             t = float(step[0])
         table[i, {n_scalars}] = t
-        if row >= 0 and t == last:
+{kept}
+        if row >= 0 and t == last{same}:
             for k in range({n_scalars}):
                 table[i, k] = table[row, k]
         else:
 {scalars}
             last = t
         row = i
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def update(addresses, table):
+    for i in range(addresses.shape[1]):
+        if addresses[1, i] != 0:
+{updates}
 
 
 @njit(nogil=True, error_model="numpy")
@@ -66,9 +80,9 @@ def chunk({parameters}):
 def run(task):
     words = carray(task, (7,), np.int64)
     n_tensors, n_chunks = words[1], words[3]
-    addresses = carray(pointer(words[0]), ({step} + 1, n_tensors), np.int64)
+    addresses = carray(pointer(words[0]), ({n_rows}, n_tensors), np.int64)
     chunks = carray(pointer(words[2]), (n_chunks, 3), np.int64)
-    table = carray(pointer(words[4]), (n_tensors, {n_scalars} + 1), np.float64)
+    table = carray(pointer(words[4]), (n_tensors, {n_columns}), np.float64)
     while True:
         c = take(words[5])
         if c >= n_chunks:
@@ -89,6 +103,7 @@ SUPPORTED_DTYPES = frozenset(_DTYPES)
 
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_COMPARISONS = {"gt": ">", "lt": "<", "eq": "=="}
 
 
 def _expression(name: str, *x: str) -> str:
@@ -101,6 +116,12 @@ def _expression(name: str, *x: str) -> str:
             return f"hardware_fma({', '.join(x)})" if _numba_ops.HAS_FMA else f"{x[0]} * {x[1]} + {x[2]}"
         case "sqrt":
             return f"math.sqrt({x[0]})"
+        case "abs":
+            return f"abs({x[0]})"
+        case "gt" | "lt" | "eq":
+            return f"{x[0]} {_COMPARISONS[name]} {x[1]}"
+        case "select":
+            return f"{x[1]} if {x[0]} else {x[2]}"
         case "max":
             return f"{x[1]} if ({x[1]} > {x[0]} or {x[1]} != {x[1]}) else {x[0]}"
         case "to_nearer":
@@ -125,9 +146,16 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
     stores = [f"{n}_[i] = {store.format(x)}" for n, x in program.stores.items()]
     size = np.dtype(storage).itemsize
     rows = range(len(names))
+    # beside the scalars, the table holds the step count and the numbers of the state from before the step
+    old = [f"table[row, {len(scalars) + 1 + j}]" for j in range(len(program.kept))]
     return _TEMPLATE.format(
         title=title,
         imports="hardware_fma, pointer, take",
+        n_rows=len(names) + 1 + len(old),
+        n_columns=len(scalars) + 1 + len(old),
+        kept=_lines(8, [line for j in range(len(old)) for line in _kept(len(names) + 1 + j, len(scalars) + 1 + j, j)]),
+        same="".join(f" and k{j} == {cell}" for j, cell in enumerate(old)),
+        updates=_lines(12, _updates(program) or ["pass"]),
         real=real,
         step=len(names),
         n_scalars=len(scalars),
@@ -142,6 +170,20 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
     )
 
 
+def _number(row: int) -> str:
+    return f"carray(pointer(addresses[{row}, i]), (1,), np.float32)"
+
+
+def _kept(row: int, column: int, j: int) -> list[str]:
+    return [f"k{j} = float({_number(row)}[0])", f"table[i, {column}] = k{j}"]
+
+
+def _updates(program: Program) -> list[str]:
+    first = len(program.inputs) + 1
+    rows = [(first + j, program.updates[key]) for j, key in enumerate(program.kept) if key in program.updates]
+    return [f"number = {_number(row)}\n            number[0] = table[i, {column}]" for row, column in rows]
+
+
 def _lines(indent: int, lines: list[str]) -> str:
     return "\n".join(" " * indent + line for line in lines)
 
@@ -149,7 +191,15 @@ def _lines(indent: int, lines: list[str]) -> str:
 def _compiled(module: ModuleType) -> ModuleType:
     """The module with its entry compiled, or read back from the cache, for the only types that it sees."""
     module.prologue.compile((numba.int64[:, ::1], numba.float64[::1], numba.float64[:, ::1]))
+    module.update.compile((numba.int64[:, ::1], numba.float64[:, ::1]))
     return module
+
+
+_FUNCTIONS: dict[str, Any] = {
+    "power": operator.pow,
+    "single": lambda x: x.float() if isinstance(x, Tensor) else float(np.float32(x)),
+    "double": lambda x: x,
+}
 
 
 class Kernel:
@@ -167,9 +217,11 @@ class Kernel:
             _kernel_cache.forget(text, versions)
             module = _compiled(_kernel_cache.load(text, versions))
         self._prologue: Callable[..., None] = module.prologue
+        self._update: Callable[..., None] | None = module.update if program.updates else None
         self._run: int = module.run.address
-        self._n_scalars = len(program.scalars)
-        self._scalars = eval(f"lambda o, t: [{', '.join(program.scalars)}]", {"power": operator.pow})
+        self._n_scalars, self._n_kept = len(program.scalars), len(program.kept)
+        arguments = ", ".join(["o", "t", *(f"k{j}" for j in range(self._n_kept))])
+        self._scalars = eval(f"lambda {arguments}: [{', '.join(program.scalars)}]", _FUNCTIONS)
 
     def bind(
         self, addresses: Any, sizes: list[int], device: torch.device
@@ -177,8 +229,9 @@ class Kernel:
         """A function of the group's numbers (and of nothing else on the CPU) that steps every tensor with a gradient.
 
         Args:
-            addresses: int64 (inputs + 1, tensors), read at each call: a row for each input of the program (parameter,
-                gradient, state), the last one for the step counts; 0 where there is none.
+            addresses: int64 (inputs + 1 + kept, tensors), read at each call: a row for each input of the program
+                (parameter, gradient, state), one for the step counts, and one for each of the state's other numbers; 0
+                where there is none.
             sizes: how many elements each tensor has.
             device: the CPU.
         """
@@ -187,7 +240,7 @@ class Kernel:
         chunks = np.array(
             [(i, at, min(most, n - at)) for i, n in enumerate(sizes) for at in range(0, n, most)], dtype=np.int64
         ).reshape(-1, 3)
-        table = np.zeros((len(sizes), self._n_scalars + 1))
+        table = np.zeros((len(sizes), self._n_scalars + 1 + self._n_kept))
         counter = np.zeros(1, dtype=np.int64)
         task = np.array(
             [
@@ -200,12 +253,14 @@ class Kernel:
                 0,
             ]
         )
-        prologue, run = self._prologue, self._run
+        prologue, update, run = self._prologue, self._update, self._run
 
         def launch(numbers: list[Any], found_inf: Tensor | None) -> None:
             prologue(addresses, np.array([float(x) for x in numbers]), table)
             if any(isinstance(x, Tensor) for x in numbers):
                 self._evaluate(numbers, table)
+            if update is not None:
+                update(addresses, table)
             counter[0] = 0
             _threads.run(run, task.ctypes.data, 1 if few else min(torch.get_num_threads(), len(chunks)))
 
@@ -213,6 +268,7 @@ class Kernel:
 
     def _evaluate(self, numbers: list[Any], table: Any) -> None:
         # arithmetic on a float32 tensor rounds as PyTorch rounds it, so PyTorch does it
-        for t in np.unique(table[:, -1]):
-            row = [float(x) for x in self._scalars(numbers, float(t))]
-            table[table[:, -1] == t, :-1] = row
+        known = table[:, self._n_scalars :]
+        for arguments in np.unique(known, axis=0):
+            row = [float(x) for x in self._scalars(numbers, *map(float, arguments))]
+            table[(known == arguments).all(axis=1), : self._n_scalars] = row

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._tensorlist import TensorList
+from ._torch import step_value
+from ._trace import StateScalar
+
+_TENSORS = (Tensor, TensorList)
 
 
 def l2_penalty(p: Any, g: Any, h: Any) -> Any:
@@ -19,6 +24,15 @@ def l2_penalty(p: Any, g: Any, h: Any) -> Any:
         # alpha= would cut weight_decay out of the graph
         return g.addcmul(p.clone(), weight_decay)
     return g.add(p, alpha=weight_decay)
+
+
+def shrink_or_penalise(p: Any, g: Any, h: Any) -> Any:
+    """p ← (1 − γλ)p in place and g as it is where weight decay is decoupled; else g + λp (catalogue O10)."""
+    if not h.decoupled_weight_decay:
+        return l2_penalty(p, g, h)
+    if h.weight_decay != 0:
+        p.mul_(1 - h.lr * h.weight_decay)
+    return g
 
 
 def descend(p: Any, direction: Any, lr: Any) -> None:
@@ -37,7 +51,9 @@ def saved(x: Any, h: Any) -> Any:
 def maximum_(a: Any, b: Any, h: Any) -> Any:
     """a ← max(a, b) in place, NaN where either is."""
     if isinstance(a, Tensor):
-        return a.copy_(torch.maximum(saved(a, h), b)) if h.on_device else torch.maximum(a, b, out=a)
+        # out= is closed to autograd
+        copies = h.on_device or h.differentiable
+        return a.copy_(torch.maximum(saved(a, h), b)) if copies else torch.maximum(a, b, out=a)
     return a.maximum_(b)
 
 
@@ -61,7 +77,7 @@ def real_views(p: Any, g: Any, s: dict[str, Any]) -> tuple[Any, Any, dict[str, A
     """Parameter, gradient and state as pairs of reals where the parameter is complex; as they are otherwise."""
     if not is_complex(p):
         return p, g, s
-    return as_real(p), as_real(g), {k: v if k == "step" else as_real(v) for k, v in s.items()}
+    return as_real(p), as_real(g), {k: as_real(v) if is_complex(v) else v for k, v in s.items()}
 
 
 def as_complex(x: Any) -> Any:
@@ -72,3 +88,45 @@ def as_complex(x: Any) -> Any:
 def matching(x: Any, p: Any) -> Any:
     """A tensor of one number in the parameter's dtype and on its device; a plain number as it is."""
     return x.to(device=p.device, dtype=p.dtype) if isinstance(x, Tensor) and isinstance(p, Tensor) else x
+
+
+def number(x: Any, h: Any) -> Any:
+    """What a number of the state, a tensor of one, is now; a copy of it where it has to stay a tensor."""
+    if not h.on_device and not isinstance(x, StateScalar):
+        x = step_value(x[0] if isinstance(x, TensorList) else x)
+    return x if isinstance(x, float) else x.clone()
+
+
+def assign(x: Any, value: Any) -> None:
+    """Set a number of the state, a tensor of one, to ``value``, by way of the default dtype as PyTorch does."""
+    is_plain = isinstance(x, _TENSORS) and not isinstance(value, _TENSORS)
+    if is_plain and isinstance(x, Tensor) and x.dtype == torch.get_default_dtype():
+        x.fill_(value)  # a fifth of copy_'s time
+    else:
+        x.copy_(torch.as_tensor(value) if is_plain else value)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """``a`` where the condition holds and ``b`` elsewhere; both have been computed."""
+    if isinstance(condition, Tensor) and not isinstance(a, TensorList) and not isinstance(b, TensorList):
+        return torch.where(condition, a, b)
+    lists = [x for x in (condition, a, b) if isinstance(x, TensorList)]
+    if not lists:
+        return condition.where(a, b)
+    columns = [x if isinstance(x, TensorList) else [x] * len(lists[0]) for x in (condition, a, b)]
+    return TensorList([torch.where(*row) for row in zip(*columns, strict=True)])
+
+
+def choose(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """``then()`` where the condition holds, else ``otherwise()``; of a plain condition's two only one is computed."""
+    if isinstance(condition, bool):
+        return then() if condition else otherwise()
+    return where(condition, then(), otherwise())
+
+
+def either_(x: Any, condition: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any]) -> Any:
+    """Change ``x`` in place by ``then(x)`` where the condition holds, else by ``otherwise(x)``."""
+    if isinstance(condition, bool):
+        (then if condition else otherwise)(x)
+        return x
+    return x.copy_(where(condition, then(x.clone()), otherwise(x.clone())))

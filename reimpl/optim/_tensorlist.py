@@ -51,6 +51,41 @@ class TensorList(Sequence[Tensor]):
     def neg(self) -> TensorList:
         return TensorList(torch._foreach_neg(self.tensors))
 
+    def copy_(self, other: TensorList | Tensor) -> TensorList:
+        source = other.tensors if isinstance(other, TensorList) else [other] * len(self.tensors)
+        torch._foreach_copy_(self.tensors, source)
+        return self
+
+    def abs(self) -> TensorList:
+        return TensorList(torch._foreach_abs(self.tensors))
+
+    def sign(self) -> TensorList:
+        return TensorList(torch._foreach_sign(self.tensors))
+
+    # torch has no foreach function for the next five
+
+    def __gt__(self, other: Scalar) -> TensorList:
+        return self._map(lambda tensor: tensor > other)
+
+    def __lt__(self, other: Scalar) -> TensorList:
+        return self._map(lambda tensor: tensor < other)
+
+    def eq(self, other: Scalar) -> TensorList:
+        return self._map(lambda tensor: tensor.eq(other))
+
+    def masked_fill(self, mask: TensorList, value: float) -> TensorList:
+        return TensorList([t.masked_fill(m, value) for t, m in zip(self.tensors, mask.tensors, strict=True)])
+
+    def masked_fill_(self, mask: TensorList, value: float) -> TensorList:
+        for tensor, where in zip(self.tensors, mask.tensors, strict=True):
+            tensor.masked_fill_(where, value)
+        return self
+
+    def clamp_(self, low: float, high: float) -> TensorList:
+        torch._foreach_clamp_min_(self.tensors, low)
+        torch._foreach_clamp_max_(self.tensors, high)
+        return self
+
     def sqrt(self) -> TensorList:
         return TensorList(torch._foreach_sqrt(self.tensors))
 
@@ -124,6 +159,16 @@ class TensorList(Sequence[Tensor]):
 
     def __mul__(self, other: TensorList | Scalar) -> TensorList:
         return TensorList(torch._foreach_mul(self.tensors, _operand(other)))
+
+    __rmul__ = __mul__
+
+    def __radd__(self, other: Scalar) -> TensorList:
+        return self.add(other)
+
+    def __sub__(self, other: TensorList | Scalar) -> TensorList:
+        if isinstance(other, TensorList):
+            return TensorList(torch._foreach_sub(self.tensors, other.tensors))
+        return self.add(-other)
 
     def __rsub__(self, other: Scalar) -> TensorList:
         return TensorList(torch._foreach_add(torch._foreach_neg(self.tensors), other))

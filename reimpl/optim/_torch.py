@@ -26,6 +26,7 @@ __all__ = [
     "check_fused_support",
     "defaults_to_foreach",
     "grad_mode_of_step",
+    "plain_scalar",
     "require_capturable_devices",
     "runs_eagerly",
     "step_dtype",
@@ -52,19 +53,28 @@ def to_scalar(value: Any) -> Any:
     return value.squeeze() if isinstance(value, Tensor) and value.dim() != 0 else value
 
 
-def require_capturable_devices(params: list[Tensor], steps: list[Tensor], *, supports_xla: bool) -> None:
-    """Raise PyTorch's error unless parameters and steps lie together on a device that graphs can capture.
+def plain_scalar(value: Any) -> Any:
+    """A one-element tensor as a 0-d tensor cut out of any graph; anything else as it is."""
+    return to_scalar(value.detach()) if isinstance(value, Tensor) else value
+
+
+def require_capturable_devices(
+    params: list[Tensor], numbers: list[list[Tensor]], names: str, *, supports_xla: bool
+) -> None:
+    """Raise PyTorch's error unless each parameter and its state's numbers lie on a device that graphs can capture.
 
     Raises:
-        AssertionError: a parameter and its step are apart, or on a device without graph capture.
+        AssertionError: a parameter and a number are apart, or on a device without graph capture; ``names`` says what
+            they are.
     """
     if torch.compiler.is_compiling():
         return
     supported = _get_capturable_supported_devices(supports_xla=supports_xla)
     if not all(
-        p.device.type == step.device.type and p.device.type in supported for p, step in zip(params, steps, strict=True)
+        p.device.type in supported and all(number.device.type == p.device.type for number in row)
+        for p, row in zip(params, numbers, strict=True)
     ):
-        raise AssertionError(f"If capturable=True, params and state_steps must be on supported devices: {supported}.")
+        raise AssertionError(f"If capturable=True, {names} must be on supported devices: {supported}.")
 
 
 def tensor_guards(tensors: list[Tensor]) -> Any:

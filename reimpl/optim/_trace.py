@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -17,8 +18,10 @@ Operation = tuple[str, ...]
 class Scalar:
     """A number of the rule that changes from step to step: an option, the step count, or an expression of them.
 
-    ``code`` is Python source over the options ``o[i]``, the step ``t`` and ``power``. Comparisons see the option's
-    present value, so a rule may branch on an option; an expression has no value and may not be branched on.
+    ``code`` is Python source over the options ``o[i]``, the step ``t``, numbers of the state ``k0``, ``k1``, ..., and
+    the functions ``power``, ``single`` (rounds to float32) and ``double`` (does not). Comparisons see the option's
+    present value, so a rule may branch on an option; an expression has no value, its comparison is a
+    :class:`Condition`, and may not be branched on.
     """
 
     __slots__ = ("code", "value")
@@ -27,31 +30,33 @@ class Scalar:
         self.code, self.value = code, value
 
     @staticmethod
-    def _binary(operator: str, left: Any, right: Any) -> Scalar:
+    def _binary(operator: str, left: Any, right: Any) -> Any:
+        if isinstance(right, Value):
+            return NotImplemented
         return Scalar(f"({_code(left)} {operator} {_code(right)})")
 
-    def __add__(self, other: Any) -> Scalar:
+    def __add__(self, other: Any) -> Any:
         return self._binary("+", self, other)
 
-    def __radd__(self, other: Any) -> Scalar:
+    def __radd__(self, other: Any) -> Any:
         return self._binary("+", other, self)
 
-    def __sub__(self, other: Any) -> Scalar:
+    def __sub__(self, other: Any) -> Any:
         return self._binary("-", self, other)
 
-    def __rsub__(self, other: Any) -> Scalar:
+    def __rsub__(self, other: Any) -> Any:
         return self._binary("-", other, self)
 
-    def __mul__(self, other: Any) -> Scalar:
+    def __mul__(self, other: Any) -> Any:
         return self._binary("*", self, other)
 
-    def __rmul__(self, other: Any) -> Scalar:
+    def __rmul__(self, other: Any) -> Any:
         return self._binary("*", other, self)
 
-    def __truediv__(self, other: Any) -> Scalar:
+    def __truediv__(self, other: Any) -> Any:
         return self._binary("/", self, other)
 
-    def __rtruediv__(self, other: Any) -> Scalar:
+    def __rtruediv__(self, other: Any) -> Any:
         return self._binary("/", other, self)
 
     def __pow__(self, other: Any) -> Scalar:
@@ -63,30 +68,68 @@ class Scalar:
     def __neg__(self) -> Scalar:
         return Scalar(f"(-{self.code})")
 
-    def _known(self) -> float:
-        if self.value is None:
-            raise TypeError(f"a rule may branch on an option but not on the expression {self.code}")
-        return self.value
+    def clone(self) -> Scalar:
+        return Scalar(self.code, self.value)
 
-    def __eq__(self, other: object) -> bool:
-        return self._known() == other
+    def _compare(self, sign: str, known: Any, other: Any) -> Any:
+        value = other.value if isinstance(other, Scalar) else other
+        if self.value is None or value is None:
+            return Condition(f"({self.code} {sign} {_code(other)})")
+        return known(self.value, value)
 
-    def __ne__(self, other: object) -> bool:
-        return self._known() != other
+    def __eq__(self, other: object) -> Any:
+        return self._compare("==", operator.eq, other)
 
-    def __gt__(self, other: float) -> bool:
-        return self._known() > other
+    def __ne__(self, other: object) -> Any:
+        return self._compare("!=", operator.ne, other)
 
-    def __lt__(self, other: float) -> bool:
-        return self._known() < other
+    def __gt__(self, other: Any) -> Any:
+        return self._compare(">", operator.gt, other)
 
-    def __ge__(self, other: float) -> bool:
-        return self._known() >= other
+    def __lt__(self, other: Any) -> Any:
+        return self._compare("<", operator.lt, other)
 
-    def __le__(self, other: float) -> bool:
-        return self._known() <= other
+    def __ge__(self, other: Any) -> Any:
+        return self._compare(">=", operator.ge, other)
+
+    def __le__(self, other: Any) -> Any:
+        return self._compare("<=", operator.le, other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class StateScalar(Scalar):
+    """A number of the state, a float32 that its in-place methods change."""
+
+    __slots__ = ()
+
+    def mul_(self, other: Any) -> StateScalar:
+        # both factors are rounded first; their product is exact in a double
+        self.code = f"single({self.code} * single({_code(other)}))"
+        return self
+
+    def copy_(self, other: Any) -> StateScalar:
+        self.code = f"single({_code(other)})"
+        return self
+
+
+class Condition:
+    """A comparison whose outcome changes from step to step."""
+
+    __slots__ = ("code",)
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"a rule may branch on an option but not on the expression {self.code}")
+
+    def where(self, a: Any, b: Any) -> Any:
+        """``a`` where it holds and ``b`` elsewhere: two scalars, or two values."""
+        if isinstance(a, Value):
+            flag = Scalar(f"(1.0 if {self.code} else 0.0)")
+            return a._new("select", a._new("gt", flag, 0.0), a, b)
+        return Scalar(f"(double({_code(a)}) if {self.code} else double({_code(b)}))")
 
 
 def _code(x: Any) -> str:
@@ -113,14 +156,43 @@ class Value:
 
     detach = clone
 
+    def copy_(self, other: Value) -> Value:
+        self.name = other.name
+        return self
+
     def neg(self) -> Value:
         return self._new("neg", self)
+
+    def abs(self) -> Value:
+        return self._new("abs", self)
 
     def sqrt(self) -> Value:
         return self._new("sqrt", self)
 
     def sqrt_(self) -> Value:
         return self._set("sqrt", self)
+
+    def sign(self) -> Value:
+        # 0 for NaN, as torch.sign has it
+        return self._new("select", self > 0, 1, self._new("select", self < 0, -1, 0))
+
+    def __gt__(self, other: Any) -> Value:
+        return self._new("gt", self, other)
+
+    def __lt__(self, other: Any) -> Value:
+        return self._new("lt", self, other)
+
+    def eq(self, other: Any) -> Value:
+        return self._new("eq", self, other)
+
+    def masked_fill(self, mask: Value, value: Any) -> Value:
+        return self._new("select", mask, value, self)
+
+    def masked_fill_(self, mask: Value, value: Any) -> Value:
+        return self._set("select", mask, value, self)
+
+    def clamp_(self, low: Any, high: Any) -> Value:
+        return self.masked_fill_(self < low, low).masked_fill_(self > high, high)
 
     def _plus(self, other: Any, alpha: Any) -> tuple[Any, ...]:
         if isinstance(alpha, int | float) and alpha == 1:
@@ -139,8 +211,18 @@ class Value:
     def div_(self, other: Any) -> Value:
         return self._set("div", self, other)
 
+    def __sub__(self, other: Any) -> Value:
+        return self._new("sub", self, other)
+
+    def __mul__(self, other: Any) -> Value:
+        return self._new("mul", self, other)
+
     def __truediv__(self, other: Any) -> Value:
         return self._new("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Value:
+        # a number over a tensor is the number times the reciprocal in PyTorch
+        return self._new("mul", self._new("div", 1, self), other)
 
     def _scaled(self, a: Any, value: Any) -> Any:
         return a if isinstance(value, int | float) and value == 1 else a._new("mul", a, value)
@@ -172,6 +254,10 @@ class Program:
     scalars: list[str] = field(default_factory=list)
     stores: dict[str, str] = field(default_factory=dict)
     created: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    """Keys of the state's numbers, which the scalars know as ``k0``, ``k1``, ... by their values before the step."""
+    updates: dict[str, int] = field(default_factory=dict)
+    """For each such key that changes, the place of its new value among the scalars."""
 
     def emit(self, operator: str, *operands: Any) -> str:
         """Append an operation, or find the one that computed the same already, and return its result's name."""
@@ -186,10 +272,13 @@ class Program:
     def _operand(self, x: Any) -> str:
         if isinstance(x, Value):
             return x.name
-        code = _code(x)
+        return f"a{self.scalar(_code(x))}"
+
+    def scalar(self, code: str) -> int:
+        """The place of an expression among the scalars, at the end if it is new."""
         if code not in self.scalars:
             self.scalars.append(code)
-        return f"a{self.scalars.index(code)}"
+        return self.scalars.index(code)
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ...], list[Any]]:
@@ -223,8 +312,10 @@ def trace(rule: Any, options: Mapping[str, Any], state: tuple[str, ...]) -> Prog
     Args:
         rule: the optimizer's class.
         options: the hyperparameters of a parameter group.
-        state: keys of the state tensors that exist before the step, ``step`` left out.
+        state: keys of the state that exists before the step, ``step`` left out.
     """
+    kept = tuple(key for key in state if key in rule.scalar_state)
+    state = tuple(key for key in state if key not in kept)
     symbols: dict[str, Any] = {}
     count = 0
     for key, value in options.items():
@@ -237,10 +328,13 @@ def trace(rule: Any, options: Mapping[str, Any], state: tuple[str, ...]) -> Prog
             symbols[key] = value
     h = SimpleNamespace(**symbols)
     h.capturable = h.on_device = h.differentiable = False
-    program = Program(inputs=("p", "g", *state))
+    program = Program(inputs=("p", "g", *state), kept=kept)
     p, g = Value(program, "p"), Value(program, "g")
     values = {key: Value(program, key) for key in state}
-    rule.update(p, g.neg() if h.maximize else g, values, h, rule.prologue(h, Scalar("t")))
+    numbers = {key: StateScalar(f"k{i}") for i, key in enumerate(kept)}
+    c = rule.prologue(h, Scalar("t"), *numbers.values())
+    program.updates = {key: program.scalar(x.code) for i, (key, x) in enumerate(numbers.items()) if x.code != f"k{i}"}
+    rule.update(p, g.neg() if h.maximize else g, values, h, c)
     program.created = tuple(key for key in values if key not in state)
     program.inputs += program.created
     program.stores = {key: value.name for key, value in {"p": p, **values}.items() if value.name != key}

@@ -33,6 +33,16 @@ def power(base, exponent):
 
 
 @triton.jit
+def double(x):
+    return x + tl.zeros((), tl.float64)
+
+
+@triton.jit
+def single(x):
+    return double(x).to(tl.float32).to(tl.float64)
+
+{update}
+@triton.jit
 def run(addresses, chunks, o, found_inf, n_tensors, HAS_FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr,
         CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     if HAS_FOUND_INF:
@@ -44,10 +54,6 @@ def run(addresses, chunks, o, found_inf, n_tensors, HAS_FOUND_INF: tl.constexpr,
     length = tl.load(chunks + 3 * c + 2).to(tl.int32)
     if tl.load(addresses + n_tensors + i) == 0:
         return
-    step_address = tl.load(addresses + {step} * n_tensors + i)
-    t = tl.full((), 0.0, tl.float64)
-    if step_address != 0:
-        t = tl.load(step_address.to(tl.pointer_type(tl.float32))).to(tl.float64)
 {scalars}
 {pointers}
     if length == CHUNK:  # without a mask, loads and stores are 16 bytes wide
@@ -61,11 +67,32 @@ def run(addresses, chunks, o, found_inf, n_tensors, HAS_FOUND_INF: tl.constexpr,
 {masked}
 '''
 
+_UPDATE = """
+@triton.jit
+def update(addresses, o, found_inf, n_tensors, HAS_FOUND_INF: tl.constexpr):
+    if HAS_FOUND_INF:
+        if tl.load(found_inf) != 0:
+            return
+    i = tl.program_id(0).to(tl.int64)
+    if tl.load(addresses + n_tensors + i) == 0:
+        return
+{scalars}
+{stores}
+
+"""
+
+_STEP = """\
+    step_address = tl.load(addresses + {step} * n_tensors + i)
+    t = tl.full((), 0.0, tl.float64)
+    if step_address != 0:
+        t = tl.load(step_address.to(tl.pointer_type(tl.float32))).to(tl.float64)"""
+
 _DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SUPPORTED_DTYPES = frozenset(_DTYPES)
 
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*"}
+_COMPARISONS = {"gt": ">", "lt": "<", "eq": "=="}
 
 
 def _expression(name: str, single: bool, *x: str) -> str:
@@ -78,6 +105,12 @@ def _expression(name: str, single: bool, *x: str) -> str:
             return f"tl.div_rn({x[0]}, {x[1]})" if single else f"{x[0]} / {x[1]}"
         case "fma":
             return f"tl.fma({', '.join(x)})"
+        case "abs":
+            return f"tl.abs({x[0]})"
+        case "gt" | "lt" | "eq":
+            return f"{x[0]} {_COMPARISONS[name]} {x[1]}"
+        case "select":
+            return f"tl.where({', '.join(x)})"
         case "sqrt":
             return f"tl.sqrt_rn({x[0]})" if single else f"tl.sqrt({x[0]})"
         case "max":
@@ -93,12 +126,7 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
     """The Python source of the module that runs ``program`` over tensors of ``dtype``."""
     storage, real = _DTYPES[dtype], "float64" if dtype == torch.float64 else "float32"
     names = list(program.inputs)
-    options = sorted({int(code.split("]")[0]) for s in program.scalars for code in s.split("o[")[1:]})
-    scalars = [f"o{k} = tl.load(o + {k})" for k in options]
-    for k, code in enumerate(program.scalars):
-        for option in options:
-            code = code.replace(f"o[{option}]", f"o{option}")
-        scalars.append(f"a{k} = (tl.zeros((), tl.float64) + {code}).to(tl.{real})")
+    scalars = _scalars(program, real)
     used = {x for operation in program.operations for x in operation[2:]} | set(program.stores.values())
     pointers = []
     for row, name in enumerate(names):
@@ -119,12 +147,37 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
     return _TEMPLATE.format(
         title=title,
         power=_POWER,
-        step=len(names),
-        scalars="\n".join(f"    {x}" for x in scalars),
+        update=_update(program, scalars) if program.updates else "",
+        scalars=scalars,
         pointers="\n".join(f"    {x}" for x in pointers),
         whole=body("", ""),
         masked=body(", mask=live, other=0.0", ", mask=live"),
     )
+
+
+def _number(row: int) -> str:
+    """A pointer to a number of tensor ``i``'s state."""
+    return f"tl.load(addresses + {row} * n_tensors + i).to(tl.pointer_type(tl.float32))"
+
+
+def _scalars(program: Program, real: str) -> str:
+    """Statements that compute the scalars of tensor ``i``."""
+    first = len(program.inputs)
+    options = sorted({int(code.split("]")[0]) for s in program.scalars for code in s.split("o[")[1:]})
+    lines = [f"o{k} = tl.load(o + {k})" for k in options]
+    lines += [f"k{j} = tl.load({_number(first + 1 + j)}).to(tl.float64)" for j in range(len(program.kept))]
+    for k, code in enumerate(program.scalars):
+        for option in options:
+            code = code.replace(f"o[{option}]", f"o{option}")
+        lines.append(f"a{k} = (tl.zeros((), tl.float64) + {code}).to(tl.{real})")
+    return "\n".join([_STEP.format(step=first), *(f"    {line}" for line in lines)])
+
+
+def _update(program: Program, scalars: str) -> str:
+    """A kernel that stores the new numbers of each tensor's state, once the others have read the old ones."""
+    rows = [(len(program.inputs) + 1 + j, program.updates.get(key)) for j, key in enumerate(program.kept)]
+    stores = [f"    tl.store({_number(row)}, a{k}.to(tl.float32))" for row, k in rows if k is not None]
+    return _UPDATE.format(scalars=scalars, stores="\n".join(stores))
 
 
 # the interpreter has no libdevice; exp2 of the logarithm is as near as it gets
@@ -141,7 +194,10 @@ class Kernel:
     counts_steps = False
 
     def __init__(self, program: Program, dtype: torch.dtype, title: str) -> None:
-        self._run: Any = _kernel_cache.load(source(program, dtype, title), (triton.__version__, str(INTERPRETED))).run
+        module = _kernel_cache.load(source(program, dtype, title), (triton.__version__, str(INTERPRETED)))
+        self._run: Any = module.run
+        self._update: Any = module.update if program.updates else None
+        self._n_inputs = len(program.inputs)
 
     def bind(
         self, addresses: Any, sizes: list[int], device: torch.device
@@ -149,8 +205,9 @@ class Kernel:
         """A function of the group's numbers and of ``GradScaler``'s flag that steps every tensor with a gradient.
 
         Args:
-            addresses: int64 (inputs + 1, tensors), read at each call: a row for each input of the program (parameter,
-                gradient, state), the last one for the step counts; 0 where there is none.
+            addresses: int64 (inputs + 1 + kept, tensors), read at each call: a row for each input of the program
+                (parameter, gradient, state), one for the step counts, and one for each of the state's other numbers; 0
+                where there is none.
             sizes: how many elements each tensor has.
             device: where the tensors lie.
         """
@@ -160,22 +217,24 @@ class Kernel:
         n_chunks, chunks = len(chunks), chunks.to(device)
         table = _Mirror(np.zeros_like(addresses), device)
         options = _Mirror(np.zeros(0), device)
-        run = self._run
+        run, update, n_inputs = self._run, self._update, self._n_inputs
 
         def launch(numbers: list[Any], found_inf: Tensor | None) -> None:
-            aligned = not (addresses[:-1] & 15).any()
+            aligned = not (addresses[:n_inputs] & 15).any()
             table.update(addresses)
             on_host = [0.0 if isinstance(x, Tensor) and x.is_cuda else float(x) for x in numbers]
             options.update(np.array(on_host))
             for i, x in enumerate(numbers):
                 if isinstance(x, Tensor) and x.is_cuda:
                     options.there[i].copy_(x)
+            flag = {"found_inf": chunks if found_inf is None else found_inf, "HAS_FOUND_INF": found_inf is not None}
             if n_chunks:
                 run[(n_chunks,)](
-                    table.there, chunks, options.there, chunks if found_inf is None else found_inf, len(sizes),
-                    HAS_FOUND_INF=found_inf is not None, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK,
-                    enable_fp_fusion=False,
+                    table.there, chunks, options.there, n_tensors=len(sizes), ALIGNED=aligned, CHUNK=CHUNK,
+                    BLOCK=BLOCK, enable_fp_fusion=False, **flag,
                 )  # fmt: skip
+            if update is not None:
+                update[(len(sizes),)](table.there, options.there, n_tensors=len(sizes), enable_fp_fusion=False, **flag)
 
         return launch
 

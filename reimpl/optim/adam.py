@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import l2_penalty, matching, maximum_, real_views, root, saved
+from ._ops import matching, maximum_, real_views, root, saved, shrink_or_penalise
 from ._torch import Optimizer, ParamsT, to_scalar
 
 
@@ -52,6 +52,7 @@ class Adam(RuleOptimizer):
     dialects: ClassVar[Mapping[str, Any]] = {"bias_correction": True}
     torch_class: ClassVar[Callable[..., Optimizer] | None] = torch.optim.Adam
     sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
+    differentiates_step = True
     foreach_captures_xla = False
     foreach_takes_tensor_lr = False
 
@@ -77,9 +78,7 @@ class Adam(RuleOptimizer):
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         _checks.learning_rate(lr)
         _checks.at_least_zero("epsilon value", eps)
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        _checks.betas(betas)
         _checks.at_least_zero("weight_decay value", weight_decay)
         _check_beta_types(betas, eager_foreach)
         defaults = {
@@ -109,10 +108,7 @@ class Adam(RuleOptimizer):
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
-        if h.decoupled_weight_decay and h.weight_decay != 0:
-            p.mul_(1 - h.lr * h.weight_decay)
-        elif not h.decoupled_weight_decay:
-            g = l2_penalty(p, g, h)
+        g = shrink_or_penalise(p, g, h)
         p, g, s = real_views(p, g, s)
         beta1, beta2 = h.betas
         exp_avg, exp_avg_sq = s["exp_avg"], s["exp_avg_sq"]

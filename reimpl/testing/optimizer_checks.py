@@ -202,6 +202,9 @@ def check_checkpoint_exchange(
             for group, own in zip(saved["param_groups"], running.param_groups):
                 group.update({key: own[key] for key in EXECUTION_KEYS & own.keys()})
             running.load_state_dict(saved)
+            if not to_ours:
+                # PyTorch loads ASGD's and NAdam's numbers in the parameter's dtype, and goes on in that one
+                whole.load_state_dict(copy.deepcopy(whole.state_dict()))
         grads = grads_of(technique, layouts, dtype, device, step=step)
         step_with(running, grads)
         step_with(whole, grads)

@@ -1,0 +1,61 @@
+"""Between a checkpoint, an optimizer of this library and PyTorch's of the same name."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._torch import Optimizer, StateDict
+
+LATE_OPTIONS: dict[str, Any] = {
+    "nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "capturable": False,
+    "amsgrad": False, "momentum": 0, "centered": False, "decoupled_weight_decay": False, "fused": None,
+}  # fmt: skip
+"""Options that PyTorch added after the first release of a class, with the value that an old checkpoint means."""
+
+
+def restore_numbers(optimizer: Optimizer, state_dict: StateDict, keys: tuple[str, ...]) -> None:
+    """Give the state's numbers under ``keys`` the values and the precision that they have in a loaded ``state_dict``.
+
+    PyTorch loads them in the parameter's dtype: coarser than they were, or finer than an uninterrupted run's.
+    """
+    if not keys:
+        return
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False):
+        for index, p in zip(saved["params"], group["params"], strict=False):
+            here, there = optimizer.state.get(p, {}), state_dict["state"].get(index, {})
+            for key in keys:
+                if isinstance(there.get(key), Tensor):
+                    dtype = torch.promote_types(there[key].dtype, torch.float32)
+                    here[key] = there[key].detach().to(device=here[key].device, dtype=dtype, copy=True)
+
+
+def torch_twin(optimizer: Any) -> Optimizer:
+    """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
+
+    Raises:
+        ValueError: there is none, or a dialect is in use that it cannot express.
+    """
+    name = type(optimizer).__name__
+    if optimizer.torch_class is None:
+        raise ValueError(f"torch.optim has no counterpart of {name}")
+    for i, group in enumerate(optimizer.param_groups):
+        for key in optimizer.dialects:
+            if key != "fused" and not optimizer.is_torch_way(key, group[key]):
+                raise ValueError(f"torch.optim.{name} has no equivalent of {key}={group[key]!r} (parameter group {i})")
+    names = ["param_names" in group for group in optimizer.param_groups]
+    groups = [
+        {"params": list(zip(g["param_names"], g["params"], strict=True)) if named else g["params"]}
+        for g, named in zip(optimizer.param_groups, names, strict=True)
+    ]
+    twin: Optimizer = optimizer.torch_class(groups)
+    packed = deepcopy(Optimizer.state_dict(optimizer))
+    for group in packed["param_groups"]:
+        for key in optimizer.dialects:
+            group.pop(key, None)
+    twin.load_state_dict(packed)
+    restore_numbers(twin, packed, optimizer.scalar_state)
+    return twin

@@ -1,0 +1,88 @@
+"""Rprop: resilient backpropagation (catalogue O16)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._engine import Group, RuleOptimizer, State
+from ._ops import real_views, saved
+from ._torch import ParamsT, plain_scalar
+
+
+class Rprop(RuleOptimizer):
+    r"""Steps by the gradient's sign alone; each element's step grows while the sign lasts and shrinks when it turns.
+
+    .. math::
+        (\eta, g) &\leftarrow \begin{cases} (\min(\eta_+ \eta, \eta_{\max}),\ g) & g' g > 0 \\
+            (\max(\eta_- \eta, \eta_{\min}),\ 0) & g' g < 0 \\ (\eta,\ g) & \text{else} \end{cases} \\
+        \theta &\leftarrow \theta - \eta \operatorname{sign}(g), \qquad g' \leftarrow g
+
+    with η = ``step_size`` (γ at first) and g' = ``prev`` (0 at first) in the state. It is made for the gradient of all
+    the data: the sign of a noisy gradient turns for no reason.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        lr: γ, a number or a tensor of one element.
+        etas: η₋ in (0, 1) and η₊ above 1.
+        step_sizes: the smallest and the largest η.
+        capturable: keep the step count on the device, so that a CUDA graph can hold the step.
+        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
+        maximize: ascend.
+        differentiable: let autograd through the step.
+        fused: one kernel for the whole step; PyTorch has none for Rprop.
+
+    Raises:
+        ValueError: an argument outside its range.
+        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
+            parameters.
+
+    Source: O16; Riedmiller and Braun, `A Direct Adaptive Method for Faster Backpropagation Learning
+    <https://doi.org/10.1109/ICNN.1993.298623>`_ (1993).
+    """
+
+    dialects: ClassVar[Mapping[str, Any]] = {"fused": None}
+    torch_class = torch.optim.Rprop
+    sparse_error = "Rprop does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        _checks.learning_rate(lr)
+        if not 0.0 < etas[0] < 1.0 < etas[1]:
+            raise ValueError(f"Invalid eta values: {etas[0]}, {etas[1]}")
+        defaults = {
+            "lr": lr, "etas": etas, "step_sizes": step_sizes, "foreach": foreach, "maximize": maximize,
+            "differentiable": differentiable, "capturable": capturable, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def init_state(self, p: Tensor, group: Group) -> State:
+        start = plain_scalar(group["lr"])
+        step_size = torch.full_like(p if p.grad is None else p.grad, complex(start, start) if p.is_complex() else start)
+        return {"step": self.new_step(p, group), "prev": self.like(p), "step_size": step_size}
+
+    @staticmethod
+    def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
+        p, g, s = real_views(p, g, s)
+        (shrink, grow), (smallest, largest) = h.etas, h.step_sizes
+        factor = (g * saved(s["prev"], h)).sign()
+        factor.masked_fill_(factor > 0, grow).masked_fill_(factor < 0, shrink).masked_fill_(factor.eq(0), 1)
+        step_size = s["step_size"].mul_(factor).clamp_(smallest, largest)
+        g = g.masked_fill(factor.eq(shrink), 0)
+        p.addcmul_(g.sign(), step_size, value=-1)
+        s["prev"].copy_(g)

@@ -70,6 +70,17 @@ def test_trace_of_adam_is_its_formula() -> None:
 
 
 @pytest.mark.quick
+def test_numbers_of_the_state_are_scalars_and_a_condition_selects() -> None:
+    params = _parameters([(3,)])
+    nadam = _trace.trace(optim.NAdam, optim.NAdam(params).defaults, ("mu_product", "exp_avg", "exp_avg_sq"))
+    assert nadam.inputs == ("p", "g", "exp_avg", "exp_avg_sq") and nadam.kept == ("mu_product",)
+    assert nadam.scalars[nadam.updates["mu_product"]].startswith("single(k0 * single(")
+    radam = _trace.trace(optim.RAdam, optim.RAdam(params).defaults, ("exp_avg", "exp_avg_sq"))
+    assert not radam.kept and not radam.updates
+    assert [operation[1] for operation in radam.operations].count("select") == 1
+
+
+@pytest.mark.quick
 def test_a_rule_may_not_branch_on_an_expression() -> None:
     class Branching(optim.SGD):
         @staticmethod
@@ -339,4 +350,13 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(name: str) -> None:
             target=GPUTarget("cuda", 90, 32),
             options={"enable_fp_fusion": False},
         )
+        if kernel._update is not None:
+            shared = {key: types[key] for key in ("addresses", "o", "found_inf", "n_tensors")}
+            source = ASTSource(
+                fn=kernel._update,
+                signature={**shared, "HAS_FOUND_INF": "constexpr"},
+                constexprs={"HAS_FOUND_INF": True},
+            )
+            rest = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+            assert rest.asm["ptx"].count("st.global") == len(program.updates)
         assert ".v4.b32" in compiled.asm["ptx"] or ".v2.b64" in compiled.asm["ptx"], "16-byte loads were expected"

@@ -205,6 +205,7 @@ def test_without_a_compiler_foreach_runs_and_says_so(monkeypatch: pytest.MonkeyP
         _fused._warn_missing.cache_clear()
     said = [str(w.message) for w in caught if "fused=True on cpu" in str(w.message)]
     assert len(said) == 1 and "pip install" in said[0]
+    assert {w.filename for w in caught if "fused=True on cpu" in str(w.message)} == {__file__}
     _steps("Adam", {}, reference, foreach=True)
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 

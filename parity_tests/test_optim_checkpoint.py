@@ -182,7 +182,8 @@ def test_a_state_dict_without_a_dialects_key_keeps_the_constructors(technique: O
             for key in _own_keys(technique, config):
                 assert group.pop(key) == config.kwargs[key], f"{config.desc}: {key} is not in the state dict"
         other = construct(technique.ours, clone_params(parameters(optimizer)), **config.kwargs)
-        other.load_state_dict(saved)
+        with pytest.warns(UserWarning, match="PyTorch's way"):
+            other.load_state_dict(saved)
         for key in _own_keys(technique, config):
             assert other.param_groups[0][key] == config.kwargs[key], f"{config.desc}: {key} was lost"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import reimpl.optim
 from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES, for_each
 from parity_tests.versions import IS_REFERENCE
 from reimpl.testing.declarations import OptimizerTechnique
@@ -210,3 +211,39 @@ def test_dialects_that_exclude_each_other(name: str, kwargs: dict[str, Any], nam
     (technique,) = (p.values[0] for p in TECHNIQUES if p.id == name)
     with pytest.raises(ValueError, match=named):
         technique.ours([torch.ones(2, requires_grad=True)], **kwargs)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("RMSprop", {"eps_inside_sqrt": "no"}),
+        ("RMSprop", {"momentum": 0.9, "nesterov": "false"}),
+        ("Adagrad", {"eps_inside_sqrt": None}),
+        ("Adam", {"bias_correction": None}),
+        ("SGD", {"momentum": 0.9, "momentum_form": "ewa", "bias_correction": 1}),
+    ],
+)
+def test_a_dialects_flag_is_true_or_false(name: str, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="must be True or False, but got"):
+        getattr(reimpl.optim, name)([torch.ones(1, requires_grad=True)], **kwargs)
+
+
+def test_an_average_that_forgets_nothing_cannot_be_corrected() -> None:
+    with pytest.raises(ValueError, match="needs momentum below 1"):
+        reimpl.optim.SGD([torch.ones(1)], momentum=1.0, momentum_form="ewa", bias_correction=True)
+
+
+def test_state_of_another_class_is_refused_as_pytorch_refuses_it() -> None:
+    texts = []
+    for adam, sgd in ((torch.optim.Adam, torch.optim.SGD), (reimpl.optim.Adam, reimpl.optim.SGD)):
+        p = torch.ones(2, requires_grad=True)
+        p.grad = torch.ones(2)
+        theirs = adam([p])
+        theirs.step()
+        other = sgd([p], lr=0.1)
+        other.load_state_dict(theirs.state_dict())
+        with pytest.raises(KeyError) as caught:
+            other.step()
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]

@@ -13,6 +13,8 @@ from torch import nn
 
 import reimpl.optim
 
+_WORDS = {"true": "True", "false": "False", "none": "None"}
+
 
 def known_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     """Every optimizer by its full name, ``reimpl.Adam`` or ``torch.Adam``."""
@@ -63,7 +65,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not separator or not key.isidentifier():
             raise ValueError(f"--set takes key=value, got {setting!r}")
         try:
-            arguments[key] = ast.literal_eval(value)
+            arguments[key] = ast.literal_eval(_WORDS.get(value.lower(), value))
         except (ValueError, SyntaxError):
             arguments[key] = value
     return arguments

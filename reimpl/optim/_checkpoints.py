@@ -12,7 +12,7 @@ from ._torch import Optimizer, StateDict
 
 LATE_OPTIONS: dict[str, Any] = {
     "nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "capturable": False,
-    "amsgrad": False, "momentum": 0, "centered": False, "decoupled_weight_decay": False, "fused": None,
+    "amsgrad": False, "decoupled_weight_decay": False, "fused": None,
 }  # fmt: skip
 """Options that PyTorch added after the first release of a class, with the value that an old checkpoint means."""
 

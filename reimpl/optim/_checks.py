@@ -31,6 +31,12 @@ def should_be(name: str, condition: str, value: Any, holds: Any) -> None:
         raise ValueError(f"{name} should be {condition} but is: {value}")
 
 
+def flag(name: str, value: Any) -> None:
+    """Raise unless ``value`` is ``True`` or ``False``: ``"no"`` would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but got {value!r}")
+
+
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of the names in ``allowed``."""
     if value not in allowed:

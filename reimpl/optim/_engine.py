@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -331,7 +332,8 @@ class RuleOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a checkpoint of this class or of PyTorch's class of the same name.
 
-        A dialect that the checkpoint does not name keeps the value it has here.
+        A dialect that the checkpoint does not name keeps the value it has here, with a warning: the checkpoint was
+        written under PyTorch's way, whose state may mean something else (a velocity is not PyTorch's buffer).
 
         Raises:
             ValueError: the checkpoint was written under another dialect, or for other parameters.
@@ -345,11 +347,22 @@ class RuleOptimizer(Optimizer):
                         f"loaded state dict has {key}={theirs[key]!r} in parameter group {i}, "
                         f"but this {type(self).__name__} was built with {key}={value!r}"
                     )
+        self._warn_of_other_ways(here, saved)
         absent = [[key for key in mine if key not in theirs] for mine, theirs in zip(here, saved, strict=False)]
         super().load_state_dict(state_dict)
         restore_numbers(self, state_dict, self.scalar_state)
         for group, mine, keys in zip(self.param_groups, here, absent, strict=False):
             group.update({key: mine[key] for key in keys})
+
+    def _warn_of_other_ways(self, here: Sequence[Group], saved: Sequence[Group]) -> None:
+        for i, (mine, theirs) in enumerate(zip(here, saved, strict=False)):
+            for key, value in mine.items():
+                if key != "fused" and key not in theirs and not self.is_torch_way(key, value):
+                    warnings.warn(
+                        f"the loaded state dict was written with {key}={self.dialects[key]!r}, PyTorch's way (group "
+                        f"{i}); this {type(self).__name__} goes on with {key}={value!r} from that state",
+                        stacklevel=4,
+                    )
 
     def is_torch_way(self, dialect: str, value: Any) -> bool:
         """Whether PyTorch's class does what ``value`` asks of the option ``dialect``."""

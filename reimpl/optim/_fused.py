@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,16 @@ def _warn_missing(package: str, device: str) -> None:
     warnings.warn(
         f"fused=True on {device} needs {package}, which is not installed (pip install 'reimpl[fused]'); "
         "the foreach implementation runs instead",
-        stacklevel=5,
+        stacklevel=_users_level(),
     )
+
+
+def _users_level() -> int:
+    """The ``stacklevel`` that names the user's line: how far up the first frame outside of here and PyTorch is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("reimpl", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 COMPILERS = {"cpu": "numba", "cuda": "triton"}

@@ -70,6 +70,7 @@ class Adagrad(RuleOptimizer):
         _checks.at_least_zero("weight_decay value", weight_decay)
         _checks.at_least_zero("initial_accumulator_value value", initial_accumulator_value)
         _checks.at_least_zero("epsilon value", eps)
+        _checks.flag("eps_inside_sqrt", eps_inside_sqrt)
         defaults = {
             "lr": lr, "lr_decay": lr_decay, "eps": eps, "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value, "foreach": foreach, "maximize": maximize,

@@ -81,6 +81,7 @@ class Adam(RuleOptimizer):
         _checks.betas(betas)
         _checks.at_least_zero("weight_decay value", weight_decay)
         _check_beta_types(betas, eager_foreach)
+        _checks.flag("bias_correction", bias_correction)
         defaults = {
             "lr": lr, "betas": (to_scalar(betas[0]), to_scalar(betas[1])), "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, "maximize": maximize, "foreach": foreach, "capturable": capturable,

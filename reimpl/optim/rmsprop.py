@@ -66,6 +66,7 @@ class RMSprop(RuleOptimizer):
         "nesterov": False,
     }
     torch_class = torch.optim.RMSprop
+    late_options: ClassVar[Mapping[str, Any]] = {"momentum": 0, "centered": False}
     sparse_error = "RMSprop does not support sparse gradients"
 
     def __init__(
@@ -93,6 +94,8 @@ class RMSprop(RuleOptimizer):
         _checks.at_least_zero("weight_decay value", weight_decay)
         _checks.at_least_zero("alpha value", alpha)
         _checks.one_of("momentum_form", momentum_form, ("torch", "velocity"))
+        _checks.flag("eps_inside_sqrt", eps_inside_sqrt)
+        _checks.flag("nesterov", nesterov)
         if nesterov and momentum <= 0:
             raise ValueError("Nesterov momentum requires a momentum")
         defaults = {

@@ -84,6 +84,9 @@ class SGD(RuleOptimizer):
             raise ValueError(f"dampening={dampening} needs momentum_form='torch', but it is {momentum_form!r}")
         if nesterov and momentum_form == "ewa":
             raise ValueError("nesterov=True needs momentum_form='torch' or 'velocity', but it is 'ewa'")
+        _checks.flag("bias_correction", bias_correction)
+        if bias_correction and momentum >= 1:
+            raise ValueError(f"bias_correction=True needs momentum below 1, but it is {momentum}")
         if bias_correction and momentum_form != "ewa":
             raise ValueError(f"bias_correction=True needs momentum_form='ewa', but it is {momentum_form!r}")
         defaults = {

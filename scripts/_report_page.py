@@ -140,7 +140,9 @@ def format_ulp(value: float | None) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as ms or µs with three significant digits."""
+    """Seconds as s, ms or µs with three significant digits."""
+    if seconds >= 0.9995:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 

@@ -104,6 +104,8 @@ def _judge(report: Report, parity: Parity) -> None:
 def _part(report: Report, console: Console, title: str) -> Iterator[None]:
     """Show that a part is running and how long it took; keep its failure for the page."""
     started = time.perf_counter()
+    if not console.is_terminal:
+        console.print(f"{title} …", highlight=False)
     try:
         with console.status(f"{title} …", refresh_per_second=1):  # a livelier spinner would show in the timings
             yield

@@ -183,7 +183,10 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--optimizer adamw", "unknown optimizer 'adamw'; did you mean reimpl.AdamW? Known: reimpl.ASGD, reimpl.Adadelta"),
+        (
+            "--optimizer adamw",
+            "unknown optimizer 'adamw'; did you mean reimpl.AdamW? Known: reimpl.ASGD, reimpl.Adadelta",
+        ),
         ("--set momentum=0.9 --set beta=1", "reimpl.SGD with {'lr': 0.8, 'momentum': 0.9, "),
         ("--data .", "lacks batches.meta, data_batch_1"),
         ("--resume nowhere", "no checkpoint in nowhere"),

@@ -172,6 +172,20 @@ def test_state_given_other_memory_is_noticed() -> None:
 
 
 @needs_numba
+@pytest.mark.parametrize("cleared", [slice(None), slice(-1, None), slice(0, 1)], ids=["all", "last", "first"])
+def test_state_that_was_cleared_starts_anew(cleared: slice) -> None:
+    ours, reference = _parameters([(4,), (3,), (5,)]), _parameters([(4,), (3,), (5,)])
+    optimizers = [_steps("Adam", {}, ours, fused=True), _steps("Adam", {}, reference, foreach=False)]
+    for optimizer, params in zip(optimizers, (ours, reference), strict=True):
+        for p in params[cleared]:
+            optimizer.state[p].clear()
+        optimizer.step()
+    for p, q in zip(ours, reference, strict=True):
+        assert optimizers[0].state[p]["step"] == optimizers[1].state[q]["step"]
+        assert ((p - q).abs() <= 8 * torch.finfo(p.dtype).eps * (1 + q.abs())).all()  # four steps of the bound of 2
+
+
+@needs_numba
 def test_state_moved_to_shared_memory_is_followed() -> None:
     ours, reference = _parameters([(4,), (3,)]), _parameters([(4,), (3,)])
     optimizer = _steps("Adagrad", {}, ours, 2, fused=True)

@@ -154,8 +154,9 @@ def test_parameters_that_share_memory_are_stepped_in_turn() -> None:
         return views
 
     ours, reference = shared(), shared()
-    _steps("SGD", {"lr": 0.5}, ours, fused=True)
-    _steps("SGD", {"lr": 0.5}, reference, foreach=False)
+    decayed = {"lr": 0.5, "weight_decay": 0.1}  # makes a step depend on what the other parameter's left
+    _steps("SGD", decayed, ours, fused=True)
+    _steps("SGD", decayed, reference, foreach=False)
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 

@@ -236,14 +236,14 @@ class RuleOptimizer(Optimizer):
     def _foreach(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
         if h.differentiable and self.foreach_refuses_autograd:
             raise AssertionError("_foreach ops don't support autograd")
-        if self._has_steps(states):
-            _increment([s["step"] for s in states])
         for indices in self._partition(h, params, grads, states):
             part = [states[i] for i in indices]
             p, g = TensorList([params[i] for i in indices]), TensorList([grads[i] for i in indices])
             if any(grad.is_sparse for grad in g):
-                self._sparse_part(h, list(p), list(g), part)
+                self._for_loop(h, list(p), list(g), part)  # foreach functions take no sparse tensors
                 continue
+            if "step" in part[0]:
+                _increment([state["step"] for state in part])
             s = {key: TensorList([state[key] for state in part]) for key in part[0] if part[0][key] is not None}
             t: Any = None
             if "step" in s:
@@ -254,13 +254,6 @@ class RuleOptimizer(Optimizer):
             for key in s.keys() - keys:
                 for state, value in zip(part, s[key], strict=True):
                     state[key] = value
-
-    def _sparse_part(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
-        # foreach functions take no sparse tensors; the step count has been raised already
-        for s in states:
-            if "step" in s:
-                s["step"] -= 1
-        self._for_loop(h, params, grads, states)
 
     def _partition(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> Iterator[list[int]]:
         """Indices of tensors that go together: one device, dtype and layout, equal numbers and lazy keys in state."""

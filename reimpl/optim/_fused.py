@@ -305,7 +305,8 @@ def step(
         here = [grads[i] for i in indices]
         if key is None:
             if found_inf is None or not found_inf.item():
-                optimizer._foreach(h, some[0], here, some[1])
+                # parameters that share memory see each other's steps, as they do in the for-loop
+                (optimizer._for_loop if overlapping else optimizer._foreach)(h, some[0], here, some[1])
         else:
             plan = Plan(type(optimizer), options, *some)
             plan.takes(list(here))

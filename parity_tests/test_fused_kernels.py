@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import reimpl.optim as optim
-from reimpl.optim import _fused, _kernel_cache, _trace
+from reimpl.optim import _fused, _kernel_cache, _trace, _watch
 
 RULES: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
@@ -32,6 +33,8 @@ RULES: dict[str, dict[str, Any]] = {
     "ASGD": {"t0": 1.0, "lambd": 0.1},
     "Rprop": {},
 }
+
+HOW: list[dict[str, bool]] = [{"fused": True}, {"foreach": False}]
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -160,16 +163,48 @@ def test_parameters_that_share_memory_are_stepped_in_turn() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 
+def _swap(first: torch.Tensor) -> None:
+    other = torch.zeros_like(first).requires_grad_()
+    other.grad = torch.ones_like(first)
+    torch.utils.swap_tensors(first, other)
+
+
+CHANGES: dict[str, Callable[[torch.Tensor, dict[str, Any]], object]] = {
+    "other memory for state": lambda p, state: setattr(state["exp_avg"], "data", torch.zeros_like(p)),
+    "other state": lambda p, state: state.update(exp_avg=torch.zeros_like(p)),
+    "state in another order": lambda p, state: state.update(exp_avg=state.pop("exp_avg")),
+    "state gone": lambda p, state: state.clear(),
+    "other memory for the parameter": lambda p, state: setattr(p, "data", p.detach().clone()),
+    "other strides for the parameter": lambda p, state: setattr(p, "data", p.detach().t().contiguous().t()),
+    "parameter swapped": lambda p, state: _swap(p),
+    "parameter frozen": lambda p, state: p.requires_grad_(False),
+    "gradient in other strides": lambda p, state: setattr(p, "grad", torch.ones_like(p.t()).contiguous().t()),
+    "gradient gone": lambda p, state: setattr(p, "grad", None),
+    "gradient new": lambda p, state: setattr(p, "grad", torch.ones_like(p)),
+    "gradient negated lazily": lambda p, state: setattr(p, "grad", torch.ones_like(p)._neg_view()),
+}
+
+
 @needs_numba
-def test_state_given_other_memory_is_noticed() -> None:
-    params = _parameters([(4,), (3,)])
-    optimizer = _steps("Adam", {}, params, fused=True)
-    optimizer.state[params[1]]["exp_avg"].data = torch.zeros(3)
-    with pytest.raises(RuntimeError, match="given other memory during the last steps"):
-        for _ in range(_fused.TURNS):
-            optimizer.step()
-    optimizer.forget_plans()
-    optimizer.step()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled loops", "Python"])
+def test_changes_between_steps_are_seen(compiled: bool, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(_watch, "walker", lambda: None)
+        monkeypatch.setattr(_fused, "walker", lambda: None)
+    both = [_parameters([(4, 3), (3, 5), (2, 2)]) for _ in range(2)]
+    optimizers = [_steps("Adam", {}, params, **how) for params, how in zip(both, HOW, strict=True)]
+    for optimizer, params in zip(optimizers, both, strict=True):
+        CHANGES[change](params[1], optimizer.state[params[1]])
+        optimizer.step()
+        optimizer.step()
+    for p, q, before in zip(*both, _parameters([(4, 3), (3, 5), (2, 2)]), strict=True):
+        assert (abs(p - q) <= _bound(p, q, before, steps=5)).all()
+
+
+@needs_numba
+def test_compiled_loops_know_this_pytorch() -> None:
+    assert _watch.walker() is not None
 
 
 @needs_numba
@@ -260,14 +295,15 @@ def test_cache_is_shared_by_processes_and_heals(tmp_path: Path) -> None:
     ]
     outputs = [process.communicate(timeout=300)[0] for process in starts]
     assert all(process.returncode == 0 for process in starts) and len(set(outputs)) == 1
-    (kernel,) = tmp_path.glob("*.py")
-    good = kernel.read_text()
-    kernel.write_text("raise SystemExit('stale')")
+    good = {path: path.read_text() for path in tmp_path.glob("*.py")}
+    assert good
+    for path in good:
+        path.write_text("raise SystemExit('stale')")
     for compiled in (tmp_path / "__pycache__").glob("*.nbc"):
         compiled.write_bytes(b"not machine code")
     again = _run(_STEP, REIMPL_CACHE_DIR=str(tmp_path))
     assert again.returncode == 0, again.stderr
-    assert again.stdout == outputs[0] and kernel.read_text() == good
+    assert again.stdout == outputs[0] and {path: path.read_text() for path in good} == good
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -9,26 +9,22 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import chain, pairwise
-from operator import attrgetter, is_
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from ._torch import check_fused_support, tensor_guards
+from ._torch import check_fused_support
 from ._trace import Program, split_options, trace
+from ._watch import PLAIN, SameItems, SameValues, walker, watch
 
 State = dict[str, Any]
 Group = dict[str, Any]
 
 _FORM = attrgetter("dtype", "layout", "device")
-_DTYPE = attrgetter("dtype")
-_SPARSE = attrgetter("is_sparse")
-_GRAD = attrgetter("grad")
-_PLAIN = {Tensor, Parameter}
 
 
 @cache
@@ -89,7 +85,7 @@ def _dense(t: Tensor) -> bool:
 
 def _overlap(params: list[Tensor]) -> bool:
     """Whether two parameters share memory, so that their steps must come one after the other."""
-    plain = sorted((p.data_ptr(), p.nbytes) for p in params if type(p) in _PLAIN and p.numel())
+    plain = sorted((p.data_ptr(), p.nbytes) for p in params if type(p) in PLAIN and p.numel())
     return any(start + size > after for (start, size), (after, _) in pairwise(plain))
 
 
@@ -98,16 +94,9 @@ def _fusible(p: Tensor, g: Tensor, s: State, numbers: tuple[str, ...]) -> bool:
         return False
     tensors = [p, g, *(v for k, v in s.items() if v is not None and k not in numbers)]
     return all(
-        type(t) in _PLAIN and _FORM(t) == _FORM(p) and t.shape == p.shape and not (t.is_neg() or t.is_conj())
+        type(t) in PLAIN and _FORM(t) == _FORM(p) and t.shape == p.shape and not (t.is_neg() or t.is_conj())
         for t in tensors
     ) and (p.numel() == 0 or _dense(p))
-
-
-TURNS = 8
-
-
-def _places(tensors: Sequence[Tensor]) -> Any:
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 class Plan:
@@ -122,89 +111,27 @@ class Plan:
             for p, s in zip(params, states, strict=True):
                 s[key] = torch.empty_like(p)
         self.params, self.states = params, states
-        self.kept = list(chain.from_iterable(map(dict.values, states)))
-        # held, so that what the addresses point to cannot be freed and its memory given to another tensor
-        self.storages = [t.untyped_storage() for t in (*params, *self.kept)]
-        self.places, self.kept_places = _places(params), _places(self.kept)
-        self.turn = 0
         rows = [*self.program.inputs[2:], *(["step"] if "step" in states[0] else []), *self.program.kept]
-        self.dtype, self.strides = params[0].dtype, list(map(Tensor.stride, params))
-        self.guard: Any = None
-        sizes = [p.numel() for p in params]
-        self.empty = [i for i, size in enumerate(sizes) if size == 0]
         self.addresses = np.zeros((len(self.program.inputs) + 1 + len(self.program.kept), len(params)), dtype=np.int64)
         self.addresses[0] = list(map(Tensor.data_ptr, params))
         for row, key in enumerate(rows, start=2):
             self.addresses[row] = [s[key].data_ptr() for s in states]
-        self.launch = self.kernel.bind(self.addresses, sizes, params[0].device)
+        self.watch = watch(params, states)
+        self.launch = self.kernel.bind(self.addresses, [p.numel() for p in params], params[0].device)
         self.steps = [s["step"] for s in states] if "step" in rows and not self.kernel.counts_steps else []
 
-    def holds(self) -> bool:
-        """Whether the parameters lie where they lay, and their state is the same objects as before.
-
-        Raises:
-            RuntimeError: a state tensor was given other memory (``state["exp_avg"].data = ...``). To look at all of
-                them takes longer than the step of many small tensors, so each is looked at every ``TURNS`` steps.
-        """
-        now = chain.from_iterable(map(dict.values, self.states))
-        same = sum(map(len, self.states)) == len(self.kept) and all(map(is_, now, self.kept))
-        if not same or not np.array_equal(_places(self.params), self.places):
-            return False
-        self.turn = (self.turn + 1) % TURNS
-        if not np.array_equal(_places(self.kept[self.turn :: TURNS]), self.kept_places[self.turn :: TURNS]):
-            raise RuntimeError(
-                "a tensor in the optimizer's state was given other memory during the last steps, which fused=True did "
-                "not see; replace the entry of optimizer.state instead of its .data"
-            )
-        return True
-
-    def takes(self, grads: list[Tensor | None]) -> bool:
-        """Whether the kernel can read these gradients: plain strided tensors of the parameters' dtype.
-
-        That they lie on the parameters' device and have their shape, ``Tensor.grad`` itself sees to.
-        """
-        # one call that compares type, dtype, layout, sizes, strides and the like with those of the step before
-        if self.guard is not None and self.guard.check(*grads):
-            return True
-        present = [g for g in grads if g is not None]
-        if (
-            set(map(type, present)) - _PLAIN
-            or set(map(_DTYPE, present)) - {self.dtype}
-            or any(map(_SPARSE, present))
-            or any(map(Tensor.is_neg, present))
-            or list(map(Tensor.stride, self.params)) != self.strides
-        ):
-            return False
-        alike = len(present) == len(grads) and list(map(Tensor.stride, present)) == self.strides
-        self.guard = tensor_guards(present) if alike else None
-        return True
-
-    def run(self, numbers: list[Any], grads: list[Any], found_inf: Tensor | None) -> None:
-        """One step of the tensors whose gradient is there; none, on a GPU, where ``found_inf`` is not 0."""
-        row, params, steps = self.addresses[1], self.params, self.steps
-        if self.guard is not None:
-            row[:] = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
-        else:
-            active = [i for i, g in enumerate(grads) if g is not None]
-            # the copies live until the kernel has read them
-            grads = [_like(grads[i], params[i]) for i in active]
+    def run(self, numbers: list[Any], found_inf: Tensor | None) -> None:
+        """One step of the tensors whose gradient's address is known; none, on a GPU, where ``found_inf`` is not 0."""
+        params, steps, places = self.params, self.steps, self.addresses[1]
+        if not places.all():
+            active = places.nonzero()[0].tolist()
             params, steps = [params[i] for i in active], [steps[i] for i in active if steps]
-            row[:] = 0
-            row[active] = [g.data_ptr() or 1 for g in grads]
-        # an empty tensor has no address, and 0 says that there is no gradient
-        if self.empty and self.guard is not None:
-            row[self.empty] = 1
         if steps:
             torch._foreach_add_(steps, 1)
         self.launch(numbers, found_inf)
         if steps and found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
         torch.autograd.graph.increment_version(params)
-
-
-def _like(g: Tensor, p: Tensor) -> Tensor:
-    """The gradient in the parameter's strides."""
-    return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
 def _settle(p: Tensor, s: State, numbers: tuple[str, ...]) -> None:
@@ -221,17 +148,17 @@ class Bundle:
     """The plans of one parameter group, and what must not have changed for them to hold."""
 
     def __init__(self, optimizer: Any, group: Group, plans: list[Plan], structure: tuple[tuple[str, Any], ...]) -> None:
-        self.params = list(group["params"])
-        self.plans = plans
+        self.plans, self.structure = plans, structure
+        self.params = SameItems(group["params"], walker())
         members = {id(p) for plan in plans for p in plan.params}
-        self.outside = [p for p in self.params if id(p) not in members]
-        self.structure = structure
-        self.kept = list(optimizer.state.values())
+        self.outside = [p for p in group["params"] if id(p) not in members]
+        # of many small groups, each looks up its own entries, which costs less than comparing them all
+        few = len(optimizer.state) <= 4 * len(group["params"])
+        self.all_states = SameValues([optimizer.state], walker()) if few else None
 
     def _same_states(self, state: Mapping[Tensor, State]) -> bool:
-        if len(self.kept) <= 4 * len(self.params):
-            return len(state) == len(self.kept) and all(map(is_, state.values(), self.kept))
-        # many small groups: looking up this one's entries costs less than comparing them all
+        if self.all_states is not None:
+            return self.all_states.dictionaries[0] is state and self.all_states.hold()
         return all(state.get(p) is s for plan in self.plans for p, s in zip(plan.params, plan.states, strict=True))
 
     def run(self, optimizer: Any, group: Group) -> bool:
@@ -239,23 +166,33 @@ class Bundle:
         structure, numbers = split_options(_options(optimizer, group))
         if (
             structure != self.structure
-            or len(self.params) != len(group["params"])
-            or not all(map(is_, self.params, group["params"]))
+            or not self.params.hold(group["params"])
             or any(p.grad is not None for p in self.outside)
             or not self._same_states(optimizer.state)
+            or not all(plan.watch.holds() for plan in self.plans)
         ):
             return False
-        grads = [list(map(_GRAD, plan.params)) for plan in self.plans]
-        if not all(plan.holds() and plan.takes(row) for plan, row in zip(self.plans, grads, strict=True)):
+        # copies of gradients in other strides live until the kernel has read them
+        copies = [plan.watch.gradients(plan.addresses[1]) for plan in self.plans]
+        if any(copied is None for copied in copies):
             return False
-        skip, found_inf = _scale_gradients(optimizer, grads)
-        if not skip:
-            for plan, row in zip(self.plans, grads, strict=True):
-                plan.run(numbers, row, found_inf)
+        scaled = _is_scaled(optimizer)
+        if scaled:
+            skip, found_inf = _scale_gradients(optimizer, [p.grad for plan in self.plans for p in plan.params])
+            if skip:
+                return True
+            copies = [plan.watch.gradients(plan.addresses[1]) for plan in self.plans]
+        for plan in self.plans:
+            plan.run(numbers, found_inf if scaled else None)
         return True
 
 
-def _scale_gradients(optimizer: Any, rows: Sequence[Sequence[Tensor | None]]) -> tuple[bool, Tensor | None]:
+def _is_scaled(optimizer: Any) -> bool:
+    """Whether ``GradScaler`` has left its part to the step."""
+    return getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None
+
+
+def _scale_gradients(optimizer: Any, grads: Sequence[Tensor | None]) -> tuple[bool, Tensor | None]:
     """Do ``GradScaler``'s part: divide the gradients by the scale, and tell whether one of them overflowed.
 
     Returns:
@@ -263,15 +200,13 @@ def _scale_gradients(optimizer: Any, rows: Sequence[Sequence[Tensor | None]]) ->
         for it).
     """
     found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-    if found_inf is None and scale is None:
-        return False, None
-    grads = [g for row in rows for g in row if g is not None]
-    on_gpu = bool(grads) and all(g.is_cuda for g in grads)
+    present = [g for g in grads if g is not None]
+    on_gpu = bool(present) and all(g.is_cuda for g in present)
     if found_inf is not None and not on_gpu and found_inf.item():
         return True, None
-    if scale is not None and grads:
-        torch._foreach_div_(grads, scale.to(grads[0].device))
-    return False, found_inf.to(grads[0].device) if on_gpu and found_inf is not None else None
+    if scale is not None and present:
+        torch._foreach_div_(present, scale.to(present[0].device))
+    return False, found_inf.to(present[0].device) if on_gpu and found_inf is not None else None
 
 
 def run_plan(optimizer: Any, index: int, group: Group) -> bool:
@@ -286,7 +221,7 @@ def step(
     """Step a group and keep the plan for the next step."""
     bundles = optimizer.__dict__.setdefault("_fused_bundles", {})
     bundles.pop(index, None)
-    skip, found_inf = _scale_gradients(optimizer, [grads])
+    skip, found_inf = _scale_gradients(optimizer, grads) if _is_scaled(optimizer) else (False, None)
     if skip:
         return
     options = _options(optimizer, group)
@@ -309,8 +244,9 @@ def step(
                 (optimizer._for_loop if overlapping else optimizer._foreach)(h, some[0], here, some[1])
         else:
             plan = Plan(type(optimizer), options, *some)
-            plan.takes(list(here))
-            plan.run(numbers, list(here), found_inf)
+            copies = plan.watch.gradients(plan.addresses[1])
+            plan.run(numbers, found_inf)
+            del copies
             if not plan.program.created:
                 plans.append(plan)
     if len(plans) == len(parts):

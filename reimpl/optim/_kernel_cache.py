@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -46,14 +46,29 @@ def _remove(base: Path, owner: int) -> None:
         shutil.rmtree(base, ignore_errors=True)
 
 
-def load(text: str, versions: Iterable[str]) -> ModuleType:
+def load(
+    text: str, versions: Iterable[str], prepare: Callable[[ModuleType], object] = lambda module: None
+) -> ModuleType:
     """The module of a generated source, whose compiled code is found again by the next process.
 
     Args:
         text: Python source.
         versions: whatever else the compiled code depends on. Python, PyTorch and the source itself always count, so
             that an upgrade starts afresh instead of reading a stale file.
+        prepare: called with the module, to compile what it holds or to read that back.
     """
+    try:
+        module = _load(text, versions)
+        prepare(module)
+    except Exception:
+        # compiled code that cannot be read back (cut short, or damaged) is made anew; a real fault comes up again
+        _forget(text, versions)
+        module = _load(text, versions)
+        prepare(module)
+    return module
+
+
+def _load(text: str, versions: Iterable[str]) -> ModuleType:
     name = _name(text, versions)
     base = folder()
     if base is not None:
@@ -69,8 +84,7 @@ def _name(text: str, versions: Iterable[str]) -> str:
     return f"reimpl_kernel_{hashlib.sha256(stamp.encode()).hexdigest()[:24]}"
 
 
-def forget(text: str, versions: Iterable[str]) -> None:
-    """Remove what is kept of a generated source."""
+def _forget(text: str, versions: Iterable[str]) -> None:
     name = _name(text, versions)
     for base in (folder(), _temporary_folder()):
         for path in base.rglob(f"{name}.*") if base is not None else ():

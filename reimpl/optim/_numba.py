@@ -16,6 +16,8 @@ from torch import Tensor
 from . import _kernel_cache, _numba_ops, _threads
 from ._trace import Operation, Program
 
+VERSIONS = (numba.__version__, np.__version__, Path(_numba_ops.__file__).read_text())
+"""What compiled code depends on beside its source."""
 CHUNK = 262_144
 """Numbers that one thread takes at a time: long streams keep the prefetcher going (16 k are 15% slower)."""
 SERIAL = 131_072
@@ -188,11 +190,10 @@ def _lines(indent: int, lines: list[str]) -> str:
     return "\n".join(" " * indent + line for line in lines)
 
 
-def _compiled(module: ModuleType) -> ModuleType:
-    """The module with its entry compiled, or read back from the cache, for the only types that it sees."""
+def _compile(module: ModuleType) -> None:
+    """Compile the module's entries, or read them back from the cache, for the only types that they see."""
     module.prologue.compile((numba.int64[:, ::1], numba.float64[::1], numba.float64[:, ::1]))
     module.update.compile((numba.int64[:, ::1], numba.float64[:, ::1]))
-    return module
 
 
 _FUNCTIONS: dict[str, Any] = {
@@ -208,14 +209,7 @@ class Kernel:
     counts_steps = True
 
     def __init__(self, program: Program, dtype: torch.dtype, title: str) -> None:
-        versions = (numba.__version__, np.__version__, Path(_numba_ops.__file__).read_text())
-        text = source(program, dtype, title)
-        try:
-            module = _compiled(_kernel_cache.load(text, versions))
-        except Exception:
-            # compiled code that cannot be read back (cut short, or damaged) is made anew; a real fault comes up again
-            _kernel_cache.forget(text, versions)
-            module = _compiled(_kernel_cache.load(text, versions))
+        module = _kernel_cache.load(source(program, dtype, title), VERSIONS, _compile)
         self._prologue: Callable[..., None] = module.prologue
         self._update: Callable[..., None] | None = module.update if program.updates else None
         self._run: int = module.run.address

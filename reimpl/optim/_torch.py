@@ -31,7 +31,6 @@ __all__ = [
     "runs_eagerly",
     "step_dtype",
     "step_value",
-    "tensor_guards",
     "to_scalar",
 ]
 
@@ -75,16 +74,3 @@ def require_capturable_devices(
         for p, row in zip(params, numbers, strict=True)
     ):
         raise AssertionError(f"If capturable=True, {names} must be on supported devices: {supported}.")
-
-
-def tensor_guards(tensors: list[Tensor]) -> Any:
-    """An object whose ``check(*tensors)`` tells in one call whether others have the same type, dtype and strides.
-
-    ``None`` where this PyTorch has no such object; the callers then look one by one.
-    """
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    except (ImportError, TypeError, RuntimeError):
-        return None

@@ -1,0 +1,138 @@
+"""Looks at parameters, gradients and state between two fused steps, without a Python call for each.
+
+One call to Python for each of a thousand small tensors costs more than the step itself. ``Walker`` asks the same
+questions in compiled loops: through C interfaces that PyTorch and Python keep stable, and at four offsets inside
+PyTorch's objects that are found out by looking at tensors whose contents are known. Where one of them cannot be found,
+or the loops' answers differ from Python's, there is no walker, and the questions are asked in Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _kernel_cache
+
+_BODY_WORDS, _META_WORDS = 22, 16
+"""How much of a tensor's body, and of autograd's part of it, is searched: no more than there is."""
+_SHIMS = ("data_ptr", "dtype", "dim", "sizes", "strides")
+
+
+def _words(address: int, count: int) -> list[int]:
+    return list((ctypes.c_int64 * count).from_address(address))
+
+
+def _only(places: Sequence[int]) -> int:
+    if len(places) != 1:
+        raise LookupError("PyTorch's objects are not laid out as expected")
+    return 8 * places[0]
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _keys(t: Tensor) -> int:
+    return int(torch._C._dispatch_keys(t).raw_repr())
+
+
+def _offsets() -> dict[str, int]:
+    """Where a Python tensor keeps its body, and the body its dispatch keys, autograd's part, and that the gradient.
+
+    Raises:
+        LookupError: not found, or found more than once.
+    """
+    plain = torch.zeros(2, device="cpu")
+    samples = [plain, plain._neg_view(), torch.zeros(3, device="meta")]
+    in_python = [set(range(2, Tensor.__basicsize__ // 8)) for _ in samples]
+    for t, found in zip(samples, in_python, strict=True):
+        words = _words(id(t), Tensor.__basicsize__ // 8)
+        found.intersection_update(i for i, w in enumerate(words) if w == t._cdata)
+    storage = [
+        [i for i, w in enumerate(_words(t._cdata, _BODY_WORDS)) if w == t.untyped_storage()._cdata] for t in samples
+    ]
+    in_body = [{i for i, w in enumerate(_words(t._cdata, _BODY_WORDS)) if w == _keys(t)} for t in samples]
+    before = _words(plain._cdata, _BODY_WORDS)
+    plain.requires_grad_()
+    after = _words(plain._cdata, _BODY_WORDS)
+    meta = _only([i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b])
+    address = _words(plain._cdata + meta, 1)[0]
+    undefined = _words(address, _META_WORDS)
+    plain.grad = torch.ones(2, device="cpu")
+    grad = _only([i for i, w in enumerate(_words(address, _META_WORDS)) if w == plain.grad._cdata])
+    return {
+        "HANDLE": _only(list(set.intersection(*in_python))),
+        "KEYS": _only(list(set.intersection(*in_body))),
+        "STORAGE": _only(storage[0]),
+        "META": meta,
+        "GRAD": grad,
+        "UNDEFINED": undefined[grad // 8],
+    }
+
+
+class Walker:
+    """The compiled loops, and what they need to know of this PyTorch.
+
+    Raises:
+        ImportError: Numba is missing.
+        LookupError, OSError, AttributeError: PyTorch's objects or libraries are not as expected.
+    """
+
+    def __init__(self) -> None:
+        from ._numba import VERSIONS
+
+        text = Path(__file__).with_name("_walk_code.py").read_text()
+        self._code: Any = _kernel_cache.load(text, VERSIONS)
+        found = _offsets()
+        self._handle = found.pop("HANDLE")
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        found |= {name.upper(): _address(getattr(library, f"aoti_torch_get_{name}")) for name in _SHIMS}
+        found["DICT_NEXT"] = _address(ctypes.pythonapi.PyDict_Next)
+        found["LIST_ITEM"] = _address(ctypes.pythonapi.PyList_GetItem)
+        self._api = np.zeros(self._code.API_SIZE, dtype=np.int64)
+        for name, value in found.items():
+            self._api[getattr(self._code, name)] = value
+
+    def handles(self, tensors: Sequence[Tensor]) -> Any:
+        """Where each Python tensor keeps the pointer to its body: what C++ calls an ``at::Tensor *``."""
+        return np.fromiter((id(t) + self._handle for t in tensors), np.int64, len(tensors))
+
+    def kind(self, t: Tensor) -> tuple[int, int]:
+        """C++'s number for the tensor's dtype, and the dispatch keys of a plain tensor like it."""
+        code, ask = ctypes.c_int32(), ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
+        ask(int(self._api[self._code.DTYPE]))(id(t) + self._handle, ctypes.addressof(code))
+        return code.value, _keys(torch.empty_like(t))
+
+    def same_items(self, address: int, items: Any) -> bool:
+        """Whether the list at the address holds the objects at the addresses ``items``; it is as long."""
+        return bool(self._code.same_items(self._api, address, items))
+
+    def same_values(self, dictionaries: Any, starts: Any, values: Any) -> bool:
+        """Whether dictionary ``i`` holds the objects ``values[starts[i] : starts[i + 1]]``, in order, and no more."""
+        return bool(self._code.same_values(self._api, dictionaries, starts, values))
+
+    def same_places(self, handles: Any, bodies: Any, storages: Any, places: Any) -> bool:
+        """Whether the tensors have these bodies, and lie there."""
+        return bool(self._code.same_places(self._api, handles, bodies, storages, places))
+
+    def read_gradients(self, handles: Any, starts: Any, forms: Any, dtype: int, keys: int, room: Any) -> bool:
+        """Write to ``room[0]`` the gradients' addresses, 0 for none, 1 for an empty one.
+
+        ``False`` where one is not a plain tensor of the dtype, sizes and strides given (sizes, then strides, of tensor
+        ``i`` in ``forms[starts[i] : starts[i + 1]]``).
+        """
+        return bool(self._code.read_gradients(self._api, handles, starts, forms, dtype, keys, room))
+
+
+def find_walker() -> Walker | None:
+    """The compiled loops, or ``None`` where they cannot be had."""
+    try:
+        return Walker()
+    except (ImportError, OSError, AttributeError, LookupError):
+        return None

@@ -1,0 +1,148 @@
+"""The compiled half of ``_walk``: follows pointers from Python's objects to the numbers' addresses, in one pass.
+
+Dictionaries and lists are read through Python's stable C interface; tensors through the stable C interface of PyTorch's
+exported models, and at the four offsets that ``_walk`` finds out. Nothing is counted, boxed or allocated on the way,
+and the first loops follow one pointer each, so that the processor waits for many of them at a time.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from reimpl.optim._numba_ops import pointer, prefetch
+
+# places in ``api``, which ``_walk`` fills: addresses of C functions, offsets, and room for what the functions return
+DICT_NEXT, LIST_ITEM, DATA_PTR, DTYPE, DIM, SIZES, STRIDES = range(7)
+STORAGE, KEYS, META, GRAD, UNDEFINED = range(7, 12)
+RESULT, POSITION, KEY, VALUE = range(12, 16)
+API_SIZE = 16
+AHEAD = 8
+"""How many tensors ahead lines are fetched: about as many as a processor has under way."""
+
+
+@intrinsic
+def call(typingctx: Any, function: Any, arguments: Any) -> Any:
+    """Call the C function at the address ``function``; arguments and result are 64-bit words."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        form = ir.FunctionType(ir.IntType(64), [ir.IntType(64)] * arguments.count)
+        words = [builder.extract_value(values[1], k) for k in range(arguments.count)]
+        return builder.call(builder.inttoptr(values[0], form.as_pointer()), words)
+
+    return types.int64(types.int64, arguments), codegen
+
+
+@njit(inline="always")
+def word(address: Any) -> Any:
+    """The 64-bit word at the address."""
+    return carray(pointer(address), (1,), np.int64)[0]
+
+
+@njit(inline="always")
+def ask(api: Any, function: Any, tensor: Any) -> Any:
+    """What one of the functions with the signature ``(tensor, *result)`` says of the tensor."""
+    room = api.ctypes.data + 8 * RESULT
+    api[RESULT] = 0
+    call(api[function], (tensor, room))
+    return api[RESULT]
+
+
+@njit(inline="always")
+def has_form(api: Any, tensor: Any, dtype: Any, form: Any, start: Any, stop: Any) -> Any:
+    """Whether the tensor has the dtype, and the sizes and then strides at ``form[start:stop]``."""
+    n = (stop - start) // 2
+    if ask(api, DTYPE, tensor) != dtype or ask(api, DIM, tensor) != n:
+        return False
+    sizes, strides = ask(api, SIZES, tensor), ask(api, STRIDES, tensor)
+    for k in range(n):
+        if word(sizes + 8 * k) != form[start + k] or word(strides + 8 * k) != form[start + n + k]:
+            return False
+    return True
+
+
+@njit("boolean(int64[::1], int64, int64[::1])", cache=True)
+def same_items(api: Any, items: Any, objects: Any) -> Any:
+    """Whether the list, which is as long, holds the objects at these addresses."""
+    for i in range(len(objects)):  # noqa: SIM110 (compiled: all() over a generator is slower)
+        if call(api[LIST_ITEM], (items, i)) != objects[i]:
+            return False
+    return True
+
+
+@njit("boolean(int64[::1], int64[::1], int64[::1], int64[::1])", cache=True)
+def same_values(api: Any, dictionaries: Any, starts: Any, values: Any) -> Any:
+    """Whether dictionary ``i`` holds the objects ``values[starts[i] : starts[i + 1]]``, in that order, and no more."""
+    room = api.ctypes.data
+    for i in range(len(dictionaries)):
+        arguments = (dictionaries[i], room + 8 * POSITION, room + 8 * KEY, room + 8 * VALUE)
+        api[POSITION] = 0
+        for k in range(starts[i], starts[i + 1]):
+            if call(api[DICT_NEXT], arguments) & 1 == 0 or api[VALUE] != values[k]:
+                return False
+        if call(api[DICT_NEXT], arguments) & 1 == 1:
+            return False
+    return True
+
+
+@njit("boolean(int64[::1], int64[::1], int64[::1], int64[::1], int64[::1])", cache=True)
+def same_places(api: Any, tensors: Any, bodies: Any, storages: Any, places: Any) -> Any:
+    """Whether the tensors have the same bodies (``TensorImpl``) as before, and those lie where they lay."""
+    n = len(tensors)
+    for i in range(n):
+        if word(tensors[i]) != bodies[i]:
+            return False
+    for i in range(n):
+        ahead = min(i + AHEAD, n - 1)
+        prefetch(bodies[ahead])
+        prefetch(bodies[ahead] + 128)
+        prefetch(storages[ahead])
+        if ask(api, DATA_PTR, tensors[i]) != places[i]:
+            return False
+    return True
+
+
+@njit("boolean(int64[::1], int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1])", cache=True)
+def read_gradients(api: Any, tensors: Any, starts: Any, forms: Any, dtype: Any, keys: Any, room: Any) -> Any:
+    """Write the gradients' addresses to ``room[0]``, 0 where there is none.
+
+    Returns:
+        ``False`` where a parameter or its gradient is of another kind than expected: a subclass with operators of its
+        own, a lazy negation, another dtype, other sizes or strides.
+    """
+    n = len(tensors)
+    handles, bodies = room[0], room[1]
+    for i in range(n):
+        body = word(tensors[i])
+        if word(body + api[KEYS]) != keys:
+            return False
+        bodies[i] = word(body + api[META])
+    for i in range(n):
+        # a tensor without autograd's part has no gradient
+        handles[i] = bodies[i] + api[GRAD] if bodies[i] != 0 else 0
+        bodies[i] = word(handles[i]) if bodies[i] != 0 else api[UNDEFINED]
+        prefetch(bodies[i] + api[KEYS])
+        prefetch(bodies[i])
+    for i in range(n):
+        if bodies[i] != api[UNDEFINED]:
+            if word(bodies[i] + api[KEYS]) != keys:
+                return False
+            prefetch(word(bodies[i] + api[STORAGE]))
+    for i in range(n):
+        gradient = handles[i]
+        handles[i] = 0
+        if bodies[i] == api[UNDEFINED]:
+            continue
+        for tensor in (tensors[i], gradient):
+            if not has_form(api, tensor, dtype, forms, starts[i], starts[i + 1]):
+                return False
+        handles[i] = ask(api, DATA_PTR, gradient)
+        if handles[i] == 0:  # an empty tensor has no address, and 0 says that there is no gradient
+            handles[i] = 1
+    return True

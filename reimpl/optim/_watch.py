@@ -1,0 +1,179 @@
+"""Notices between two fused steps whether parameters and state are where they were, and reads gradients' addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import accumulate, chain
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ._walk import Walker, find_walker
+
+PLAIN = {Tensor, Parameter}
+"""Classes of tensors whose operators are PyTorch's own."""
+
+
+def _array(numbers: Sequence[int]) -> Any:
+    return np.array(numbers, dtype=np.int64)
+
+
+def _starts(lengths: Sequence[int]) -> Any:
+    return _array([0, *accumulate(lengths)])
+
+
+class SameItems:
+    """A list whose items stay the same objects."""
+
+    def __init__(self, items: Sequence[Any], walker: Walker | None) -> None:
+        self.items, self.addresses, self.walker = list(items), _array(list(map(id, items))), walker
+
+    def hold(self, items: Sequence[Any]) -> bool:
+        """Whether ``items`` are those objects, in that order, and no more."""
+        if len(items) != len(self.items):
+            return False
+        if self.walker is None or type(items) is not list:
+            return all(map(is_, items, self.items))
+        return self.walker.same_items(id(items), self.addresses)
+
+
+class SameValues:
+    """Dictionaries whose values stay the same objects."""
+
+    def __init__(self, dictionaries: Sequence[Mapping[Any, Any]], walker: Walker | None) -> None:
+        self.dictionaries, self.walker = dictionaries, walker
+        self.values = list(chain.from_iterable(d.values() for d in dictionaries))
+        self.places = _array(list(map(id, dictionaries))), _starts(list(map(len, dictionaries)))
+        self.addresses = _array(list(map(id, self.values)))
+        self.plain = all(isinstance(d, dict) for d in dictionaries)
+
+    def hold(self) -> bool:
+        """Whether they hold those objects, in that order, and no more."""
+        if self.walker is not None and self.plain:
+            return self.walker.same_values(*self.places, self.addresses)
+        now = chain.from_iterable(d.values() for d in self.dictionaries)
+        return sum(map(len, self.dictionaries)) == len(self.values) and all(map(is_, now, self.values))
+
+
+class Watch:
+    """Parameters of one device and dtype, and their state, as they were when the addresses were taken."""
+
+    def __init__(self, params: list[Tensor], states: Sequence[Mapping[str, Any]], walker: Walker | None = None) -> None:
+        self.params, self.states = params, SameValues(states, walker)
+        self.tensors = [*params, *(v for v in self.states.values if v is not None)]
+        # held, so that what the addresses point to cannot be freed and its memory given to another tensor
+        self.storages = [t.untyped_storage() for t in self.tensors]
+        self.places = _array([t.data_ptr() for t in self.tensors])
+        self.strides = [p.stride() for p in params]
+
+    def holds(self) -> bool:
+        """Whether the state is the same objects as before, and all tensors lie where they lay."""
+        return self.states.hold() and [t.data_ptr() for t in self.tensors] == self.places.tolist()
+
+    def gradients(self, row: Any) -> list[Tensor] | None:
+        """Write the gradients' addresses to ``row``: 0 where there is none, 1 for an empty one.
+
+        Returns:
+            Copies in the parameters' strides, where a gradient has others; they must live until the step is done. Or
+            ``None``, where the kernel cannot read a gradient: it is sparse, of another dtype or of another class. (That
+            it lies on the parameter's device and has its shape, ``Tensor.grad`` itself sees to.)
+        """
+        copies: list[Tensor] = []
+        for i, (p, strides) in enumerate(zip(self.params, self.strides, strict=True)):
+            g = p.grad
+            if g is None:
+                row[i] = 0
+                continue
+            if p.stride() != strides or not _plain(g, p):
+                return None
+            if g.stride() != strides:
+                g = torch.empty_like(p).copy_(g)
+                copies.append(g)
+            row[i] = g.data_ptr() or 1
+        return copies
+
+
+def _plain(g: Tensor, p: Tensor) -> bool:
+    return type(g) in PLAIN and g.dtype == p.dtype and not g.is_sparse and not g.is_neg() and g.shape == p.shape
+
+
+class CompiledWatch(Watch):
+    """The same, asked in compiled loops; what those cannot tell, Python does."""
+
+    def __init__(self, params: list[Tensor], states: Sequence[Mapping[str, Any]], walker: Walker) -> None:
+        super().__init__(params, states, walker)
+        self.walker = walker
+        self.handles = walker.handles(self.tensors)
+        self.bodies = _array([t._cdata for t in self.tensors])
+        self.storage_bodies = _array([s._cdata for s in self.storages])
+        forms = [[*p.shape, *p.stride()] for p in params]
+        self.form = (
+            self.handles[: len(params)],
+            _starts(list(map(len, forms))),
+            _array(list(chain.from_iterable(forms))),
+            *walker.kind(params[0]),
+        )
+        self.room = np.zeros((2, len(params)), dtype=np.int64)
+
+    def holds(self) -> bool:
+        return self.states.hold() and self.walker.same_places(
+            self.handles, self.bodies, self.storage_bodies, self.places
+        )
+
+    def gradients(self, row: Any) -> list[Tensor] | None:
+        if not self.walker.read_gradients(*self.form, self.room):
+            return super().gradients(row)
+        row[:] = self.room[0]
+        return []
+
+
+def watch(params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> Watch:
+    """Watch parameters of one device and dtype and their states."""
+    found = walker()
+    return Watch(params, states) if found is None else CompiledWatch(params, states, found)
+
+
+@cache
+def walker() -> Walker | None:
+    """The compiled loops, or ``None`` where there are none, or where they do not say what Python says."""
+    found = find_walker()
+    return found if found is not None and _agrees(found) else None
+
+
+def _agrees(walker: Walker) -> bool:
+    """Whether compiled loops and Python say the same of tensors of several forms, as they are and after changes."""
+    shapes = [(), (3,), (2, 3), (0,), (4, 1, 2), (2, 3)]
+    params = [torch.zeros(shape, device="cpu").requires_grad_() for shape in shapes]
+    params[-1] = torch.zeros(3, 2, device="cpu").t().requires_grad_()
+    for p in params[1:]:
+        p.grad = torch.empty_like(p)
+    watches = Watch(params, []), CompiledWatch(params, [], walker)
+    rows = [np.zeros(len(params), dtype=np.int64) for _ in watches]
+
+    def alike(holds: bool, readable: bool) -> bool:
+        read = walker.read_gradients(*watches[1].form, watches[1].room)
+        if read:
+            for each, row in zip(watches, rows, strict=True):
+                each.gradients(row)
+        same = [each.holds() for each in watches] == [holds, holds]
+        return same and read == readable and bool((rows[0] == rows[1]).all())
+
+    if not alike(holds=True, readable=True):
+        return False
+    params[1].grad = None
+    if not alike(holds=True, readable=True):
+        return False
+    params[2].grad = torch.empty(3, 2, device="cpu").t()
+    if not alike(holds=True, readable=False):
+        return False
+    params[2].grad = torch.empty(2, 3, device="cpu")._neg_view()
+    if not alike(holds=True, readable=False):
+        return False
+    params[2].grad = None
+    params[1].data = torch.zeros(3, device="cpu")
+    return alike(holds=False, readable=True)

@@ -54,6 +54,10 @@ class RuleOptimizer(Optimizer):
     """PyTorch's class of the same name."""
     sparse_error: ClassVar[str | None] = None
     """What a sparse gradient is told, or ``None`` where the rule takes one."""
+    complex_error: ClassVar[str | None] = None
+    """What a complex parameter is told, or ``None`` where the rule takes one."""
+    dense_error: ClassVar[str | None] = None
+    """What a dense gradient is told, or ``None`` where the rule takes one."""
     fused_sparse_error: ClassVar[str] = ""
     lazy_state: ClassVar[tuple[str, ...]] = ()
     """State that the rule itself makes at a parameter's first step."""
@@ -124,11 +128,14 @@ class RuleOptimizer(Optimizer):
         grads: list[Tensor] = []
         states: list[State] = []
         stateful, fused, sparse_error = self.is_stateful(group), group.get("fused"), self.sparse_error
+        others_refused = self.complex_error is not None or self.dense_error is not None
         self.check_group(group)
         for p in group["params"]:
             g = p.grad
             if g is None:
                 continue
+            if others_refused:
+                self._refuse_kind(p, g)
             if sparse_error is not None and g.is_sparse:
                 raise RuntimeError(sparse_error)
             state: State = self.state[p] if stateful else {}
@@ -141,6 +148,12 @@ class RuleOptimizer(Optimizer):
             grads.append(g)
             states.append(state)
         return params, grads, states
+
+    def _refuse_kind(self, p: Tensor, g: Tensor) -> None:
+        if self.complex_error is not None and p.is_complex():
+            raise RuntimeError(self.complex_error)
+        if self.dense_error is not None and not g.is_sparse:
+            raise RuntimeError(self.dense_error)
 
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], *columns: list[Tensor | None]
@@ -221,6 +234,7 @@ class RuleOptimizer(Optimizer):
 
     def _for_loop(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
         prologue, update, on_device, kept = self.prologue, self.update, h.on_device, self.scalar_state
+        counts = prologue is not RuleOptimizer.prologue  # else nobody asks for the step count
         c = prologue(h, None) if not self._has_steps(states) else None
         last = None
         for p, g, s in zip(params, grads, states, strict=True):
@@ -228,9 +242,11 @@ class RuleOptimizer(Optimizer):
                 g = -g
             if "step" in s:
                 s["step"] += 1
-                t = s["step"] if on_device else step_value(s["step"])
-                if on_device or t != last or kept:
-                    c, last = prologue(h, t, *(s[key] for key in kept)), t
+                step = s["step"]
+                if counts:
+                    t = step if on_device else step_value(step)
+                    if on_device or t != last or kept:
+                        c, last = prologue(h, t, *(s[key] for key in kept)), t
             update(p, g, s, h, c)
 
     def _foreach(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:

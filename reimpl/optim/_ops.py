@@ -64,8 +64,9 @@ def root(x: Any) -> Any:
 
 def is_complex(p: Any) -> bool:
     """Whether ``p``, a tensor or a list of them, holds complex numbers."""
-    first = p[0] if isinstance(p, TensorList) and len(p) else p
-    return isinstance(first, Tensor) and first.is_complex()
+    if isinstance(p, Tensor):
+        return p.is_complex()
+    return isinstance(p, TensorList) and len(p) > 0 and p[0].is_complex()
 
 
 def as_real(x: Any) -> Any:

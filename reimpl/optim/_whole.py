@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._engine import Group, RuleOptimizer, State
+from ._engine import Group, RuleOptimizer
 from ._tensorlist import TensorList
 from ._torch import runs_eagerly
 
@@ -18,11 +18,6 @@ class WholeTensorRule(RuleOptimizer):
 
     ``torch.compile`` calls it instead of tracing it, so that a compiled training step gives the eager step's bits.
     """
-
-    complex_error: ClassVar[str | None] = None
-    """What a complex parameter is told, or ``None`` where the rule takes one."""
-    dense_error: ClassVar[str | None] = None
-    """What a dense gradient is told, or ``None`` where the rule takes one."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -43,20 +38,6 @@ class WholeTensorRule(RuleOptimizer):
     def _step_group_eagerly(self, index: int, group: Group) -> None:
         super()._step_group(index, group)
 
-    def _collect(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[State]]:
-        for p in group["params"]:
-            if p.grad is not None:
-                self._check_kind(p, p.grad)
-        return super()._collect(group)
-
-    def _check_kind(self, p: Tensor, g: Tensor) -> None:
-        if self.complex_error is not None and p.is_complex():
-            raise RuntimeError(self.complex_error)
-        if self.sparse_error is not None and g.is_sparse:
-            raise RuntimeError(self.sparse_error)
-        if self.dense_error is not None and not g.is_sparse:
-            raise RuntimeError(self.dense_error)
-
     def _chooses_foreach(self, h: Any, params: list[Tensor]) -> bool:
         return False
 
@@ -71,7 +52,7 @@ def each(function: Callable[..., Tensor], *operands: Any) -> Any:
 def root_mean_squares(tensors: list[Tensor], divisor: float = 1.0) -> list[float]:
     """‖x‖/(√n · divisor) of each tensor, read from the device at once."""
     if len(tensors) == 1:
-        norms = [torch.linalg.vector_norm(tensors[0]).item()]
-    else:
-        norms = torch.stack(list(torch._foreach_norm(tensors))).tolist()
+        x = tensors[0]
+        return [torch.linalg.vector_norm(x).item() / ((x.numel() ** 0.5) * divisor)]
+    norms = torch.stack(list(torch._foreach_norm(tensors))).tolist()
     return [norm / ((x.numel() ** 0.5) * divisor) for norm, x in zip(norms, tensors, strict=True)]

@@ -12,7 +12,6 @@ from torch.linalg import vector_norm
 
 from . import _checks
 from ._engine import Group, State
-from ._tensorlist import TensorList
 from ._torch import ParamsT
 from ._whole import WholeTensorRule, each, root_mean_squares
 
@@ -100,24 +99,24 @@ class Adafactor(WholeTensorRule):
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
-        params = list(p) if isinstance(p, TensorList) else [p]
+        params = [p] if isinstance(p, Tensor) else list(p)
         if not params[0].numel():
             return
         eps1, eps2 = h.eps
         eps1 = torch.finfo(params[0].dtype).eps if eps1 is None else eps1
-        alphas = [max(eps2, rms) * c.rho for rms in root_mean_squares(params)]
+        sizes = root_mean_squares(params)
         if h.weight_decay != 0:
             p.mul_(1 - h.lr * h.weight_decay)
         u = each(lambda v: v.clamp_(min=eps1 * eps1).rsqrt_(), _second_moment(g, s, c.weight, eps1)).mul_(g)
-        updates = list(u) if isinstance(u, TensorList) else [u]
-        for param, update, alpha, rms in zip(params, updates, alphas, root_mean_squares(updates, h.d), strict=True):
-            param.add_(update, alpha=-alpha / max(1.0, rms))
+        updates = [u] if isinstance(u, Tensor) else list(u)
+        for param, update, size, rms in zip(params, updates, sizes, root_mean_squares(updates, h.d), strict=True):
+            param.add_(update, alpha=-max(eps2, size) * c.rho / max(1.0, rms))
 
 
 def _second_moment(g: Any, s: State, weight: float, eps1: float) -> Any:
     """The estimate of g², in new memory, after the state has taken g in."""
     if "variance" in s:
-        return s["variance"].lerp_(each(torch.mul, g, g), weight).clone()
+        return s["variance"].lerp_(g * g, weight).clone()
     for key, dim in (("row_var", -1), ("col_var", -2)):
         # a norm needs no memory of the gradient's size, where the mean of g * g does
         mean = each(lambda x, dim=dim: vector_norm(x, dim=dim, keepdim=True).square_().div_(x.size(dim)), g)

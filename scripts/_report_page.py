@@ -17,7 +17,7 @@ from markupsafe import Markup
 from scripts._report_data import KIND_TITLES, Card, Comparisons, Line, dtype_rank
 from scripts._report_plots import error_scatter, formula_svg, loss_curves
 from scripts._report_training import CurvePair
-from scripts.step_times import WORKLOADS, StepTimes
+from scripts.step_times import EVERY_WORKLOAD, StepTimes
 
 TEMPLATES = Path(__file__).parent / "templates"
 _LANES = (
@@ -208,13 +208,12 @@ def _speed(steps: Sequence[StepTimes]) -> list[dict[str, Any]]:
             members = [step for step in steps if (step.device, step.workload) == (device, workload)]
             if members:
                 longest = max(step.timings.median(name) for step in members for name in step.timings.names)
-                shapes = WORKLOADS[workload]
-                numbers = sum(math.prod(shape) for shape in shapes)
+                load = EVERY_WORKLOAD[workload]
                 groups.append(
                     {
                         "workload": workload,
                         "device": device.upper(),
-                        "description": f"{len(shapes):,} parameters, {numbers:,} numbers",
+                        "description": f"{len(load.shapes):,} parameters, {load.numel:,} numbers",
                         "steps": [_step(step, longest) for step in members],
                     }
                 )

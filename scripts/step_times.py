@@ -1,14 +1,20 @@
-"""Times one optimizer step, ours and PyTorch's in every execution, over a large network and over many small tensors."""
+"""Times one optimizer step, ours beside PyTorch's and other libraries', over large networks and many small tensors."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
 import reimpl.optim
+from reimpl.optim._fused import streams
 from reimpl.testing.timing import Timings, interleave
 
 Shape = tuple[int, ...]
@@ -20,12 +26,41 @@ OPTIMIZERS: Mapping[str, Mapping[str, float]] = {
     "RMSprop": {"lr": 1e-3},
     "Adam": {"lr": 1e-3},
     "AdamW": {"lr": 1e-3},
+    "Adamax": {"lr": 1e-3},
+    "NAdam": {"lr": 1e-3},
+    "RAdam": {"lr": 1e-3},
+    "ASGD": {"lr": 1e-3},
+    "Rprop": {"lr": 1e-3},
 }
+"""The elementwise optimizers: those with a fused step."""
 EXECUTIONS: Mapping[str, Mapping[str, bool]] = {
     "for-loop": {"foreach": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
+THIRD_PARTIES: Mapping[str, Mapping[str, str]] = {
+    "pytorch_optimizer": {"Adadelta": "AdaDelta", "Adamax": "AdaMax", "RAdam": "RAdam", "ASGD": "ASGD"},
+    "heavyball": {"SGD": "SGD", "RMSprop": "RMSprop", "AdamW": "AdamW", "NAdam": "NAdam"},
+}
+"""Classes of other libraries, by the name that they have here; what they take over from PyTorch is left out."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tensors to step over."""
+
+    shapes: tuple[Shape, ...]
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def numel(self) -> int:
+        """How many numbers there are."""
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def is_large(self) -> bool:
+        """Whether no cache holds them, so that contenders may share parameters and gradients."""
+        return self.numel > 20_000_000
 
 
 def _resnet18_shapes() -> tuple[Shape, ...]:
@@ -42,10 +77,26 @@ def _resnet18_shapes() -> tuple[Shape, ...]:
     return (*shapes, (1000, 512), (1000,))
 
 
-WORKLOADS: Mapping[str, tuple[Shape, ...]] = {
-    "ResNet-18": _resnet18_shapes(),
-    "1,000 x 64": ((64,),) * 1000,
+def _gpt2_small_shapes() -> tuple[Shape, ...]:
+    """GPT-2 small with its head tied to the embedding: 148 parameters, 124,439,808 numbers."""
+    d = 768
+    block: list[Shape] = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,)]
+    block += [(d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return ((50257, d), (1024, d), *(block * 12), (d,), (d,))
+
+
+WORKLOADS: Mapping[str, Workload] = {
+    "ResNet-18": Workload(_resnet18_shapes()),
+    "1,000 x 64": Workload(((64,),) * 1000),
 }
+LARGE_WORKLOADS: Mapping[str, Workload] = {
+    "one of 25 M": Workload(((25_000_000,),)),
+    "GPT-2": Workload(_gpt2_small_shapes()),
+    "GPT-2 bf16": Workload(_gpt2_small_shapes(), torch.bfloat16),
+}
+EVERY_WORKLOAD: Mapping[str, Workload] = {**WORKLOADS, **LARGE_WORKLOADS}
+MEMORY = "memory"
+"""The name, among the contenders over a large workload, of an in-place pass over as many bytes as the parameters."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +107,8 @@ class StepTimes:
     workload: str
     device: str
     timings: Timings
+    streams: int = 0
+    """How often a step must read or write as many bytes as the parameters are, where that is known."""
 
     @property
     def torch_names(self) -> tuple[str, ...]:
@@ -72,40 +125,90 @@ class StepTimes:
         """Ours, fused, against PyTorch's best: under 1 means that ours is faster."""
         return self.timings.ratio("ours fused", self.torch_best)
 
+    @property
+    def share_of_memory_speed(self) -> float | None:
+        """How fast our fused step moves the bytes that it must, as a share of an in-place ``add_``'s speed.
 
-def make_parameters(shapes: Sequence[Shape], device: torch.device | str, seed: int = 0) -> list[torch.nn.Parameter]:
+        1 where every byte moves once at the speed of a pass that reads and writes (two streams).
+        """
+        if MEMORY not in self.timings.names or not self.streams:
+            return None
+        return self.streams / 2 * self.timings.ratio(MEMORY, "ours fused")
+
+
+def make_parameters(
+    shapes: Sequence[Shape], device: torch.device | str, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[torch.nn.Parameter]:
     """Parameters of these shapes, standard normal, each with a standard normal gradient."""
     generator = torch.Generator(device).manual_seed(seed)
     parameters = []
     for shape in shapes:
-        parameter = torch.nn.Parameter(torch.randn(shape, device=device, generator=generator))
-        parameter.grad = torch.randn(shape, device=device, generator=generator)
+        parameter = torch.nn.Parameter(torch.randn(shape, device=device, generator=generator, dtype=dtype))
+        parameter.grad = torch.randn(shape, device=device, generator=generator, dtype=dtype)
         parameters.append(parameter)
     return parameters
 
 
 def make_optimizer(
-    namespace: object, name: str, execution: str, shapes: Sequence[Shape], device: torch.device | str = "cpu"
+    namespace: object,
+    name: str,
+    execution: str | None,
+    workload: Workload,
+    device: torch.device | str = "cpu",
+    parameters: list[torch.nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer | None:
-    """An optimizer over parameters of its own, or ``None`` where the namespace has no such execution of it."""
+    """An optimizer, or ``None`` where the namespace has no such execution of it.
+
+    Args:
+        namespace: ``reimpl.optim`` or ``torch.optim``.
+        name: a key of ``OPTIMIZERS``.
+        execution: a key of ``EXECUTIONS``, or ``None`` for the class's own choice.
+        workload: what to step over.
+        device: where.
+        parameters: to be stepped; made if there are none.
+    """
     cls = getattr(namespace, name)
-    flags = EXECUTIONS[execution]
+    flags = EXECUTIONS[execution] if execution is not None else {}
     if not flags.keys() <= inspect.signature(cls).parameters.keys():
         return None
-    return cls(make_parameters(shapes, device), **OPTIMIZERS[name], **flags)
+    if parameters is None:
+        parameters = make_parameters(workload.shapes, device, dtype=workload.dtype)
+    optimizer: torch.optim.Optimizer = cls(parameters, **OPTIMIZERS[name], **flags)
+    return optimizer
 
 
 def contenders(
-    name: str, shapes: Sequence[Shape], device: torch.device | str = "cpu", ours: Sequence[str] = tuple(EXECUTIONS)
-) -> dict[str, Callable[[], object]]:
-    """``step`` of our executions named in ``ours`` and of all of PyTorch's, each over its own parameters."""
-    steps: dict[str, Callable[[], object]] = {}
-    for owner, namespace, executions in (("ours", reimpl.optim, ours), ("torch", torch.optim, tuple(EXECUTIONS))):
+    name: str,
+    workload: Workload,
+    device: torch.device | str = "cpu",
+    ours: Sequence[str] = tuple(EXECUTIONS),
+    torchs: Sequence[str] = tuple(EXECUTIONS),
+) -> dict[str, torch.optim.Optimizer]:
+    """Optimizers of our executions named in ``ours`` and of PyTorch's in ``torchs``.
+
+    Each has parameters of its own, as in a program of its own; where no cache could hold them they are shared.
+    """
+    shared = make_parameters(workload.shapes, device, dtype=workload.dtype) if workload.is_large else None
+    found: dict[str, torch.optim.Optimizer] = {}
+    for owner, namespace, executions in (("ours", reimpl.optim, ours), ("torch", torch.optim, torchs)):
         for execution in executions:
-            optimizer = make_optimizer(namespace, name, execution, shapes, device)
+            optimizer = make_optimizer(namespace, name, execution, workload, device, shared)
             if optimizer is not None:
-                steps[f"{owner} {execution}"] = optimizer.step
-    return steps
+                found[f"{owner} {execution}"] = optimizer
+    return found
+
+
+def third_parties(
+    name: str, workload: Workload, device: torch.device | str = "cpu"
+) -> dict[str, torch.optim.Optimizer]:
+    """Other libraries' optimizers of that name, by library, where those are installed."""
+    found = {}
+    for package, classes in THIRD_PARTIES.items():
+        if name in classes and importlib.util.find_spec(package) is not None:
+            cls: Any = getattr(importlib.import_module(package), classes[name])
+            parameters = make_parameters(workload.shapes, device, dtype=workload.dtype)
+            found[package] = cls(parameters, lr=OPTIMIZERS[name]["lr"])
+    return found
 
 
 def time_steps(
@@ -116,7 +219,19 @@ def time_steps(
     ours: Sequence[str] = tuple(EXECUTIONS),
     max_seconds: float | None = None,
 ) -> StepTimes:
-    """Interleaved times of one optimizer's step over ``WORKLOADS[workload]``."""
-    steps = contenders(name, WORKLOADS[workload], device, ours)
+    """Interleaved times of one optimizer's step over ``EVERY_WORKLOAD[workload]``."""
+    load = EVERY_WORKLOAD[workload]
+    optimizers = contenders(name, load, device, ours)
+    steps: dict[str, Callable[[], object]] = {key: optimizer.step for key, optimizer in optimizers.items()}
+    if load.is_large:
+        steps[MEMORY] = _pass_over_memory(load, device)
     timings = interleave(steps, rounds=rounds, warmup=3, max_seconds=max_seconds, device=device)
-    return StepTimes(name, workload, torch.device(device).type, timings)
+    moved = streams(optimizers["ours fused"]) if load.is_large and "ours fused" in optimizers else 0
+    return StepTimes(name, workload, torch.device(device).type, timings, moved)
+
+
+def _pass_over_memory(workload: Workload, device: torch.device | str) -> Callable[[], object]:
+    size = workload.numel * workload.dtype.itemsize // 4
+    # float32 whatever the workload's dtype: the bytes count, not the arithmetic
+    numbers = torch.zeros(size, device=device)
+    return lambda: numbers.add_(1)

@@ -49,26 +49,31 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not outcomes:
         return
     terminalreporter.section("one step, medians of interleaved rounds")
-    layout = "{:<10} {:<10} {:<5} {:>10} {:>10} {:>10} {:>10}   {:<18} {:>6} {:>6}  {:>9} {:>9}"
+    layout = "{:<11} {:<10} {:<5} {:>10} {:>10} {:>10} {:>10}   {:<18} {:>6} {:>6}  {:>9} {:>9} {:>7}"
     terminalreporter.write_line(
         layout.format(
             "workload", "optimizer", "on", "ours", "fused", "foreach", "for-loop", "held against", "ratio", "limit",
-            "memory", "PyTorch's",
+            "memory", "PyTorch's", "speed",
         )
     )  # fmt: skip
     for outcome in outcomes:
         times = outcome.times
-        columns = [_milliseconds(times, name) for name in ("ours fused", *(f"torch {e}" for e in _TORCH))]
+        ours = "ours fused" if "ours fused" in times.timings.names else "ours default"
+        columns = [_milliseconds(times, name) for name in (ours, *(f"torch {e}" for e in _TORCH))]
+        share = times.share_of_memory_speed
         limit = "" if outcome.limit is None else f"{outcome.limit:.2f}"
         memory = (_mebibytes(outcome.memory.get(name)) for name in ("ours fused", outcome.baseline))
         line = layout.format(
             times.workload, times.optimizer, times.device, *columns, outcome.baseline, f"{outcome.ratio:.2f}", limit,
-            *memory,
+            *memory, "–" if share is None else f"{share:.0%}",
         )  # fmt: skip
         terminalreporter.write_line(line, red=not outcome.met, green=outcome.met and outcome.limit is not None)
     target = config.rootpath / RECORD
     write_json(target, {"header": header(), "rows": [_row(outcome) for outcome in outcomes]})
-    terminalreporter.write_line(f"times in ms, memory beyond what was held before the step in MiB; also in {RECORD}")
+    terminalreporter.write_line(
+        "times in ms; memory beyond what was held before the step in MiB; speed at which the step moves its bytes, as "
+        f"a share of an in-place add's; also in {RECORD}"
+    )
 
 
 _TORCH = ("fused", "foreach", "for-loop")
@@ -93,4 +98,5 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "ratio": outcome.ratio,
         "limit": outcome.limit,
         "memory": outcome.memory,
+        "share_of_memory_speed": times.share_of_memory_speed,
     }

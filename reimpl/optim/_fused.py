@@ -169,12 +169,11 @@ class Bundle:
             or not self.params.hold(group["params"])
             or any(p.grad is not None for p in self.outside)
             or not self._same_states(optimizer.state)
-            or not all(plan.watch.holds() for plan in self.plans)
         ):
             return False
         # copies of gradients in other strides live until the kernel has read them
         copies = [plan.watch.gradients(plan.addresses[1]) for plan in self.plans]
-        if any(copied is None for copied in copies):
+        if any(copied is None for copied in copies) or not all(plan.watch.holds() for plan in self.plans):
             return False
         scaled = _is_scaled(optimizer)
         if scaled:
@@ -207,6 +206,21 @@ def _scale_gradients(optimizer: Any, grads: Sequence[Tensor | None]) -> tuple[bo
     if scale is not None and present:
         torch._foreach_div_(present, scale.to(present[0].device))
     return False, found_inf.to(present[0].device) if on_gpu and found_inf is not None else None
+
+
+def streams(optimizer: Any) -> int:
+    """How many parameter-sized tensors the last fused step read, plus how many it wrote.
+
+    Raises:
+        ValueError: the optimizer has taken no fused step, or its tensors need several kernels.
+    """
+    plans = [plan for bundle in optimizer.__dict__.get("_fused_bundles", {}).values() for plan in bundle.plans]
+    programs = {id(plan.program): plan.program for plan in plans}
+    if len(programs) != 1:
+        raise ValueError(f"expected an optimizer that steps by one kernel, but this one has {len(programs)}")
+    (program,) = programs.values()
+    used = {x for operation in program.operations for x in operation[2:]} | set(program.stores.values())
+    return len(used & set(program.inputs)) + len(program.stores)
 
 
 def run_plan(optimizer: Any, index: int, group: Group) -> bool:

@@ -20,6 +20,8 @@ VERSIONS = (numba.__version__, np.__version__, Path(_numba_ops.__file__).read_te
 """What compiled code depends on beside its source."""
 CHUNK = 262_144
 """Numbers that one thread takes at a time: long streams keep the prefetcher going (16 k are 15% slower)."""
+SHORT = 64
+"""Tensors of so few numbers are fetched while the one before is worked on."""
 SERIAL = 131_072
 """Below so many numbers waking a second thread can cost more than it saves (50 µs, where one thread takes as long)."""
 
@@ -45,7 +47,9 @@ def single(x):
 def prologue(addresses, o, table):
     last = -1.0
     row = -1
-    for i in range(addresses.shape[1]):
+    n = addresses.shape[1]
+    for i in range(n):
+        prefetch(addresses[{step}, min(i + 8, n - 1)])
         if addresses[1, i] == 0:
             continue
         t = 0.0
@@ -90,6 +94,12 @@ def run(task):
         if c >= n_chunks:
             return
         i = chunks[c, 0]
+        if chunks[c, 2] <= {short}:
+            # of many short tensors, the processor cannot guess which memory comes next
+            following = chunks[min(c + 2, n_chunks - 1), 0]
+            for row in range({n_inputs}):
+                for line in range(0, {short} * {size}, 64):
+                    prefetch(addresses[row, following] + line)
         if addresses[1, i] != 0:
             offset = chunks[c, 1]
             chunk(chunks[c, 2], {arguments})
@@ -143,6 +153,9 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
 
     def line(operation: Operation) -> str:
         result, name, *operands = operation
+        if name == "div" and operands[1] in scalars and storage != real:
+            # one division less an element; the product's second rounding is 2⁻¹³ or less of the storage's own
+            return f"{result} = {operands[0]} * (real(1.0) / {operands[1]})"
         return f"{result} = {_expression(name, *operands)}"
 
     stores = [f"{n}_[i] = {store.format(x)}" for n, x in program.stores.items()]
@@ -152,7 +165,10 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
     old = [f"table[row, {len(scalars) + 1 + j}]" for j in range(len(program.kept))]
     return _TEMPLATE.format(
         title=title,
-        imports="hardware_fma, pointer, take",
+        imports="hardware_fma, pointer, prefetch, take",
+        n_inputs=len(names),
+        short=SHORT,
+        size=size,
         n_rows=len(names) + 1 + len(old),
         n_columns=len(scalars) + 1 + len(old),
         kept=_lines(8, [line for j in range(len(old)) for line in _kept(len(names) + 1 + j, len(scalars) + 1 + j, j)]),

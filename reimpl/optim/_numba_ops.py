@@ -88,14 +88,34 @@ def bfloat16_to_float(bits: Any) -> Any:
 
 @njit(inline="always")
 def float_to_bfloat16(x: Any) -> Any:
-    """Round to nearest, ties to even; NaN stays NaN."""
+    """Round to nearest, ties to even.
+
+    NaN stays NaN if the low half of its bits is 0: so it is with those that the processor makes, and with what a
+    bfloat16 was widened to.
+    """
     bits = _float_to_bits(x)
-    rounded = (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
-    return types.uint16(rounded if x == x else types.uint32(0x7FC0))
+    odd = (bits >> types.uint32(16)) & types.uint32(1)
+    return types.uint16((bits + types.uint32(0x7FFF) + odd) >> types.uint32(16))
+
+
+@intrinsic
+def _widen(typingctx: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _narrow(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
 
 
 @njit(inline="always")
-def float16_to_float(bits: Any) -> Any:
+def _float16_to_float(bits: Any) -> Any:
     """The float32 of the same value, subnormals too (Giesen's scaling by 2¹¹²)."""
     word = types.uint32(bits)
     magnitude = _bits_to_float((word & types.uint32(0x7FFF)) << types.uint32(13)) * _bits_to_float(
@@ -108,7 +128,7 @@ def float16_to_float(bits: Any) -> Any:
 
 
 @njit(inline="always")
-def float_to_float16(x: Any) -> Any:
+def _float_to_float16(x: Any) -> Any:
     """Round to nearest, ties to even; overflow to infinity; NaN stays NaN."""
     bits = _float_to_bits(x)
     sign = (bits >> types.uint32(16)) & types.uint32(0x8000)
@@ -124,3 +144,9 @@ def float_to_float16(x: Any) -> Any:
         odd = (magnitude >> types.uint32(13)) & types.uint32(1)
         half = (magnitude - types.uint32(0x38000000) + types.uint32(0xFFF) + odd) >> types.uint32(13)
     return types.uint16(half | sign)
+
+
+HAS_HALF = bool(_FEATURES.get("f16c", False)) or llvm.get_process_triple().startswith(("aarch64", "arm64"))
+"""Whether the processor converts float16 itself; else it is done in integers, element by element."""
+float16_to_float = _widen if HAS_HALF else _float16_to_float
+float_to_float16 = _narrow if HAS_HALF else _float_to_float16

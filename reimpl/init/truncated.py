@@ -33,7 +33,7 @@ def trunc_normal_(
 
     Raises:
         ZeroDivisionError: ``std`` is 0.
-        RuntimeError: ``std`` is negative, or ``a`` exceeds ``b``.
+        RuntimeError: ``a`` exceeds ``b``.
 
     Source: I11. PyTorch: :func:`torch.nn.init.trunc_normal_`.
     """

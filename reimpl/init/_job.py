@@ -62,9 +62,9 @@ class Job:
     def _layer(self, prefix: str, module: Module) -> None:
         fill = partial(self._named, prefix, module)
         if is_a(module, AFFINE):
-            facts = {"activation": self.activations.get(prefix, LINEAR), "fans": layer_fans(module)}
-            fill("weight", self.weight, **facts, groups=getattr(module, "groups", 1))
-            fill("bias", self.bias)
+            fans, activation = layer_fans(module), self.activations.get(prefix, LINEAR)
+            fill("weight", self.weight, activation=activation, fans=fans, groups=getattr(module, "groups", 1))
+            fill("bias", self.bias, fans=fans)
         elif is_a(module, NORMS):
             fill("weight", ones_)
             fill("bias", zeros_)

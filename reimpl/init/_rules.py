@@ -105,6 +105,8 @@ def draw(
             raise ValueError(f"Unsupported nonlinearity {activation.name}")
     elif "gain" in names:
         kwargs["gain"] = activation.gain
+    if fans is not None and min(fans) <= 0:
+        fans = None  # a layer without units: the rule sees from the shape that there is nothing to draw
     facts = {"fans": fans, "groups": groups, "generator": generator}
     kwargs |= {name: fact for name, fact in facts.items() if name in names and fact is not None}
     function(tensor, **kwargs)

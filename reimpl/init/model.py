@@ -55,7 +55,9 @@ def apply(
             ``functools.partial(trunc_normal_, std=0.02)``. Whatever the function takes by the names ``fans``,
             ``groups``, ``generator``, ``gain``, and ``nonlinearity`` with ``a``, it is given, unless ``partial`` has
             bound it. :mod:`torch.nn.init`'s functions can be passed too, and then see the fans that PyTorch sees.
-        bias: likewise; ``None`` leaves biases as they are. See also :func:`relu_bias_`, :func:`output_bias_`.
+        bias: likewise, with the fans of the layer's weight; ``None`` leaves biases as they are. With ``rule`` and
+            ``bias`` both ``functools.partial(kaiming_uniform_, a=5**0.5)`` linear layers and convolutions start as
+            PyTorch makes them. See also :func:`relu_bias_` and :func:`output_bias_`.
         activation: what follows each affine layer: a name that :func:`calculate_gain` knows, or an elementwise function
             (``torch.nn.functional.gelu``), whose gain is :math:`E[f(z)^2]^{-1/2}` for normal :math:`z`. Or a mapping
             from patterns of layer names to these (``{"head": "linear", "*": "relu"}``, first match); layers that match

@@ -166,8 +166,13 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if args and isinstance(args[0], Tensor) and args[0] in self.layer_of:
-            name = getattr(func, "__name__", "").strip("_")
-            self._meet(args, output, _of_function(func, name, args, kwargs), passes=name.startswith(_PASSED))
+            full = getattr(func, "__name__", "")
+            name = full.strip("_")
+            activation = _of_function(func, name, args, kwargs)
+            if output is args[0] and full.endswith("_") and activation is None and not name.startswith(_PASSED):
+                del self.layer_of[output]  # add_, __iadd__, ...: this tensor is the layer's output no more
+            else:
+                self._meet(args, output, activation, passes=name.startswith(_PASSED))
         return output
 
     def _meet(self, args: tuple[Any, ...], output: Any, activation: Activation | None, *, passes: bool) -> None:
@@ -178,8 +183,6 @@ class _Watch(TorchFunctionMode):
             self.found.setdefault(layer, activation)
         elif passes:
             self.layer_of[output] = layer
-        elif output is args[0]:  # in place: this tensor is the layer's output no more
-            del self.layer_of[output]
 
 
 def _of_function(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:

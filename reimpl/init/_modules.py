@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -33,6 +34,13 @@ def leaves(model: Module) -> Iterator[tuple[str, Module]]:
             inside.append(f"{prefix}parametrizations.")
         if known or next(module.children(), None) is None:
             yield name, module
+
+
+def refuse_lazy(model: Module) -> None:
+    """Raise ``ValueError`` for a model with parameters that have no shape yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{name} belongs to a lazy layer that has no shape yet; run an input through it first")
 
 
 def rewrite(module: Module, name: str, fill: Callable[[Tensor], object]) -> None:

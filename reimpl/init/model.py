@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Generator
 from torch.nn import Module
-from torch.nn.parameter import UninitializedParameter
 
 from reimpl.init._activations import LINEAR, Activation, Named, chosen
 from reimpl.init._job import Job
+from reimpl.init._modules import refuse_lazy
 from reimpl.init._rules import Rule, as_function, needs_activation
 from reimpl.init._table import Initialisation
 
@@ -85,9 +85,7 @@ def apply(
 
     Source: I2-I8. PyTorch: none.
     """
-    lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
-    if lazy:
-        raise ValueError(f"{lazy[0]} belongs to a lazy layer that has no shape yet; run an input through it first")
+    refuse_lazy(model)
     weight = as_function("rule", rule)
     activations = chosen(model, activation, batch)
     if activation is None and batch is None and needs_activation(weight):

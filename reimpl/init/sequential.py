@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from reimpl.init._kinds import AFFINE, is_a
-from reimpl.init._modules import buffers_restored, call, hooked, leaves, parameters_behind, rewrite
+from reimpl.init._modules import buffers_restored, call, hooked, leaves, parameters_behind, refuse_lazy, rewrite
 from reimpl.init._rules import Rule
 from reimpl.init.model import apply
 
@@ -62,14 +62,16 @@ def layer_sequential_(
         earlier one has too, is not in it.
 
     Raises:
-        ValueError: no layer was reached; ``variance``, ``tolerance`` or ``max_passes`` out of range; or a layer whose
-            output has no variance (a batch of one sample and unit, all zero), or a non-finite one.
+        ValueError: no layer was reached; a lazy layer that has seen no input; ``variance``, ``tolerance`` or
+            ``max_passes`` out of range; or a layer whose output has no variance (all zero, or a single number) or a
+            non-finite one.
 
     Source: I9; Mishkin and Matas 2016, algorithm 1. PyTorch: none.
     """
     for name, value in (("variance", variance), ("tolerance", tolerance), ("max_passes", max_passes)):
         if not (value > 0 and isfinite(value)):
             raise ValueError(f"{name} must be positive, got {value}")
+    refuse_lazy(model)
     if rule is not None:
         apply(model, rule, activation="linear", generator=generator)
     done: dict[str, Scaling] = {}

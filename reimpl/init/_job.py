@@ -54,8 +54,9 @@ class Job:
                 raise ValueError(f"overrides has the pattern {pattern!r}, which matches no parameter")
         for prefix, module in leaves(model):
             self._layer(prefix, module)
+        seen = {row.parameter for row in self.rows}
         for full, module, name in everything:
-            if full not in {row.parameter for row in self.rows}:
+            if full not in seen:
                 self._fill(full, module, name, None)
         return Initialisation(tuple(self.rows))
 

@@ -26,13 +26,11 @@ def leaves(model: Module) -> Iterator[tuple[str, Module]]:
     """
     inside: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if any(name.startswith(prefix) for prefix in inside):
+        if name.startswith(tuple(inside)):
             continue
-        known = is_a(module, KNOWN)
-        if known:
-            prefix = f"{name}." if name else ""
-            inside.append(f"{prefix}parametrizations.")
-        if known or next(module.children(), None) is None:
+        if parametrize.is_parametrized(module):
+            inside.append(f"{name}.parametrizations." if name else "parametrizations.")
+        if is_a(module, KNOWN) or next(module.children(), None) is None:
             yield name, module
 
 

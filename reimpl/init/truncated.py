@@ -26,8 +26,8 @@ def trunc_normal_(
     ``a`` and ``b`` are values of the weight, not standard deviations.
 
     Where more than 0.3 of the normal distribution lies within the bounds, numbers outside are drawn again; otherwise
-    uniform proposals are accepted with the density's height. That is the algorithm of PyTorch 2.15, and gives its
-    bits; earlier releases inverted the distribution function and give other numbers of the same distribution.
+    uniform proposals are accepted with the density's height. That is PyTorch's algorithm since 2.12, and gives its
+    bits; 2.11 inverted the distribution function and gives other numbers of the same distribution.
 
     A meta tensor is returned as it is.
 

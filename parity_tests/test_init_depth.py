@@ -9,9 +9,11 @@ from math import log, sqrt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import reimpl.init
+from reimpl.init._activations import measured
 from reimpl.testing import seeded_generator
 
 DEPTH, WIDTH, BATCH, SEEDS = 50, 512, 32, 10
@@ -30,6 +32,7 @@ CHAINS: dict[str, tuple[Callable[..., Tensor], dict[str, object], Callable[[Tens
     "lecun_normal_, relu": (reimpl.init.lecun_normal_, {}, torch.relu),
     "lecun_normal_, tanh": (reimpl.init.lecun_normal_, {}, torch.tanh),
     "xavier_normal_, tanh, gain 5/3": (reimpl.init.xavier_normal_, {"gain": 5 / 3}, torch.tanh),
+    "kaiming_normal_, gelu": (reimpl.init.xavier_normal_, {"gain": measured(F.gelu).gain}, F.gelu),  # as apply does it
     "the note's uniform, linear": (reimpl.init.kaiming_uniform_, {"a": sqrt(5)}, identity),
     "normal_ 0.01, tanh": (reimpl.init.normal_, {"std": 0.01}, torch.tanh),
     "normal_ 1, tanh": (reimpl.init.normal_, {"std": 1.0}, torch.tanh),
@@ -101,6 +104,18 @@ def test_tanh_decays_slowly_without_gain_and_settles_with_it() -> None:
     np.testing.assert_allclose(held, mean_field_tanh(5 / 3), rtol=0.05)
     assert abs(2 * DEPTH * slow[-1] - 1) < 0.2 and slow[-1] / slow[24] > 0.4
     assert abs(held[-1] / held[24] - 1) < 0.02
+
+
+def test_layers_scaled_by_a_batch_hold_where_a_gain_does_not() -> None:
+    """GELU's gain keeps a mean square of 1, but not one beside it; :func:`layer_sequential_` measures each layer."""
+    grown = variances("kaiming_normal_, gelu")
+    assert float(grown[-1]) > 100
+    layers = [part for _ in range(DEPTH) for part in (torch.nn.Linear(WIDTH, WIDTH), torch.nn.GELU())]
+    batch = torch.randn(BATCH, WIDTH, generator=seeded_generator(0))
+    scaled = reimpl.init.layer_sequential_(
+        torch.nn.Sequential(*layers), batch, rule="normal_", generator=seeded_generator(1)
+    )
+    assert len(scaled) == DEPTH and all(abs(layer.after - 1) <= 0.01 for layer in scaled.values())  # its tolerance
 
 
 def test_small_weights_die() -> None:

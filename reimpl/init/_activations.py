@@ -98,7 +98,7 @@ def of_module(module: Module) -> Activation | None:
         return named("leaky_relu", PRELU_SLOPE)
     if is_a(module, ("RReLU",)):
         return named("leaky_relu", (_attribute(module, "lower") + _attribute(module, "upper")) / 2)
-    return measured(module.forward, type(module).__name__) if is_a(module, _MEASURED) else None
+    return measured(module.forward, type(module).__name__.lower()) if is_a(module, _MEASURED) else None
 
 
 PRELU_SLOPE = 0.25  # where PReLU starts

@@ -59,8 +59,9 @@ def apply(
             ``bias`` both ``functools.partial(kaiming_uniform_, a=5**0.5)`` linear layers and convolutions start as
             PyTorch makes them. See also :func:`relu_bias_` and :func:`output_bias_`.
         activation: what follows each affine layer: a name that :func:`calculate_gain` knows, or an elementwise function
-            (``torch.nn.functional.gelu``), whose gain is :math:`E[f(z)^2]^{-1/2}` for normal :math:`z`. Or a mapping
-            from patterns of layer names to these (``{"head": "linear", "*": "relu"}``, first match); layers that match
+            (``torch.nn.functional.gelu``), whose gain is :math:`E[f(z)^2]^{-1/2}` for normal :math:`z`: it keeps a mean
+            square of 1, but many layers without norms may leave it, see :func:`layer_sequential_`. Or a mapping from
+            patterns of layer names to these (``{"head": "linear", "*": "relu"}``, first match); layers that match
             none are found out as by default.
 
             By default it is the next activation module in the order of definition, across norms, pooling and dropout

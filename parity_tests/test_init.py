@@ -341,6 +341,15 @@ def test_orthogonal_is_orthogonal(shape: tuple[int, ...], device: torch.device) 
     assert float((small @ small.t() - 4 * torch.eye(len(small), device=device)).abs().max()) < 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_orthogonal_in_low_precision_is_float32_rounded(dtype: torch.dtype, device: torch.device) -> None:
+    low, single = (
+        reimpl.init.orthogonal_(torch.empty(9, 5, dtype=t, device=device), generator=seeded_generator(0, device=device))
+        for t in (dtype, torch.float32)
+    )
+    assert bits_equal(low, single.to(dtype))
+
+
 def test_dirac_passes_the_input_on(device: torch.device) -> None:
     x = torch.randn(2, 6, 5, 5, device=device, dtype=torch.float64)  # float32 may be rounded to fewer bits on CUDA
     for groups in (1, 2, 3, 6):

@@ -15,6 +15,8 @@ import reimpl.init as init
 import reimpl.nn
 from reimpl.testing import bits_equal, seeded_generator
 
+pytestmark = pytest.mark.quick
+
 
 def classifier(outputs: int, device: torch.device) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, outputs)).to(device)
@@ -28,6 +30,7 @@ def test_softmax_outputs_start_at_the_class_shares(device: torch.device) -> None
     counts = torch.tensor([70, 20, 10], device=device)
     model = classifier(3, device)
     assert init.output_bias_(model, counts) is model
+    assert float(model[2].bias.detach().logsumexp(0)) == pytest.approx(0, abs=1e-6)  # logits of shares, not of counts
     model.requires_grad_(False)
     x, target = torch.randn(100, 6, device=device), torch.arange(3, device=device).repeat_interleave(counts)
     entropy = -sum(p * log(p) for p in (0.7, 0.2, 0.1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 import reimpl.init
 import reimpl.nn
+from parity_tests.declarations.init import INITS
 from reimpl.testing import seeded_generator
+
+pytestmark = pytest.mark.quick
 
 LAYERS = {
     "linear": lambda: nn.Linear(6, 4),
@@ -68,6 +72,26 @@ def test_fans_without_a_layer_are_pytorchs() -> None:
         weight = torch.empty(shape)
         ours, theirs = reimpl.init.gain.fans(weight), torch.nn.init._calculate_fan_in_and_fan_out(weight)
         assert ours == theirs == (4 * prod(shape[2:]), 3 * prod(shape[2:]))
+
+
+SCALED = [row.name for row in INITS if row.name.startswith(("kaiming", "lecun", "random", "xavier"))]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_given_fans_replace_those_of_the_shape(name: str, device: torch.device) -> None:
+    """The same numbers under it: a weight (5, 7) with the fans of (9, 11) is scaled as such a one."""
+    rule = getattr(reimpl.init, name)
+
+    def drawn(shape: tuple[int, ...], **kwargs: Any) -> Tensor:
+        weight = torch.empty(shape, dtype=torch.float64, device=device)
+        return rule(weight, generator=seeded_generator(0, device=device), **kwargs)
+
+    plain, given = drawn((5, 7)), drawn((5, 7), fans=(11, 9))
+    assert torch.equal(drawn((5, 7), fans=(7, 5)), plain)
+    ratio = given / plain
+    torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-14, atol=0)  # some roundings
+    (expected,) = (row.oracle for row in INITS if row.name == name)
+    assert float(ratio.flatten()[0]) == pytest.approx(expected((9, 11))["std"] / expected((5, 7))["std"], rel=1e-14)
 
 
 @pytest.mark.parametrize("layer", [nn.ReLU(), nn.BatchNorm2d(3), nn.Embedding(3, 4), nn.Sequential(nn.Linear(2, 2))])

@@ -16,6 +16,8 @@ import reimpl.init as init
 import reimpl.nn
 from reimpl.testing import seeded_generator
 
+pytestmark = pytest.mark.quick
+
 
 def test_norms_start_anew() -> None:
     model = nn.ModuleList([

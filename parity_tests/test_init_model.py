@@ -18,6 +18,8 @@ from models.layers import layers
 from models.resnet import ResNet
 from reimpl.testing import independence_guard, seeded_generator
 
+pytestmark = pytest.mark.quick
+
 
 class Functional(nn.Module):
     """Activations that the modules do not tell: functions, one used twice, a sum in between."""

@@ -100,8 +100,8 @@ def sparse(shape: Sequence[int], sparsity: float, std: float = 0.01) -> dict[str
 
 def exactly(value: np.ndarray) -> dict[str, Any]:
     """These numbers and no others."""
-    return {"kind": "exact", "value": value, "mean": float(value.mean()), "std": float(value.std()), "low": value.min(),
-            "high": value.max()}  # fmt: skip
+    mean, std = float(value.mean()), float(value.std())
+    return {"kind": "exact", "value": value, "mean": mean, "std": std, "low": value.min(), "high": value.max()}
 
 
 def eye(shape: Sequence[int]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def by_order(model: Module) -> dict[str, Activation]:
         activation = of_module(leaf)
         if activation is not None:
             if waiting is not None:
-                found.setdefault(waiting, activation)
+                found[waiting] = activation
             waiting = None
         elif is_a(leaf, _BARRIERS):
             waiting = name if is_a(leaf, AFFINE) else None

@@ -33,17 +33,18 @@ def apply(
 ) -> Initialisation:
     r"""Initialise a model's parameters by the kind of their layer and the activation that follows it.
 
-    ======================================  ======================================================================
-    linear, bilinear, (transposed)          weight by ``rule``, with the layer's own fans (:func:`layer_fans`) and
-    convolution                             the gain of the activation; bias by ``bias``
-    batch, instance, layer, group, RMS norm weight 1, bias 0, running statistics as new
-    embedding                               by ``embedding``; the padding row 0
-    RNN, LSTM, GRU and their cells          input weights by ``rule``, hidden ones by ``recurrent``, each gate a matrix
-                                            of its own; biases by ``bias``, the LSTM's forget gate ``forget_bias``
-    multi-head attention                    query, key and value weights by ``rule``, each a matrix of its own
-    PReLU                                   0.25
-    anything else                           left alone, and listed so
-    ======================================  ======================================================================
+    ===============================  ======================================================================
+    linear, bilinear, (transposed)   weight by ``rule``, with the layer's own fans (:func:`layer_fans`) and
+    convolution                      the gain of the activation; bias by ``bias``
+    batch, instance, layer, group,   weight 1, bias 0, running statistics as new
+    RMS norm
+    embedding                        by ``embedding``; the padding row 0
+    RNN, LSTM, GRU and their cells   input weights by ``rule``, hidden ones by ``recurrent``, each gate a matrix
+                                     of its own; biases by ``bias``, the LSTM's forget gate ``forget_bias``
+    multi-head attention             query, key and value weights by ``rule``, each a matrix of its own
+    PReLU                            0.25
+    anything else                    left alone, and listed so
+    ===============================  ======================================================================
 
     A layer is known by its class: PyTorch's, this package's, or one derived from either. A parameter that several
     modules share is initialised where it comes first. Weights under a parametrisation (weight norm, ...) are set

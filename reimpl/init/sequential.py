@@ -41,7 +41,8 @@ def layer_sequential_(
     model once, each linear, bilinear and convolution layer :math:`y = W x + b` is repeatedly given
     :math:`W \leftarrow W \sqrt{v / \operatorname{Var}[y]}` until :math:`|\operatorname{Var}[y]/v - 1|` is at most
     ``tolerance``, and its output computed anew before it goes on. :math:`\operatorname{Var}` is over all numbers of the
-    output: samples, units and places. With :math:`b = 0` one time is enough.
+    output: samples, units and places. With :math:`b = 0` one time is enough; where biases alone have a larger variance
+    no scale is, and :attr:`Scaling.after` tells.
 
     Assumes that the batch stands for the data, and that all of a layer's uses may share the scale of the first. The
     model runs in the mode it is in: in training mode with dropout and with batch statistics, which is what training

@@ -1,7 +1,8 @@
 """Initialisations scaled by the fans of a weight, so that signals keep their variance from layer to layer.
 
 A layer of independent weights gives Var[output] = n_in Var[w] Var[input] (N0, eq. 4.43-4.48): variance 1/n_in keeps it.
-A weight is ``(out, in, *kernel)``; a uniform distribution on ±a has variance a²/3.
+A weight is ``(out, in, *kernel)``; a uniform distribution on ±a has variance a²/3. The keyword ``fans`` replaces the
+fans that this shape says, for layers whose weight is laid out or used otherwise: ``fans=layer_fans(layer)``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from math import sqrt
 
 from torch import Generator, Tensor
 
-from reimpl.init.gain import calculate_gain, fan_of, fans
+from reimpl.init.gain import Fans, calculate_gain, fan_of, fans_or
 from reimpl.init.simple import normal_, uniform_
 
 
-def xavier_uniform_(tensor: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
+def xavier_uniform_(
+    tensor: Tensor, gain: float = 1.0, generator: Generator | None = None, *, fans: Fans | None = None
+) -> Tensor:
     r"""Draw from :math:`U(-a, a)`, :math:`a = \text{gain} \sqrt{6/(n_\text{in} + n_\text{out})}`.
 
     The variance :math:`2/(n_\text{in} + n_\text{out})` is a compromise between the signal's forward and backward.
@@ -25,11 +28,13 @@ def xavier_uniform_(tensor: Tensor, gain: float = 1.0, generator: Generator | No
 
     Source: I4; N0, N2 (§8.4); Glorot and Bengio 2010, eq. 16. PyTorch: :func:`torch.nn.init.xavier_uniform_`.
     """
-    bound = sqrt(3.0) * _xavier_std(tensor, gain)
+    bound = sqrt(3.0) * _xavier_std(tensor, gain, fans)
     return uniform_(tensor, -bound, bound, generator)
 
 
-def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
+def xavier_normal_(
+    tensor: Tensor, gain: float = 1.0, generator: Generator | None = None, *, fans: Fans | None = None
+) -> Tensor:
     r"""Draw from :math:`N(0, \text{std}^2)`, :math:`\text{std} = \text{gain} \sqrt{2/(n_\text{in} + n_\text{out})}`.
 
     Raises:
@@ -37,7 +42,7 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Generator | Non
 
     Source: I4; N0. PyTorch: :func:`torch.nn.init.xavier_normal_`.
     """
-    return normal_(tensor, 0.0, _xavier_std(tensor, gain), generator)
+    return normal_(tensor, 0.0, _xavier_std(tensor, gain, fans), generator)
 
 
 def kaiming_uniform_(
@@ -46,6 +51,8 @@ def kaiming_uniform_(
     mode: str = "fan_in",
     nonlinearity: str = "leaky_relu",
     generator: Generator | None = None,
+    *,
+    fans: Fans | None = None,
 ) -> Tensor:
     r"""Draw from :math:`U(-b, b)`, :math:`b = \text{gain} \sqrt{3/\text{fan}}`.
 
@@ -55,6 +62,7 @@ def kaiming_uniform_(
         mode: ``"fan_in"`` keeps the variance forward, ``"fan_out"`` backward.
         nonlinearity: see :func:`calculate_gain`.
         generator: where the numbers come from.
+        fans: see the top of this file.
 
     Raises:
         ValueError: fewer than two dimensions, unknown ``mode`` or ``nonlinearity``.
@@ -63,7 +71,7 @@ def kaiming_uniform_(
     """
     if _has_no_elements(tensor):
         return tensor
-    bound = sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
+    bound = sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity, fans)
     return uniform_(tensor, -bound, bound, generator)
 
 
@@ -73,6 +81,8 @@ def kaiming_normal_(
     mode: str = "fan_in",
     nonlinearity: str = "leaky_relu",
     generator: Generator | None = None,
+    *,
+    fans: Fans | None = None,
 ) -> Tensor:
     r"""Draw from :math:`N(0, \text{std}^2)`, :math:`\text{std} = \text{gain}/\sqrt{\text{fan}}`.
 
@@ -82,10 +92,10 @@ def kaiming_normal_(
     """
     if _has_no_elements(tensor):
         return tensor
-    return normal_(tensor, 0, _kaiming_std(tensor, a, mode, nonlinearity), generator)
+    return normal_(tensor, 0, _kaiming_std(tensor, a, mode, nonlinearity, fans), generator)
 
 
-def lecun_uniform_(tensor: Tensor, generator: Generator | None = None) -> Tensor:
+def lecun_uniform_(tensor: Tensor, generator: Generator | None = None, *, fans: Fans | None = None) -> Tensor:
     r"""Draw from :math:`U(-a, a)`, :math:`a = \sqrt{3/n_\text{in}}`, for variance :math:`1/n_\text{in}`.
 
     The notes' :math:`\pm\sqrt{1/n_\text{in}}` has variance :math:`1/(3 n_\text{in})`, a third of that; it is
@@ -96,10 +106,13 @@ def lecun_uniform_(tensor: Tensor, generator: Generator | None = None) -> Tensor
 
     Source: I3; N0, with errata 4; LeCun et al. 1998, eq. 16. PyTorch: ``kaiming_uniform_(nonlinearity="linear")``.
     """
-    return kaiming_uniform_(tensor, nonlinearity="linear", generator=generator)
+    if _has_no_elements(tensor):
+        return tensor
+    bound = sqrt(3.0) * _kaiming_std(tensor, 0, "fan_in", "linear", fans)
+    return uniform_(tensor, -bound, bound, generator)
 
 
-def lecun_normal_(tensor: Tensor, generator: Generator | None = None) -> Tensor:
+def lecun_normal_(tensor: Tensor, generator: Generator | None = None, *, fans: Fans | None = None) -> Tensor:
     r"""Draw from :math:`N(0, 1/n_\text{in})`.
 
     These are also the numbers of the "Xavier" initialisation of N1, which divides by :math:`\sqrt{n_\text{in}}` alone.
@@ -109,16 +122,18 @@ def lecun_normal_(tensor: Tensor, generator: Generator | None = None) -> Tensor:
 
     Source: I2, I5; N0 (eq. 4.43-4.48), N1. PyTorch: ``kaiming_normal_(nonlinearity="linear")``.
     """
-    return kaiming_normal_(tensor, nonlinearity="linear", generator=generator)
+    if _has_no_elements(tensor):
+        return tensor
+    return normal_(tensor, 0, _kaiming_std(tensor, 0, "fan_in", "linear", fans), generator)
 
 
-def _xavier_std(tensor: Tensor, gain: float) -> float:
-    fan_in, fan_out = fans(tensor)
+def _xavier_std(tensor: Tensor, gain: float, fans: Fans | None) -> float:
+    fan_in, fan_out = fans_or(tensor, fans)
     return gain * sqrt(2.0 / float(fan_in + fan_out))
 
 
-def _kaiming_std(tensor: Tensor, a: float, mode: str, nonlinearity: str) -> float:
-    fan = fan_of(tensor, mode)
+def _kaiming_std(tensor: Tensor, a: float, mode: str, nonlinearity: str, fans: Fans | None) -> float:
+    fan = fan_of(tensor, mode, fans)
     return calculate_gain(nonlinearity, a) / sqrt(fan)
 
 

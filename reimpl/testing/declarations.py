@@ -119,9 +119,9 @@ class FunctionTechnique(Technique):
 class InitTechnique(Technique):
     """An initialisation. ``oracle(shape, **kwargs) -> dict`` with ``mean``, ``std``, ``low``, ``high``, ``kind``.
 
-    ``kind`` is ``"normal"``, ``"uniform"`` or ``"constant"``. Where ``torch`` is given, the same generator and seed
-    must give the same bits.
+    ``kind`` names the distribution: ``"normal"``, ``"uniform"``, ``"constant"``, ... Where ``torch`` is given, the same
+    generator and seed must give the same bits, for each of the ``shapes``.
     """
 
-    shapes: tuple[tuple[int, ...], ...] = ((64, 32), (16, 8, 3, 3))
+    shapes: tuple[tuple[int, ...], ...] = ((64, 32), (16, 8, 3, 3), (5, 7, 3), (1, 1), (3, 2, 2, 2, 2))
     kwargs: tuple[Mapping[str, Any], ...] = ({},)

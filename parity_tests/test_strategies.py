@@ -114,7 +114,7 @@ def test_the_training_loss_stops_nothing() -> None:
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     watching_train, watching_dev = EarlyStopping(patience=5), EarlyStopping(patience=5)
     dev_losses = []
-    for _ in range(100):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x[0]), y[0])
         loss.backward()
@@ -124,8 +124,8 @@ def test_the_training_loss_stops_nothing() -> None:
         watching_train.step(loss)
         if not watching_dev.stopped:
             watching_dev.step(dev_losses[-1], model)
-    assert not watching_train.stopped and watching_train.best_step == 99
-    assert watching_dev.stopped and watching_dev.steps < 60
+    assert not watching_train.stopped and watching_train.best_step == 59
+    assert watching_dev.stopped and watching_dev.steps < 40
     assert dev_losses[-1] > 1.3 * min(dev_losses)
     watching_dev.restore(model)
     assert float(nn.functional.mse_loss(model(x[1]), y[1])) == pytest.approx(watching_dev.best, rel=1e-6)

@@ -98,7 +98,8 @@ class Finder:  # asking whether a missing package is there must say no, importin
 
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 import torch
-import reimpl, reimpl.data, reimpl.diagnose, reimpl.functional, reimpl.init, reimpl.nn, reimpl.optim, reimpl.strategies, reimpl.testing
+import reimpl, reimpl.data, reimpl.functional, reimpl.init, reimpl.nn, reimpl.optim, reimpl.testing
+import reimpl.diagnose, reimpl.strategies
 
 parameter = torch.nn.Parameter(torch.ones(3))
 parameter.grad = torch.ones(3)

@@ -114,11 +114,12 @@ def test_one_pass_over_a_hundred_million_values() -> None:
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_merging_is_fitting_on_all(transform: Any) -> None:
-    x = sample((90, 3))
+def test_merging_is_fitting_on_all(transform: Any, device: torch.device) -> None:
+    x = sample((90, 3)).to(device)
     parts = [transform().fit(part) for part in (x[:1].repeat(2, 1), x[:2], x[2:40], x[40:])]
     whole = transform().fit(torch.cat([x[:1], x[:1], x]))
-    merged = transform().merge(*parts, transform())
+    merged = transform().merge(*parts[:2], parts[2].to(device), parts[3], transform())
+    assert merged.mean.device.type == "cpu" and parts[2].mean.device.type == device.type
     for name, value in whole.state_dict().items():
         # roundings of sums in another order; eigenvectors follow the covariance
         torch.testing.assert_close(merged.state_dict()[name], value, rtol=1e-11, atol=1e-12, msg=name)
@@ -127,7 +128,7 @@ def test_merging_is_fitting_on_all(transform: Any) -> None:
         doubled.merge(copy.deepcopy(doubled))
     assert int(doubled.count) == 92 * 2**20
     torch.testing.assert_close(doubled.mean, whole.mean, rtol=1e-14, atol=0)
-    torch.testing.assert_close(doubled(x), whole(x), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(doubled(x.cpu()), whole(x.cpu()), rtol=1e-11, atol=1e-11)
     assert not transform().merge(transform()).fitted
 
 
@@ -190,7 +191,7 @@ def test_a_large_offset_costs_no_accuracy() -> None:
     exact, _, _ = oracle.standardize(to_oracle(x), (0,))
     torch.testing.assert_close(transform(x).double(), torch.from_numpy(exact), rtol=1e-6, atol=1e-6)  # eps of float32
     once = to_oracle((x - transform.mean.float()) / transform.std.float())
-    assert abs(once - exact).max() > 1e-3, "the mean rounded once does no harm: the test shows nothing"
+    assert abs(once - exact).max() > 1e-4, "the mean rounded once does no harm: the test shows nothing"
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e30, 1e-40])

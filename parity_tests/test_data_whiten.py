@@ -52,11 +52,11 @@ def test_matrices_against_the_oracle(correction: int, device: torch.device) -> N
         zca = Whiten("zca", correction=correction).fit(x.to(device))
         matrix, variances = oracle.pca_whitening(x.numpy(), correction)
         # eigenvectors lose digits to the gaps between the eigenvalues, here at least a hundredth of the largest
-        torch.testing.assert_close(pca.whitening.cpu(), torch.from_numpy(matrix), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(pca.variances.cpu(), torch.from_numpy(variances), rtol=1e-12, atol=0)
+        torch.testing.assert_close(pca.whitening, torch.from_numpy(matrix), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(pca.variances, torch.from_numpy(variances), rtol=1e-12, atol=0)
         root = torch.from_numpy(oracle.zca_whitening(x.numpy(), correction))
-        torch.testing.assert_close(zca.whitening.cpu(), root, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(zca.coloring @ zca.whitening, torch.eye(6, dtype=torch.float64, device=device))
+        torch.testing.assert_close(zca.whitening, root, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(zca.coloring @ zca.whitening, torch.eye(6, dtype=torch.float64))
 
 
 def test_pca_against_scikit_learn() -> None:

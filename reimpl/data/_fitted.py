@@ -91,12 +91,13 @@ class FittedTransform(nn.Module):
                 raise TypeError(f"expected a {type(self).__name__} to merge, got a {type(other).__name__}")
             if not other.fitted:
                 continue
+            moments = other._moments().to(self.count.device)
             if total is None:
-                total, shape = other._moments(), tuple(other.mean.shape)
+                total, shape = moments, tuple(other.mean.shape)
             elif tuple(other.mean.shape) != shape:
                 raise ValueError(f"expected features of shape {shape} to merge, got {tuple(other.mean.shape)}")
             else:
-                total = total.merge(other._moments())
+                total = total.merge(moments)
         if total is not None:
             self._take(total, shape)
         return self
@@ -110,9 +111,8 @@ class FittedTransform(nn.Module):
         raise NotImplementedError
 
     def _moments(self) -> Moments:
-        device = self.scatter.device
-        mean, scatter = self.mean.flatten(), self.scatter if self.products else self.scatter.flatten()
-        return Moments(int(self.count), mean.to(device), scatter, float(self.resolution))
+        scatter = self.scatter if self.products else self.scatter.flatten()
+        return Moments(int(self.count), self.mean.flatten(), scatter, float(self.resolution))
 
     def _take(self, total: Moments, shape: tuple[int, ...]) -> None:
         if total.count <= self.correction:

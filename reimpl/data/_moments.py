@@ -45,6 +45,10 @@ class Moments:
         scatter = rows.mT @ rows if full else rows.square().sum(0)
         return cls(len(rows), first + shift, scatter, resolution)
 
+    def to(self, device: torch.device) -> Moments:
+        """The same on another device."""
+        return Moments(self.count, self.mean.to(device), self.scatter.to(device), self.resolution)
+
     def merge(self, other: Moments) -> Moments:
         """The moments of both together."""
         count = self.count + other.count

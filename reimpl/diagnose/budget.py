@@ -132,7 +132,7 @@ def error_budget(
     """
     if not 0 < relative <= 1:
         raise ValueError(f"relative must lie in (0, 1], got {relative}")
-    humans = [human] if isinstance(human, (int, float)) else list(human)
+    humans = list(human) if isinstance(human, Iterable) else [human]
     if not humans:
         raise ValueError("human must be an error or several, got none")
     for name, error in [("human", h) for h in humans] + [("train", train), ("dev", dev)]:

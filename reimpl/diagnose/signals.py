@@ -35,7 +35,8 @@ class LayerSignal:
         spread: how much the output differs from example to example: the root mean square, over the output's numbers,
             of their standard deviation over the batch.
         dead: the share of units that give every example the same; NaN for a batch of fewer than 8.
-        gradient: the norm of the loss's gradient with respect to the output; NaN where there is none.
+        gradient: the norm of the loss's gradient with respect to the output; NaN where there is none, infinite where
+            a number of it is not finite.
         weight, weight_gradient: the norm of the layer's own parameters and of their gradient; NaN where it has none.
         verdicts: of ``"vanishing"``, ``"exploding"`` and ``"dead"`` those that hold.
     """
@@ -231,7 +232,8 @@ class _Watch:
 
 def _take_gradient(layer: LayerSignal, grad: Tensor) -> None:
     """Notes the gradient; of a tensor that two layers return, both do."""
-    layer.gradient = _norm([grad])
+    norm = _norm([grad])
+    layer.gradient = norm if math.isfinite(norm) else math.inf
 
 
 def _judge(report: SignalReport, ratio: float, dead: float) -> None:
@@ -241,11 +243,10 @@ def _judge(report: SignalReport, ratio: float, dead: float) -> None:
     source = report.input_spread if report.input_spread > 0 else first
     for layer in report.layers:
         signals = ((layer.gradient, last), (layer.spread, source))
-        not_finite = any(not math.isfinite(x) for x in (layer.mean, layer.std)) or math.isinf(layer.gradient)
-        gradient_is_nan = math.isnan(layer.gradient) and not math.isnan(layer.weight_gradient)
+        not_finite = not (math.isfinite(layer.mean) and math.isfinite(layer.std)) or layer.gradient == math.inf
         if any(value < reference / ratio for value, reference in signals):
             layer.verdicts.append("vanishing")
-        if not_finite or gradient_is_nan or any(value > reference * ratio for value, reference in signals):
+        if not_finite or any(value > reference * ratio for value, reference in signals):
             layer.verdicts.append("exploding")
         if layer.dead >= dead:
             layer.verdicts.append("dead")
@@ -261,7 +262,8 @@ def _arguments(batch: Any) -> tuple[list[Any], dict[str, Any]]:
 def _with_gradient(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    return value.detach().requires_grad_().clone()  # no leaf, which a layer may not change in place
+    # A normal tensor where the caller's is of inference mode; and no leaf, which a layer may not change in place.
+    return value.detach().clone().requires_grad_().clone()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -204,8 +204,9 @@ def test_constant_features_become_zero(value: float, dtype: torch.dtype) -> None
     assert bits_equal(transform.inverse(y)[:, 0] + 0.0, x[:, 0] + 0.0)
     # a test value that differs is centred, not divided
     assert transform(x + 1)[0, 0] == (x[0, 0] + 1) - x[0, 0]
-    tiny = Standardize().fit(torch.tensor([[0.0], [1e-300]], dtype=torch.float64))
-    assert tiny(torch.tensor([[1.0]])).item() == 1.0  # a σ that float32 cannot hold
+    for spread in (1e-300, 1e-41):  # a σ that float32 cannot hold, or only as a subnormal number
+        tiny = Standardize().fit(torch.tensor([[0.0], [spread]], dtype=torch.float64))
+        assert tiny(torch.tensor([[1.0]])).item() == 1.0
 
 
 def test_one_example_is_all_constant() -> None:

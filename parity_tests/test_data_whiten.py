@@ -109,6 +109,17 @@ def test_constant_and_collinear_features_do_not_blow_up(method: str, dtype: torc
         torch.testing.assert_close(transform.inverse(y), x, rtol=1e-5, atol=1e-5)
 
 
+def test_rounding_under_an_offset_is_no_direction() -> None:
+    """At 1,000 float32 rounds a sum of two features by 3e-5, far above what float64 sees, and it must stay noise."""
+    for seed in SEEDS:
+        free = correlated(500, 2, seed)
+        x = torch.cat([free, free.sum(1, keepdim=True) / 2], 1).float() + 1000
+        whole = Whiten().fit(x)
+        parts = Whiten().merge(*(Whiten().fit(part) for part in x.split(100)))
+        assert whole.rank == parts.rank == 2 and whole(x).abs().max() < 10
+        assert Whiten().fit(x.double() - 1000).rank == 3  # taken at its word in float64
+
+
 def test_features_of_very_different_scales_all_count() -> None:
     x = correlated(1000, 3, dtype=torch.float64) * torch.tensor([1e6, 1.0, 1e-1], dtype=torch.float64)
     transform = Whiten().fit(x.float())

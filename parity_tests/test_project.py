@@ -22,7 +22,7 @@ PACKAGES = ("reimpl", "models", "scripts", "parity_tests")
 # expecttest (which PyTorch's private test databases import) are optional and imported where they are used.
 ALLOWED: dict[str, set[str] | None] = {
     "parity_tests/oracle": {"numpy", "parity_tests.oracle"},
-    "reimpl": {"reimpl", "torch", "numpy", "numba", "llvmlite", "triton", "expecttest", "torchvision"},
+    "reimpl": {"reimpl", "torch", "numpy", "numba", "llvmlite", "triton", "expecttest", "torchvision", "matplotlib"},
     "models": {"models", "reimpl", "torch", "numpy"},
 }
 FORBIDDEN = {"scripts": {"parity_tests"}}
@@ -99,6 +99,7 @@ class Finder:  # asking whether a missing package is there must say no, importin
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 import torch
 import reimpl, reimpl.data, reimpl.functional, reimpl.init, reimpl.nn, reimpl.optim, reimpl.testing
+import reimpl.diagnose, reimpl.strategies
 
 parameter = torch.nn.Parameter(torch.ones(3))
 parameter.grad = torch.ones(3)

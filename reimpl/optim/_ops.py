@@ -85,6 +85,12 @@ def as_complex(x: Any) -> Any:
     return torch.view_as_complex(x) if isinstance(x, Tensor) else x.view_as_complex()
 
 
+def filled_like(p: Tensor, value: float) -> Tensor:
+    """A tensor of the parameter's shape, dtype and strides full of ``value``; complex numbers of both parts that."""
+    part = complex(value, value) if p.is_complex() else value
+    return torch.full_like(p, part, memory_format=torch.preserve_format)
+
+
 def matching(x: Any, p: Any) -> Any:
     """A tensor of one number in the parameter's dtype and on its device; a plain number as it is."""
     return x.to(device=p.device, dtype=p.dtype) if isinstance(x, Tensor) and isinstance(p, Tensor) else x

@@ -33,18 +33,14 @@ class NAdam(RuleOptimizer):
         betas: β₁, β₂ in [0, 1).
         eps: ε, beside the root.
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
-        momentum_decay: ψ; the larger, the sooner μ comes to β₁.
+        momentum_decay: ψ; the larger, the sooner μ comes to β₁. Keras has 1, optax in effect infinity.
         decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        capturable: keep the step count and Π on the device, so that a CUDA graph can hold the step.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step; PyTorch has none for NAdam.
+
+    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
 
     Raises:
         ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+        RuntimeError: a sparse gradient at ``step``; ways of running that exclude each other.
 
     Source: O16; Dozat, `Incorporating Nesterov Momentum into Adam
     <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_ (2016).
@@ -59,32 +55,14 @@ class NAdam(RuleOptimizer):
     foreach_captures_xla = False
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum_decay: float = 4e-3,
-        decoupled_weight_decay: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
+        self, params: ParamsT, lr: float | Tensor = 2e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0, momentum_decay: float = 4e-3, decoupled_weight_decay: bool = False, *,
+        foreach: bool | None = None, maximize: bool = False, capturable: bool = False, differentiable: bool = False,
         fused: bool | None = None,
-    ) -> None:
-        _checks.learning_rate(lr)
-        _checks.at_least_zero("epsilon value", eps)
-        _checks.betas(betas)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        _checks.at_least_zero("momentum_decay value", momentum_decay)
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize, "foreach": foreach,
-            "capturable": capturable, "differentiable": differentiable, "fused": fused,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+    ) -> None:  # fmt: skip
+        _checks.adam_family(lr, eps, betas, weight_decay)
+        _checks.each_at_least_zero(momentum_decay=momentum_decay)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
         step = self.new_step(p, group)

@@ -51,7 +51,7 @@ NEEDED_IN_FLOAT32 = {("Adafactor", "eps")}
 def _library(name: str) -> ModuleType:
     """The library, or a skip that says what to install."""
     if name == "keras":
-        os.environ.setdefault("KERAS_BACKEND", "torch")
+        os.environ["KERAS_BACKEND"] = "torch"
     extra = "test" if name == "timm" else "third-party"
     module: ModuleType = pytest.importorskip(name, reason=f"{name} is not installed (pip install 'reimpl[{extra}]')")
     if name == "keras":
@@ -132,7 +132,7 @@ def _run_keras(call: str, section: str) -> tuple[float, Path]:
     for rate, grads in zip(_rates(base), _gradients(section)):
         optimizer.learning_rate = rate
         optimizer.apply([keras.ops.convert_to_tensor(grad, dtype="float64") for grad in grads], variables)
-        path.append([keras.ops.convert_to_numpy(variable.value).copy() for variable in variables])
+        path.append([variable.value.detach().cpu().numpy().copy() for variable in variables])
     return base, path
 
 

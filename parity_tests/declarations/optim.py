@@ -166,10 +166,7 @@ _ADAM_CONFIGS = (
     _dialect("no bias correction", "O9b", bias_correction=False),
     _dialect("no bias correction, amsgrad", "O9b", bias_correction=False, amsgrad=True, weight_decay=0.1),
     _dialect("eps_hat", "O9", **_EXACT, eps_hat=True),
-    _dialect("eps_hat, amsgrad, maximize", "O9", **_EXACT, eps_hat=True, amsgrad=True, maximize=True),
     _dialect("eps_inside_sqrt", "O9", **_EXACT, eps_inside_sqrt=True),
-    _dialect("eps_inside_sqrt, no bias correction", "O9b", **_EXACT, eps_inside_sqrt=True, bias_correction=False),
-    _dialect("eps_inside_sqrt, eps_hat, amsgrad", "O9", **_EXACT, eps_inside_sqrt=True, eps_hat=True, amsgrad=True),
 )
 
 ADAM = OptimizerTechnique(
@@ -182,7 +179,12 @@ ADAM = OptimizerTechnique(
     torch=torch.optim.Adam,
     oracle=oracle.adam,
     dtypes=DTYPES,
-    configs=(*_ADAM_CONFIGS, _shared("decoupled_weight_decay", weight_decay=0.1, decoupled_weight_decay=True)),
+    configs=(
+        *_ADAM_CONFIGS,
+        _shared("decoupled_weight_decay", weight_decay=0.1, decoupled_weight_decay=True),
+        _dialect("eps_inside_sqrt, no bias correction", "O9b", **_EXACT, eps_inside_sqrt=True, bias_correction=False),
+        _dialect("eps_inside_sqrt, eps_hat, amsgrad", "O9", **_EXACT, eps_inside_sqrt=True, eps_hat=True, amsgrad=True),
+    ),
     torch_fused=True,
 )
 

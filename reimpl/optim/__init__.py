@@ -12,7 +12,9 @@ Options that choose how a step runs, and not what it computes, mean the same in 
   step.
 - ``differentiable``: let autograd through the step.
 
-``maximize`` ascends. Arguments that PyTorch's class lacks are dialects: keyword-only, and PyTorch's way by default.
+``maximize`` ascends. A constructor raises a ``ValueError`` for an argument outside its range, ``step`` a
+``RuntimeError`` for a sparse gradient where the rule takes none. Arguments that PyTorch's class lacks are dialects:
+keyword-only, and PyTorch's way by default.
 """
 
 from typing import Any

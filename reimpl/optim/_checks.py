@@ -56,6 +56,13 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"Invalid {name}: {value!r} (expected one of {', '.join(map(repr, allowed))})")
 
 
+def needs(name: str, value: Any, other: str, present: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise where ``value`` is given and the argument ``other`` is none of those that go with it."""
+    if value and present not in allowed:
+        wanted = " or ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value} needs {other}={wanted}, but it is {present!r}")
+
+
 def betas(values: tuple[float | Tensor, float | Tensor]) -> None:
     """Raise unless both decay rates lie in [0, 1)."""
     for i, beta in enumerate(values):

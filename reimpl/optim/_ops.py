@@ -96,6 +96,13 @@ def matching(x: Any, p: Any) -> Any:
     return x.to(device=p.device, dtype=p.dtype) if isinstance(x, Tensor) and isinstance(p, Tensor) else x
 
 
+def moments_(p: Any, g: Any, s: dict[str, Any], betas: Any) -> tuple[Any, Any]:
+    """m ← β₁m + (1 − β₁)g and v ← β₂v + (1 − β₂)g², in place: the state's ``exp_avg`` and ``exp_avg_sq``."""
+    beta1, beta2 = betas
+    exp_avg = s["exp_avg"].lerp_(g, 1 - matching(beta1, p))
+    return exp_avg, s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+
+
 def number(x: Any, h: Any) -> Any:
     """What a number of the state, a tensor of one, is now; a copy of it where it has to stay a tensor."""
     if not h.on_device and not isinstance(x, StateScalar):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import matching, maximum_, real_views, root, saved, shrink_or_penalise
+from ._ops import maximum_, moments_, real_views, root, saved, shrink_or_penalise
 from ._torch import Optimizer, ParamsT, to_scalar
 
 
@@ -98,10 +98,7 @@ class Adam(RuleOptimizer):
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         g = shrink_or_penalise(p, g, h)
         p, g, s = real_views(p, g, s)
-        beta1, beta2 = h.betas
-        exp_avg, exp_avg_sq = s["exp_avg"], s["exp_avg_sq"]
-        exp_avg.lerp_(g, 1 - matching(beta1, p))
-        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        exp_avg, exp_avg_sq = moments_(p, g, s, h.betas)
         second = maximum_(s["max_exp_avg_sq"], exp_avg_sq, h) if h.amsgrad else exp_avg_sq
         denom, eps = (second.add(c.eps).sqrt(), 0.0) if h.eps_inside_sqrt else (second.sqrt(), c.eps)
         if h.on_device and h.bias_correction:

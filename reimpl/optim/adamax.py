@@ -33,11 +33,7 @@ class Adamax(RuleOptimizer):
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
         decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
 
-    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
-
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ways of running that exclude each other.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_ (2015), algorithm 2.
     """

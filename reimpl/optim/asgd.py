@@ -33,11 +33,7 @@ class ASGD(RuleOptimizer):
         t0: t₀.
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
 
-    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
-
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ways of running that exclude each other.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Polyak and Juditsky, `Acceleration of Stochastic Approximation by Averaging
     <https://doi.org/10.1137/0330046>`_ (1992).

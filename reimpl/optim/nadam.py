@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import number, real_views, saved, shrink_or_penalise
+from ._ops import moments_, number, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -36,11 +36,7 @@ class NAdam(RuleOptimizer):
         momentum_decay: ψ; the larger, the sooner μ comes to β₁. Keras has 1, optax in effect infinity.
         decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
 
-    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
-
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ways of running that exclude each other.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Dozat, `Incorporating Nesterov Momentum into Adam
     <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_ (2016).
@@ -90,9 +86,7 @@ class NAdam(RuleOptimizer):
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         p, g, s = real_views(p, g, s)
         g = shrink_or_penalise(p, g, h)
-        beta1, beta2 = h.betas
-        exp_avg = s["exp_avg"].lerp_(g, 1 - beta1)
-        exp_avg_sq = s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        exp_avg, exp_avg_sq = moments_(p, g, s, h.betas)
         denom = saved((exp_avg_sq / c.correction2).sqrt(), h).add_(h.eps)
         if h.on_device or h.differentiable:
             # value= takes a number, and the sizes are tensors here

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import choose, real_views, saved, shrink_or_penalise
+from ._ops import choose, moments_, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -37,11 +37,7 @@ class RAdam(RuleOptimizer):
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
         decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
 
-    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
-
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ways of running that exclude each other.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Liu et al., `On the Variance of the Adaptive Learning Rate and Beyond
     <https://arxiv.org/abs/1908.03265>`_ (2020), algorithm 2.
@@ -89,9 +85,7 @@ class RAdam(RuleOptimizer):
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         p, g, s = real_views(p, g, s)
         g = shrink_or_penalise(p, g, h)
-        beta1, beta2 = h.betas
-        exp_avg = s["exp_avg"].lerp_(g, 1 - beta1)
-        exp_avg_sq = s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        exp_avg, exp_avg_sq = moments_(p, g, s, h.betas)
         plain = exp_avg / c.correction1 * h.lr
 
         def rectified() -> Any:

@@ -48,11 +48,7 @@ class RMSprop(RuleOptimizer):
         initial_accumulator_value: v before the first step; TensorFlow 1 and ``timm`` have 1.
         decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
 
-    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
-
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ways of running that exclude each other.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O8, O8i (N0 eq. 4.68, N2 alg. 8.5), O8m (N2 §8.5.4); Hinton, lecture 6e (2012).
     """

@@ -31,11 +31,7 @@ class Rprop(RuleOptimizer):
         etas: η₋ in (0, 1) and η₊ above 1.
         step_sizes: the smallest and the largest η.
 
-    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
-
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ways of running that exclude each other.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Riedmiller and Braun, `A Direct Adaptive Method for Faster Backpropagation Learning
     <https://doi.org/10.1109/ICNN.1993.298623>`_ (1993).

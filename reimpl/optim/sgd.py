@@ -70,15 +70,12 @@ class SGD(RuleOptimizer):
         _checks.one_of("momentum_form", momentum_form, ("torch", "velocity", "ewa"))
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        if dampening != 0 and momentum_form != "torch":
-            raise ValueError(f"dampening={dampening} needs momentum_form='torch', but it is {momentum_form!r}")
-        if nesterov and momentum_form == "ewa":
-            raise ValueError("nesterov=True needs momentum_form='torch' or 'velocity', but it is 'ewa'")
         _checks.flags(bias_correction=bias_correction, decoupled_weight_decay=decoupled_weight_decay)
         if bias_correction and momentum >= 1:
             raise ValueError(f"bias_correction=True needs momentum below 1, but it is {momentum}")
-        if bias_correction and momentum_form != "ewa":
-            raise ValueError(f"bias_correction=True needs momentum_form='ewa', but it is {momentum_form!r}")
+        _checks.needs("dampening", dampening, "momentum_form", momentum_form, ("torch",))
+        _checks.needs("nesterov", nesterov, "momentum_form", momentum_form, ("torch", "velocity"))
+        _checks.needs("bias_correction", bias_correction, "momentum_form", momentum_form, ("ewa",))
         super().__init__(params, _checks.arguments(locals()))
 
     def is_stateful(self, group: Group) -> bool:

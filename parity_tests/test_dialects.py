@@ -14,8 +14,18 @@ import reimpl.optim as optim
 from parity_tests.declarations import OPTIMIZERS
 from parity_tests.dialects_page import PAGE, rows, sections
 from parity_tests.optim_cases import dialect_configs
+from reimpl.optim import _engine
 from reimpl.optim._engine import RuleOptimizer
-from reimpl.testing.optimizers import step_with
+from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
+from reimpl.testing.optimizers import (
+    DENSE_LAYOUTS,
+    clone_params,
+    construct,
+    make_grads,
+    make_params,
+    parameters,
+    step_with,
+)
 
 pytestmark = pytest.mark.quick
 NAMES = (*optim.REIMPLEMENTED, "NesterovLookahead")
@@ -61,6 +71,36 @@ def test_every_dialect_has_a_parity_case(name: str) -> None:
     configs = dialect_configs(technique)
     asked = {key for config in configs for key, value in config.kwargs.items() if value != default[key]}
     assert _dialects(name) <= asked
+
+
+CAPTURED = [
+    pytest.param(technique, config, id=f"{technique.name}, {config.desc}")
+    for technique in OPTIMIZERS
+    for config in dialect_configs(technique)
+    if technique.supports_capturable
+]
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
+@pytest.mark.parametrize(("technique", "config"), CAPTURED)
+def test_a_captured_steps_arithmetic(
+    technique: OptimizerTechnique,
+    config: OptimizerConfig,
+    foreach: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the step count a tensor; on the CPU too, where the class itself would refuse for want of a graph."""
+    monkeypatch.setattr(_engine, "require_capturable_devices", lambda *_, **__: None)
+    params = make_params(DENSE_LAYOUTS, torch.float64, device)
+    plain = construct(technique.ours, clone_params(params), **config.kwargs, foreach=False)
+    captured = construct(technique.ours, clone_params(params), **config.kwargs, foreach=foreach, capturable=True)
+    for step in range(4):
+        for optimizer in (plain, captured):
+            step_with(optimizer, make_grads(DENSE_LAYOUTS, torch.float64, device, step=step))
+    for p, q in zip(parameters(captured), parameters(plain), strict=True):
+        # powers and roots of the step count are taken in float32, the dtype that it has
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def _algorithm_8_6(theta: float, rates: Sequence[float], rho: float, alpha: float) -> list[float]:

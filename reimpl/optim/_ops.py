@@ -28,10 +28,11 @@ def l2_penalty(p: Any, g: Any, h: Any) -> Any:
 
 def shrink_or_penalise(p: Any, g: Any, h: Any) -> Any:
     """p ← (1 − γλ)p in place and g as it is where weight decay is decoupled; else g + λp (catalogue O10)."""
+    if h.weight_decay == 0:
+        return g
     if not h.decoupled_weight_decay:
         return l2_penalty(p, g, h)
-    if h.weight_decay != 0:
-        p.mul_(1 - h.lr * h.weight_decay)
+    p.mul_(1 - h.lr * h.weight_decay)
     return g
 
 

@@ -107,6 +107,5 @@ class Adam(RuleOptimizer):
             denom = (denom / (c.correction2_sqrt * negative)).add_(eps / negative)
             p.addcdiv_(saved(exp_avg, h), denom)
             return
-        if h.bias_correction:
-            denom = denom / c.correction2_sqrt
-        p.addcdiv_(saved(exp_avg, h), saved(denom, h).add_(eps), value=-c.step_size)
+        denom = denom / c.correction2_sqrt if h.bias_correction else saved(denom, h)
+        p.addcdiv_(saved(exp_avg, h), denom.add_(eps), value=-c.step_size)

@@ -59,7 +59,8 @@ def test_every_configuration(
             technique, config, implementation=implementation, dtype=dtype, device=device, layouts=EVERY_LAYOUT
         )
 
-    dialects = dialect_configs(technique) if implementation == "foreach" else []
+    # what PyTorch lacks is held to our own for-loop
+    dialects = dialect_configs(technique) if implementation in ("foreach", "differentiable") else []
     for_each([*pytorch_configs(technique, device, dtype), *dialects], check)
 
 

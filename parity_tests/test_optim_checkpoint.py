@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -68,9 +69,8 @@ def _saved(optimizer: Optimizer) -> Optimizer:
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    options = {key: value for key, value in optimizer.defaults.items() if key != "decoupled_weight_decay"}
-    if type(optimizer).__name__ == "Adam":
-        options["decoupled_weight_decay"] = optimizer.defaults["decoupled_weight_decay"]
+    taken = inspect.signature(type(optimizer)).parameters  # AdamW's decoupled_weight_decay is no argument
+    options = {key: value for key, value in optimizer.defaults.items() if key in taken}
     fresh = type(optimizer)(clone_params(parameters(optimizer)), **options)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     return fresh

@@ -221,12 +221,23 @@ def test_dialects_that_exclude_each_other(name: str, kwargs: dict[str, Any], nam
         ("RMSprop", {"momentum": 0.9, "nesterov": "false"}),
         ("Adagrad", {"eps_inside_sqrt": None}),
         ("Adam", {"bias_correction": None}),
+        ("Adam", {"eps_inside_sqrt": 1}),
+        ("AdamW", {"eps_hat": "yes"}),
+        ("RAdam", {"eps_hat": None}),
+        ("Adamax", {"eps_inside_max": 0}),
+        *((name, {"decoupled_weight_decay": 1}) for name in ("SGD", "Adagrad", "Adadelta", "RMSprop", "Adamax")),
         ("SGD", {"momentum": 0.9, "momentum_form": "ewa", "bias_correction": 1}),
     ],
 )
 def test_a_dialects_flag_is_true_or_false(name: str, kwargs: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="must be True or False, but got"):
         getattr(reimpl.optim, name)([torch.ones(1, requires_grad=True)], **kwargs)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_an_average_of_squares_starts_from_0_or_above(value: float) -> None:
+    with pytest.raises(ValueError, match="Invalid initial_accumulator_value value"):
+        reimpl.optim.RMSprop([torch.ones(1)], initial_accumulator_value=value)
 
 
 def test_an_average_that_forgets_nothing_cannot_be_corrected() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import reimpl.optim
@@ -11,13 +13,19 @@ from reimpl.testing.declarations import COMPLEX_DTYPES, REAL_DTYPES, OptimizerCo
 DTYPES = (*REAL_DTYPES, *COMPLEX_DTYPES)
 
 
+# A dialect has no error of PyTorch's beside it, only the limit of 4 ulp. So its decays and rates are such that 1 - βᵗ,
+# which loses digits for a β near 1, and 1 - γλ, which is rounded to the parameter's dtype, are exact.
+_EXACT: dict[str, Any] = {"lr": 0.0625, "betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.125}
+_DECOUPLED: dict[str, Any] = {"weight_decay": 0.125, "decoupled_weight_decay": True}
+
+
 def _shared(desc: str, **kwargs: object) -> OptimizerConfig:
     """A configuration that PyTorch has as well."""
     return OptimizerConfig(desc, kwargs, torch_kwargs=kwargs)
 
 
 def _dialect(desc: str, id: str, note: str = "", **kwargs: object) -> OptimizerConfig:
-    """A configuration that only the notes have: held against the oracle alone."""
+    """A configuration that PyTorch lacks: held against the oracle alone."""
     return OptimizerConfig(desc, kwargs, id=id, note=note)
 
 
@@ -55,6 +63,7 @@ SGD = OptimizerTechnique(
             momentum_form="ewa",
             bias_correction=True,
         ),
+        _dialect("decoupled_weight_decay", "O10", lr=0.0625, momentum=0.9, **_DECOUPLED),
     ),
     supports_sparse=True,
     supports_capturable=False,
@@ -83,6 +92,7 @@ ADAGRAD = OptimizerTechnique(
             initial_accumulator_value=0.1,
             eps_inside_sqrt=True,
         ),
+        _dialect("decoupled_weight_decay", "O10", lr=0.0625, **_DECOUPLED),
     ),
     supports_sparse=True,
     supports_capturable=False,
@@ -102,6 +112,7 @@ ADADELTA = OptimizerTechnique(
     configs=(
         _shared("large eps", eps=0.25, lr=0.5),
         _shared("tensor lr, maximize", lr=torch.tensor(0.1, dtype=torch.float64), maximize=True),
+        _dialect("decoupled_weight_decay", "O10", lr=0.5, rho=0.5, eps=0.25, **_DECOUPLED),
     ),
 )
 
@@ -133,6 +144,19 @@ RMSPROP = OptimizerTechnique(
             weight_decay=0.1,
             maximize=True,
         ),
+        _dialect("average from ones", "O8", alpha=0.9, initial_accumulator_value=1.0),
+        _dialect(
+            "TensorFlow 1",
+            "O8m",
+            alpha=0.9,
+            eps=0.25,
+            momentum=0.9,
+            centered=True,
+            eps_inside_sqrt=True,
+            momentum_form="velocity",
+            initial_accumulator_value=1.0,
+        ),
+        _dialect("decoupled_weight_decay", "O10", lr=0.0625, momentum=0.5, **_DECOUPLED),
     ),
 )
 
@@ -141,6 +165,8 @@ _ADAM_CONFIGS = (
     _shared("tensor lr, amsgrad", lr=torch.tensor(0.01, dtype=torch.float64), amsgrad=True, weight_decay=0.1),
     _dialect("no bias correction", "O9b", bias_correction=False),
     _dialect("no bias correction, amsgrad", "O9b", bias_correction=False, amsgrad=True, weight_decay=0.1),
+    _dialect("eps_hat", "O9", **_EXACT, eps_hat=True),
+    _dialect("eps_inside_sqrt", "O9", **_EXACT, eps_inside_sqrt=True),
 )
 
 ADAM = OptimizerTechnique(
@@ -153,7 +179,12 @@ ADAM = OptimizerTechnique(
     torch=torch.optim.Adam,
     oracle=oracle.adam,
     dtypes=DTYPES,
-    configs=(*_ADAM_CONFIGS, _shared("decoupled_weight_decay", weight_decay=0.1, decoupled_weight_decay=True)),
+    configs=(
+        *_ADAM_CONFIGS,
+        _shared("decoupled_weight_decay", weight_decay=0.1, decoupled_weight_decay=True),
+        _dialect("eps_inside_sqrt, no bias correction", "O9b", **_EXACT, eps_inside_sqrt=True, bias_correction=False),
+        _dialect("eps_inside_sqrt, eps_hat, amsgrad", "O9", **_EXACT, eps_inside_sqrt=True, eps_hat=True, amsgrad=True),
+    ),
     torch_fused=True,
 )
 

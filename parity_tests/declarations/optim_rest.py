@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import reimpl.optim
-from parity_tests.declarations.optim import DTYPES, _shared
+from parity_tests.declarations.optim import _EXACT, DTYPES, _dialect, _shared
 from parity_tests.oracle import optim_rest as oracle
 from reimpl.testing.declarations import OptimizerTechnique
 
@@ -22,6 +22,8 @@ ADAMAX = OptimizerTechnique(
     configs=(
         _shared("large eps", lr=0.05, eps=0.25, betas=(0.5, 0.75)),
         _shared("tensor lr, maximize", lr=torch.tensor(0.01, dtype=torch.float64), weight_decay=0.1, maximize=True),
+        _dialect("eps beside the maximum", "O16", **_EXACT, eps_inside_max=False),
+        _dialect("decoupled_weight_decay", "O10", **_EXACT, decoupled_weight_decay=True),
     ),
 )
 
@@ -39,6 +41,8 @@ NADAM = OptimizerTechnique(
         _shared("large eps, fast schedule", lr=0.05, eps=0.25, betas=(0.5, 0.75), momentum_decay=0.5),
         _shared("tensor lr, maximize", lr=torch.tensor(0.01, dtype=torch.float64), weight_decay=0.1, maximize=True),
         _shared("decoupled_weight_decay", lr=0.05, weight_decay=0.1, decoupled_weight_decay=True),
+        _shared("Keras's schedule of the momentum", lr=0.05, momentum_decay=1.0),
+        _shared("no schedule of the momentum", lr=0.05, momentum_decay=1e6),
     ),
 )
 
@@ -58,6 +62,7 @@ RADAM = OptimizerTechnique(
         _shared("never rectified", lr=0.05, betas=(0.9, 0.6)),
         _shared("tensor lr, maximize", lr=torch.tensor(0.01, dtype=torch.float64), weight_decay=0.1, maximize=True),
         _shared("decoupled_weight_decay", lr=0.05, weight_decay=0.1, decoupled_weight_decay=True),
+        _dialect("eps beside the corrected root", "O16", lr=0.0625, eps=0.25, betas=(0.5, 0.875), eps_hat=False),
     ),
 )
 

@@ -2,7 +2,8 @@
 
 Every oracle has the signature ``oracle(param, grads, *, state=None, **hyperparameters) -> (param, state)``. A gradient
 of ``None`` skips the step; ``lr`` is a number, or a sequence with one for each gradient; ``state`` continues from an
-earlier state. Complex arrays are pairs of reals, as PyTorch takes them.
+earlier state. ``common`` is what :meth:`_Path.steps` takes: ``maximize``, ``weight_decay``, ``decoupled_weight_decay``.
+Complex arrays are pairs of reals, as PyTorch takes them.
 
 The scale of an error comes from the same function, run on absolute values with the learning rate negated, so that every
 term is added and nothing cancels (``reimpl.testing.optimizer_checks.magnitude``).
@@ -51,13 +52,20 @@ class _Path:
         """Fill a state that is not there yet."""
         self.state.setdefault(key, np.full_like(self.theta, value))
 
-    def steps(self, *, maximize: bool, weight_decay: float) -> Iterator[tuple[Any, Array]]:
-        """Learning rate and gradient of each step that happens, the L2 penalty's gradient added."""
+    def steps(
+        self, *, maximize: bool = False, weight_decay: float = 0.0, decoupled_weight_decay: bool = False
+    ) -> Iterator[tuple[Any, Array]]:
+        """Learning rate and gradient of each step that happens, with the L2 penalty's gradient or after the decay."""
         decay = self.scalar(weight_decay)
-        for rate, grad in zip(self.rates, self.grads):
-            if grad is not None:
-                g = -_pairs(grad) if maximize else _pairs(grad)
-                yield self.scalar(rate), g + decay * self.theta if weight_decay else g
+        for rate, grad in zip(map(self.scalar, self.rates), self.grads):
+            if grad is None:
+                continue
+            g = -_pairs(grad) if maximize else _pairs(grad)
+            if decoupled_weight_decay:
+                self.theta = self.theta * (1 - rate * decay)
+            elif weight_decay:
+                g = g + decay * self.theta
+            yield rate, g
 
     def count(self) -> int:
         """Raise the step count and return it."""
@@ -80,16 +88,15 @@ def sgd(
     lr: Rate = 1e-3,
     momentum: float = 0.0,
     dampening: float = 0.0,
-    weight_decay: float = 0.0,
     nesterov: bool = False,
-    maximize: bool = False,
     momentum_form: str = "torch",
     bias_correction: bool = False,
+    **common: Any,
 ) -> tuple[Array, State]:
     """O1, and momentum as a buffer of gradients (O2t), as a velocity (O2) or as an average (O3)."""
     path = _Path(param, grads, lr, state)
     mu, tau = path.scalar(momentum), path.scalar(dampening)
-    for rate, g in path.steps(maximize=maximize, weight_decay=weight_decay):
+    for rate, g in path.steps(**common):
         if momentum == 0:
             path.theta = path.theta - rate * g
         elif momentum_form == "torch":
@@ -115,17 +122,16 @@ def adagrad(
     state: State | None = None,
     lr: Rate = 1e-2,
     lr_decay: float = 0.0,
-    weight_decay: float = 0.0,
     initial_accumulator_value: float = 0.0,
     eps: float = 1e-10,
-    maximize: bool = False,
     eps_inside_sqrt: bool = False,
+    **common: Any,
 ) -> tuple[Array, State]:
     """O6 (δ beside the root) and O6i (δ inside)."""
     path = _Path(param, grads, lr, state)
     path.begin("sum", initial_accumulator_value)
     path.state.setdefault("step", np.array(0))
-    for rate, g in path.steps(maximize=maximize, weight_decay=weight_decay):
+    for rate, g in path.steps(**common):
         rate = rate / (1 + (path.count() - 1) * path.scalar(lr_decay))
         path["sum"] = path["sum"] + g * g
         path.theta = path.theta - rate * g / _root(path["sum"], path.scalar(eps), eps_inside_sqrt)
@@ -144,8 +150,7 @@ def adadelta(
     lr: Rate = 1.0,
     rho: float = 0.9,
     eps: float = 1e-6,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
+    **common: Any,
 ) -> tuple[Array, State]:
     """O7."""
     path = _Path(param, grads, lr, state)
@@ -153,7 +158,7 @@ def adadelta(
     path.begin("square_avg")
     path.begin("acc_delta")
     path.state.setdefault("step", np.array(0))
-    for rate, g in path.steps(maximize=maximize, weight_decay=weight_decay):
+    for rate, g in path.steps(**common):
         path.count()
         path["square_avg"] = decay * path["square_avg"] + (1 - decay) * g * g
         update = np.sqrt(path["acc_delta"] + delta) / np.sqrt(path["square_avg"] + delta) * g
@@ -170,24 +175,24 @@ def rmsprop(
     lr: Rate = 1e-2,
     alpha: float = 0.99,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
     momentum: float = 0.0,
     centered: bool = False,
-    maximize: bool = False,
     eps_inside_sqrt: bool = False,
     momentum_form: str = "torch",
     nesterov: bool = False,
+    initial_accumulator_value: float = 0.0,
+    **common: Any,
 ) -> tuple[Array, State]:
     """O8 (δ beside the root), O8i (δ inside), O8m (momentum with the rate outside or inside the buffer)."""
     path = _Path(param, grads, lr, state)
     decay, mu = path.scalar(alpha), path.scalar(momentum)
-    path.begin("square_avg")
+    path.begin("square_avg", initial_accumulator_value)
     path.state.setdefault("step", np.array(0))
     if centered:
         path.begin("grad_avg")
     if momentum > 0:
         path.begin("momentum_buffer")
-    for rate, g in path.steps(maximize=maximize, weight_decay=weight_decay):
+    for rate, g in path.steps(**common):
         path.count()
         path["square_avg"] = decay * path["square_avg"] + (1 - decay) * g * g
         square = path["square_avg"]
@@ -218,21 +223,22 @@ def adam(
     lr: Rate = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
     amsgrad: bool = False,
-    maximize: bool = False,
-    decoupled_weight_decay: bool = False,
     bias_correction: bool = True,
+    eps_inside_sqrt: bool = False,
+    eps_hat: bool = False,
+    **common: Any,
 ) -> tuple[Array, State]:
-    """O9 and O9b (without bias correction), with the L2 penalty or decoupled decay (O10)."""
+    """O9 and O9b (without bias correction), with the L2 penalty or decoupled decay (O10).
+
+    ``eps_hat`` is Kingma and Ba's shorter form: v meets δ as it is, and the rate takes both corrections.
+    """
     path = _Path(param, grads, lr, state)
     beta1, beta2, one = path.scalar(betas[0]), path.scalar(betas[1]), path.scalar(1)
     for key in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
         path.begin(key)
     path.state.setdefault("step", np.array(0))
-    for rate, g in path.steps(maximize=maximize, weight_decay=0.0 if decoupled_weight_decay else weight_decay):
-        if decoupled_weight_decay:
-            path.theta = path.theta * (1 - rate * path.scalar(weight_decay))
+    for rate, g in path.steps(**common):
         step = path.count()
         path["exp_avg"] = beta1 * path["exp_avg"] + (1 - beta1) * g
         path["exp_avg_sq"] = beta2 * path["exp_avg_sq"] + (1 - beta2) * g * g
@@ -240,7 +246,10 @@ def adam(
         if amsgrad:
             square = path["max_exp_avg_sq"] = np.maximum(path["max_exp_avg_sq"], square)
         first, second = (1 - beta1**step, 1 - beta2**step) if bias_correction else (one, one)
-        path.theta = path.theta - rate * (path["exp_avg"] / first) / (np.sqrt(square / second) + path.scalar(eps))
+        if eps_hat:
+            rate, second = rate * np.sqrt(second), one
+        root = _root(square / second, path.scalar(eps), eps_inside_sqrt)
+        path.theta = path.theta - rate * (path["exp_avg"] / first) / root
     return path.result()
 
 

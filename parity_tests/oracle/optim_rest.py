@@ -24,20 +24,21 @@ def adamax(
     lr: Rate = 2e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
+    eps_inside_max: bool = True,
+    **common: Any,
 ) -> tuple[Array, State]:
-    """Kingma and Ba's algorithm 2, with ε beside the gradient."""
+    """Kingma and Ba's algorithm 2, with ε beside the gradient or beside the maximum."""
     path = _Path(param, grads, lr, state)
     beta1, beta2 = map(path.scalar, betas)
     path.begin("exp_avg")
     path.begin("exp_inf")
     path.state.setdefault("step", np.array(0))
-    for rate, g in path.steps(maximize=maximize, weight_decay=weight_decay):
+    for rate, g in path.steps(**common):
         step = path.count()
         path["exp_avg"] = beta1 * path["exp_avg"] + (1 - beta1) * g
-        path["exp_inf"] = np.maximum(beta2 * path["exp_inf"], np.abs(g) + path.scalar(eps))
-        path.theta = path.theta - rate / (1 - beta1**step) * path["exp_avg"] / path["exp_inf"]
+        under, beside = (path.scalar(eps), 0) if eps_inside_max else (0, path.scalar(eps))
+        path["exp_inf"] = np.maximum(beta2 * path["exp_inf"], np.abs(g) + under)
+        path.theta = path.theta - rate / (1 - beta1**step) * path["exp_avg"] / (path["exp_inf"] + beside)
     return path.result()
 
 
@@ -49,10 +50,8 @@ def nadam(
     lr: Rate = 2e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
     momentum_decay: float = 4e-3,
-    decoupled_weight_decay: bool = False,
-    maximize: bool = False,
+    **common: Any,
 ) -> tuple[Array, State]:
     """Dozat's rule with his schedule of the momentum."""
     path = _Path(param, grads, lr, state)
@@ -61,9 +60,7 @@ def nadam(
     path.begin("exp_avg_sq")
     path.state.setdefault("step", np.array(0))
     path.state.setdefault("mu_product", _single(1))
-    for rate, g in path.steps(maximize=maximize, weight_decay=0.0 if decoupled_weight_decay else weight_decay):
-        if decoupled_weight_decay:
-            path.theta = path.theta * (1 - rate * path.scalar(weight_decay))
+    for rate, g in path.steps(**common):
         step = path.count()
         decay = path.scalar(momentum_decay)
         mu, mu_next = (beta1 * (1 - path.scalar(0.96) ** (t * decay) / 2) for t in (step, step + 1))
@@ -84,20 +81,17 @@ def radam(
     lr: Rate = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: bool = False,
-    maximize: bool = False,
+    eps_hat: bool = True,
+    **common: Any,
 ) -> tuple[Array, State]:
-    """Liu et al.'s algorithm 2, with ε beside the root and 5 for its 4."""
+    """Liu et al.'s algorithm 2, with ε beside the root of v (or of v̂) and 5 for its 4."""
     path = _Path(param, grads, lr, state)
     beta1, beta2 = map(path.scalar, betas)
     path.begin("exp_avg")
     path.begin("exp_avg_sq")
     path.state.setdefault("step", np.array(0))
     longest = 2 / (1 - beta2) - 1
-    for rate, g in path.steps(maximize=maximize, weight_decay=0.0 if decoupled_weight_decay else weight_decay):
-        if decoupled_weight_decay:
-            path.theta = path.theta * (1 - rate * path.scalar(weight_decay))
+    for rate, g in path.steps(**common):
         step = path.count()
         path["exp_avg"] = beta1 * path["exp_avg"] + (1 - beta1) * g
         path["exp_avg_sq"] = beta2 * path["exp_avg_sq"] + (1 - beta2) * g * g
@@ -105,8 +99,9 @@ def radam(
         length = longest - 2 * step * beta2**step / (1 - beta2**step)
         if length > 5:
             variance = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-            root = np.sqrt(path["exp_avg_sq"]) + path.scalar(eps)
-            update = update * np.sqrt(variance) * np.sqrt(1 - beta2**step) / root
+            correction = np.sqrt(1 - beta2**step)
+            root = np.sqrt(path["exp_avg_sq"]) / correction + path.scalar(eps) / (correction if eps_hat else 1)
+            update = update * np.sqrt(variance) / root
         path.theta = path.theta - rate * update
     return path.result()
 

@@ -2,6 +2,19 @@
 
 ``REIMPLEMENTED`` names PyTorch's classes that are this library's own here; ``NesterovLookahead`` is one that PyTorch
 lacks. Every other public name is PyTorch's, so that nothing is missed after the change.
+
+Options that choose how a step runs, and not what it computes, mean the same in every class that takes them:
+
+- ``foreach``: run over all tensors at once; ``None`` takes PyTorch's choice.
+- ``fused``: one kernel for the whole step. Every elementwise class has it, where PyTorch has it on four. With
+  ``foreach`` or ``differentiable``, or for complex parameters, it raises a ``RuntimeError``.
+- ``capturable``: keep the step count and other numbers of the state on the device, so that a CUDA graph can hold the
+  step.
+- ``differentiable``: let autograd through the step.
+
+``maximize`` ascends. A constructor raises a ``ValueError`` for an argument outside its range, ``step`` a
+``RuntimeError`` for a sparse gradient where the rule takes none. Arguments that PyTorch's class lacks are dialects:
+keyword-only, and PyTorch's way by default.
 """
 
 from typing import Any

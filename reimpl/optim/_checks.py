@@ -1,8 +1,9 @@
-"""Checks of constructor arguments, in PyTorch's order, types and wording."""
+"""The constructors' arguments: checks in PyTorch's order, types and wording, and the defaults that they make."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,12 @@ def at_least_zero(name: str, value: Any) -> None:
         raise ValueError(f"Invalid {name}: {value}")
 
 
+def each_at_least_zero(**values: Any) -> None:
+    """Raise ``Invalid <name> value: <value>`` for the first that is negative or NaN."""
+    for name, value in values.items():
+        at_least_zero(f"{name} value", value)
+
+
 def should_be(name: str, condition: str, value: Any, holds: Any) -> None:
     """Raise ``<name> should be <condition> but is: <value>`` unless ``holds``."""
     if not holds:
@@ -37,10 +44,23 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, but got {value!r}")
 
 
+def flags(**values: Any) -> None:
+    """:func:`flag` of each."""
+    for name, value in values.items():
+        flag(name, value)
+
+
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of the names in ``allowed``."""
     if value not in allowed:
         raise ValueError(f"Invalid {name}: {value!r} (expected one of {', '.join(map(repr, allowed))})")
+
+
+def needs(name: str, value: Any, other: str, present: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise where ``value`` is given and the argument ``other`` is none of those that go with it."""
+    if value and present not in allowed:
+        wanted = " or ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value} needs {other}={wanted}, but it is {present!r}")
 
 
 def betas(values: tuple[float | Tensor, float | Tensor]) -> None:
@@ -48,3 +68,30 @@ def betas(values: tuple[float | Tensor, float | Tensor]) -> None:
     for i, beta in enumerate(values):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+
+
+def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's defaults: what its constructor was given, from the constructor's ``locals()``."""
+    return {key: value for key, value in scope.items() if key not in ("self", "params", "__class__")}
+
+
+def adam_family(
+    lr: float | Tensor, eps: float, values: tuple[float | Tensor, float | Tensor], weight_decay: float
+) -> None:
+    """What Adam and its relatives ask of the arguments that they share, in PyTorch's order."""
+    learning_rate(lr)
+    each_at_least_zero(epsilon=eps)
+    betas(values)
+    each_at_least_zero(weight_decay=weight_decay)
+
+
+def beta_types(values: tuple[float | Tensor, float | Tensor], takes_tensors: bool) -> None:
+    """Raise unless both decay rates are floats, or both tensors of one element where the implementation takes those."""
+    if not (all(isinstance(beta, float) for beta in values) or all(isinstance(beta, Tensor) for beta in values)):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(values):
+        if isinstance(beta, Tensor):
+            if not takes_tensors:
+                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")

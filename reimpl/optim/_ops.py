@@ -28,10 +28,11 @@ def l2_penalty(p: Any, g: Any, h: Any) -> Any:
 
 def shrink_or_penalise(p: Any, g: Any, h: Any) -> Any:
     """p ← (1 − γλ)p in place and g as it is where weight decay is decoupled; else g + λp (catalogue O10)."""
+    if h.weight_decay == 0:
+        return g
     if not h.decoupled_weight_decay:
         return l2_penalty(p, g, h)
-    if h.weight_decay != 0:
-        p.mul_(1 - h.lr * h.weight_decay)
+    p.mul_(1 - h.lr * h.weight_decay)
     return g
 
 
@@ -86,9 +87,22 @@ def as_complex(x: Any) -> Any:
     return torch.view_as_complex(x) if isinstance(x, Tensor) else x.view_as_complex()
 
 
+def filled_like(p: Tensor, value: float) -> Tensor:
+    """A tensor of the parameter's shape, dtype and strides full of ``value``; complex numbers of both parts that."""
+    part = complex(value, value) if p.is_complex() else value
+    return torch.full_like(p, part, memory_format=torch.preserve_format)
+
+
 def matching(x: Any, p: Any) -> Any:
     """A tensor of one number in the parameter's dtype and on its device; a plain number as it is."""
     return x.to(device=p.device, dtype=p.dtype) if isinstance(x, Tensor) and isinstance(p, Tensor) else x
+
+
+def moments_(p: Any, g: Any, s: dict[str, Any], betas: Any) -> tuple[Any, Any]:
+    """m ← β₁m + (1 − β₁)g and v ← β₂v + (1 − β₂)g², in place: the state's ``exp_avg`` and ``exp_avg_sq``."""
+    beta1, beta2 = betas
+    exp_avg = s["exp_avg"].lerp_(g, 1 - matching(beta1, p))
+    return exp_avg, s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
 
 def number(x: Any, h: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import as_complex, descend, is_complex, l2_penalty, real_views, saved
+from ._ops import as_complex, descend, is_complex, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -31,56 +31,36 @@ class Adadelta(RuleOptimizer):
         rho: ρ in [0, 1], the decay of both averages.
         eps: ε, under both roots.
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        capturable: keep the step count on the device, so that a CUDA graph can hold the step.
-        maximize: ascend.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step; PyTorch has none for Adadelta.
+        decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
 
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O7; N0 eq. 4.59-4.66; Zeiler, `ADADELTA <https://arxiv.org/abs/1212.5701>`_ (2012).
     """
 
-    dialects: ClassVar[Mapping[str, Any]] = {"fused": None}
+    dialects: ClassVar[Mapping[str, Any]] = {"fused": None, "decoupled_weight_decay": False}
     torch_class = torch.optim.Adadelta
     sparse_error = "Adadelta does not support sparse gradients"
     for_loop_captures_xla = foreach_captures_xla = False
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1.0,
-        rho: float = 0.9,
-        eps: float = 1e-6,
-        weight_decay: float = 0,
-        foreach: bool | None = None,
-        *,
-        capturable: bool = False,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0,
+        foreach: bool | None = None, *, capturable: bool = False, maximize: bool = False, differentiable: bool = False,
+        fused: bool | None = None, decoupled_weight_decay: bool = False,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"Invalid rho value: {rho}")
-        _checks.at_least_zero("epsilon value", eps)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        defaults = {
-            "lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-            "capturable": capturable, "foreach": foreach, "differentiable": differentiable, "fused": fused,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        _checks.each_at_least_zero(epsilon=eps, weight_decay=weight_decay)
+        _checks.flags(decoupled_weight_decay=decoupled_weight_decay)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
         return {"step": self.new_step(p, group), "square_avg": self.like(p), "acc_delta": self.like(p)}
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
-        g = l2_penalty(p, g, h)
+        g = shrink_or_penalise(p, g, h)
         _, g, s = real_views(p, g, s)
         square_avg, acc_delta = s["square_avg"], s["acc_delta"]
         square_avg.mul_(h.rho).addcmul_(g, g, value=1 - h.rho)

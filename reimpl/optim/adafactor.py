@@ -56,28 +56,17 @@ class Adafactor(WholeTensorRule):
     sparse_error = "Adafactor does not support sparse gradients"
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        beta2_decay: float = -0.8,
-        eps: tuple[float | None, float] = (None, 1e-3),
-        d: float = 1.0,
-        weight_decay: float = 0.0,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-2, beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3), d: float = 1.0, weight_decay: float = 0.0, *,
+        foreach: bool | None = None, maximize: bool = False,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr, "Learning rate should be >= 0 but is:")
         _checks.should_be("beta2_decay", "<= 0", beta2_decay, beta2_decay <= 0.0)
         _checks.should_be("epsilon1", ">= 0", eps[0], eps[0] is None or eps[0] >= 0.0)
         _checks.should_be("epsilon2", ">= 0", eps[1], eps[1] >= 0.0)
         _checks.should_be("Clipping threshold d", ">= 1", d, d >= 1.0)
         _checks.should_be("weight_decay", ">= 0", weight_decay, weight_decay >= 0.0)
-        defaults = {
-            "lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay,
-            "foreach": foreach, "maximize": maximize,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
         g = p if p.grad is None else p.grad

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import l2_penalty, real_views, saved
+from ._ops import filled_like, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -31,11 +31,10 @@ class Adagrad(RuleOptimizer):
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
         initial_accumulator_value: r before the first step.
         eps: ε, beside the root, or under it with ``eps_inside_sqrt``: g/√(r + ε) (O6i).
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step.
-        eps_inside_sqrt: ε under the root, as N0 has it.
+        eps_inside_sqrt: ε under the root, as in N0, Keras and optax.
+        decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
+
+    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -46,46 +45,27 @@ class Adagrad(RuleOptimizer):
     `Adaptive Subgradient Methods <http://jmlr.org/papers/v12/duchi11a.html>`_ (2011).
     """
 
-    dialects: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False}
+    dialects: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False, "decoupled_weight_decay": False}
     torch_class = torch.optim.Adagrad
     fused_sparse_error = "`fused` does not support sparse grad or complex param"
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
-        initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
-        foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        eps_inside_sqrt: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-2, lr_decay: float = 0, weight_decay: float = 0,
+        initial_accumulator_value: float = 0, eps: float = 1e-10, foreach: bool | None = None, *,
+        maximize: bool = False, differentiable: bool = False, fused: bool | None = None, eps_inside_sqrt: bool = False,
+        decoupled_weight_decay: bool = False,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
-        _checks.at_least_zero("lr_decay value", lr_decay)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        _checks.at_least_zero("initial_accumulator_value value", initial_accumulator_value)
-        _checks.at_least_zero("epsilon value", eps)
-        _checks.flag("eps_inside_sqrt", eps_inside_sqrt)
-        defaults = {
-            "lr": lr, "lr_decay": lr_decay, "eps": eps, "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value, "foreach": foreach, "maximize": maximize,
-            "differentiable": differentiable, "fused": fused, "eps_inside_sqrt": eps_inside_sqrt,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        _checks.each_at_least_zero(lr_decay=lr_decay, weight_decay=weight_decay)
+        _checks.each_at_least_zero(initial_accumulator_value=initial_accumulator_value, epsilon=eps)
+        _checks.flags(eps_inside_sqrt=eps_inside_sqrt, decoupled_weight_decay=decoupled_weight_decay)
+        super().__init__(params, _checks.arguments(locals()))
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = self.init_state(p, group)
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        value = self.defaults["initial_accumulator_value"]
-        start = torch.full_like(
-            p, complex(value, value) if p.is_complex() else value, memory_format=torch.preserve_format
-        )
+        start = filled_like(p, self.defaults["initial_accumulator_value"])
         return {"step": self.new_step(p, group), "sum": start}
 
     def share_memory(self) -> None:
@@ -104,7 +84,7 @@ class Adagrad(RuleOptimizer):
         if isinstance(g, Tensor) and g.is_sparse:
             _update_rows(p, g, s["sum"], h, c)
             return
-        g = l2_penalty(p, g, h)
+        g = shrink_or_penalise(p, g, h)
         p, g, s = real_views(p, g, s)
         total = s["sum"].addcmul_(g, g, value=1)
         std = total.add(h.eps).sqrt() if h.eps_inside_sqrt else saved(total.sqrt(), h).add_(h.eps)

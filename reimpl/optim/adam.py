@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import matching, maximum_, real_views, root, saved, shrink_or_penalise
+from ._ops import maximum_, moments_, real_views, root, saved, shrink_or_penalise
 from ._torch import Optimizer, ParamsT, to_scalar
 
 
@@ -29,27 +29,26 @@ class Adam(RuleOptimizer):
         params: parameters, named parameters or parameter groups.
         lr: γ, a number or a tensor of one element.
         betas: β₁, β₂ in [0, 1), two numbers or two tensors of one element.
-        eps: ε, beside the root.
+        eps: ε, beside the root, or under it with ``eps_inside_sqrt``: √(v̂ + ε).
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
         amsgrad: never let the second moment shrink.
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        capturable: keep the step count on the device, so that a CUDA graph can hold the step.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step.
         decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, which makes it ``AdamW``.
         bias_correction: ``False`` leaves m and v as they are, to show what the correction is for (O9b).
+        eps_inside_sqrt: ε under the root, as optax's ``eps_root``.
+        eps_hat: ε meets v before the correction: √v + ε, both over √(1 − β₂ᵗ). So do Keras, TensorFlow and the paper's
+            shorter form (the end of its section 2, where it is called ε̂).
+
+    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
 
     Raises:
         ValueError: an argument outside its range, or a tensor ``lr`` with ``foreach`` and without ``capturable``.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+        RuntimeError: a sparse gradient at ``step``; ways of running that exclude each other.
 
     Source: O9, O9b; N0 eq. 4.69-4.77; Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_ (2015); Reddi et al.,
     `On the Convergence of Adam and Beyond <https://openreview.net/forum?id=ryQu7f-RZ>`_ (2018) for ``amsgrad``.
     """
 
-    dialects: ClassVar[Mapping[str, Any]] = {"bias_correction": True}
+    dialects: ClassVar[Mapping[str, Any]] = {"bias_correction": True, "eps_inside_sqrt": False, "eps_hat": False}
     torch_class: ClassVar[Callable[..., Optimizer] | None] = torch.optim.Adam
     sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
     differentiates_step = True
@@ -57,38 +56,19 @@ class Adam(RuleOptimizer):
     foreach_takes_tensor_lr = False
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        bias_correction: bool = True,
-    ) -> None:
-        eager_foreach = bool(foreach) and not capturable
-        if isinstance(lr, Tensor) and eager_foreach:
+        self, params: ParamsT, lr: float | Tensor = 1e-3, betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 0, amsgrad: bool = False, *, foreach: bool | None = None,
+        maximize: bool = False, capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
+        decoupled_weight_decay: bool = False, bias_correction: bool = True, eps_inside_sqrt: bool = False,
+        eps_hat: bool = False,
+    ) -> None:  # fmt: skip
+        if isinstance(lr, Tensor) and foreach and not capturable:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-        _checks.learning_rate(lr)
-        _checks.at_least_zero("epsilon value", eps)
-        _checks.betas(betas)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        _check_beta_types(betas, eager_foreach)
-        _checks.flag("bias_correction", bias_correction)
-        defaults = {
-            "lr": lr, "betas": (to_scalar(betas[0]), to_scalar(betas[1])), "eps": eps, "weight_decay": weight_decay,
-            "amsgrad": amsgrad, "maximize": maximize, "foreach": foreach, "capturable": capturable,
-            "differentiable": differentiable, "fused": fused, "decoupled_weight_decay": decoupled_weight_decay,
-            "bias_correction": bias_correction,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        _checks.adam_family(lr, eps, betas, weight_decay)
+        _checks.beta_types(betas, takes_tensors=capturable or not foreach)
+        _checks.flags(bias_correction=bias_correction, eps_inside_sqrt=eps_inside_sqrt, eps_hat=eps_hat)
+        betas = (to_scalar(betas[0]), to_scalar(betas[1]))
+        super().__init__(params, _checks.arguments(locals()))
 
     def check_group(self, group: Group) -> None:
         if group["foreach"] and isinstance(group["lr"], Tensor) and not group["capturable"]:
@@ -103,37 +83,29 @@ class Adam(RuleOptimizer):
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:
         if not h.bias_correction:
-            return SimpleNamespace(step_size=h.lr, correction2_sqrt=None)
+            return SimpleNamespace(step_size=h.lr, correction2_sqrt=None, eps=h.eps)
         beta1, beta2 = h.betas
-        return SimpleNamespace(step_size=h.lr / (1 - beta1**t), correction2_sqrt=root(1 - beta2**t))
+        correction2 = 1 - beta2**t
+        c = SimpleNamespace(step_size=h.lr / (1 - beta1**t), correction2_sqrt=root(correction2), eps=h.eps)
+        # v is corrected after the root: what is added under it is corrected with it, what is added beside it is not
+        if h.eps_inside_sqrt and not h.eps_hat:
+            c.eps = h.eps * correction2
+        elif h.eps_hat and not h.eps_inside_sqrt:
+            c.eps = h.eps / c.correction2_sqrt
+        return c
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         g = shrink_or_penalise(p, g, h)
         p, g, s = real_views(p, g, s)
-        beta1, beta2 = h.betas
-        exp_avg, exp_avg_sq = s["exp_avg"], s["exp_avg_sq"]
-        exp_avg.lerp_(g, 1 - matching(beta1, p))
-        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        exp_avg, exp_avg_sq = moments_(p, g, s, h.betas)
         second = maximum_(s["max_exp_avg_sq"], exp_avg_sq, h) if h.amsgrad else exp_avg_sq
-        denom = second.sqrt()
+        denom, eps = (second.add(c.eps).sqrt(), 0.0) if h.eps_inside_sqrt else (second.sqrt(), c.eps)
         if h.on_device and h.bias_correction:
             # the step size is a tensor here: it goes into the denominator, since value= takes a number
             negative = -c.step_size
-            denom = (denom / (c.correction2_sqrt * negative)).add_(h.eps / negative)
+            denom = (denom / (c.correction2_sqrt * negative)).add_(eps / negative)
             p.addcdiv_(saved(exp_avg, h), denom)
             return
-        if h.bias_correction:
-            denom = denom / c.correction2_sqrt
-        p.addcdiv_(saved(exp_avg, h), denom.add_(h.eps), value=-c.step_size)
-
-
-def _check_beta_types(betas: tuple[float | Tensor, float | Tensor], eager_foreach: bool) -> None:
-    if not (all(isinstance(beta, float) for beta in betas) or all(isinstance(beta, Tensor) for beta in betas)):
-        raise ValueError("betas must be either both floats or both Tensors")
-    for i, beta in enumerate(betas):
-        if isinstance(beta, Tensor):
-            if eager_foreach:
-                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
-            if beta.numel() != 1:
-                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+        denom = denom / c.correction2_sqrt if h.bias_correction else saved(denom, h)
+        p.addcdiv_(saved(exp_avg, h), denom.add_(eps), value=-c.step_size)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import l2_penalty, maximum_, real_views
+from ._ops import maximum_, real_views, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -29,49 +29,29 @@ class Adamax(RuleOptimizer):
         lr: γ, a number or a tensor of one element.
         betas: β₁, β₂ in [0, 1).
         eps: ε, the least u that a gradient leaves behind.
+        eps_inside_max: ``False`` is Keras's way: u ← max(β₂u, \|g\|), and m / (u + ε).
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        differentiable: let autograd through the step.
-        capturable: keep the step count on the device, so that a CUDA graph can hold the step.
-        fused: one kernel for the whole step; PyTorch has none for Adamax.
+        decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
 
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_ (2015), algorithm 2.
     """
 
-    dialects: ClassVar[Mapping[str, Any]] = {"fused": None}
+    dialects: ClassVar[Mapping[str, Any]] = {"fused": None, "eps_inside_max": True, "decoupled_weight_decay": False}
     torch_class = torch.optim.Adamax
     sparse_error = "Adamax does not support sparse gradients"
     foreach_captures_xla = False
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        differentiable: bool = False,
-        capturable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        _checks.learning_rate(lr)
-        _checks.at_least_zero("epsilon value", eps)
-        _checks.betas(betas)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach,
-            "maximize": maximize, "differentiable": differentiable, "capturable": capturable, "fused": fused,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        self, params: ParamsT, lr: float | Tensor = 2e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0, foreach: bool | None = None, *, maximize: bool = False, differentiable: bool = False,
+        capturable: bool = False, fused: bool | None = None, eps_inside_max: bool = True,
+        decoupled_weight_decay: bool = False,
+    ) -> None:  # fmt: skip
+        _checks.adam_family(lr, eps, betas, weight_decay)
+        _checks.flags(eps_inside_max=eps_inside_max, decoupled_weight_decay=decoupled_weight_decay)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
         return {"step": self.new_step(p, group), "exp_avg": self.like(p), "exp_inf": self.like(p)}
@@ -85,13 +65,15 @@ class Adamax(RuleOptimizer):
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
-        g = l2_penalty(p, g, h)
+        g = shrink_or_penalise(p, g, h)
         p, g, s = real_views(p, g, s)
         beta1, beta2 = h.betas
         exp_avg = s["exp_avg"].lerp_(g, 1 - beta1)
-        exp_inf = maximum_(s["exp_inf"].mul_(beta2), g.abs().add_(h.eps), h)
+        magnitude = g.abs().add_(h.eps) if h.eps_inside_max else g.abs()
+        exp_inf = maximum_(s["exp_inf"].mul_(beta2), magnitude, h)
+        denom = exp_inf if h.eps_inside_max else exp_inf.add(h.eps)
         if h.on_device:
             # value= takes a number, and the step size is a tensor here
-            p.addcdiv_(exp_avg, exp_inf * c.negative_inverse)
+            p.addcdiv_(exp_avg, denom * c.negative_inverse)
         else:
-            p.addcdiv_(exp_avg, exp_inf, value=-c.step_size)
+            p.addcdiv_(exp_avg, denom, value=-c.step_size)

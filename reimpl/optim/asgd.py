@@ -32,16 +32,8 @@ class ASGD(RuleOptimizer):
         alpha: α.
         t0: t₀.
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        differentiable: let autograd through the step.
-        capturable: keep the state's numbers on the device, so that a CUDA graph can hold the step.
-        fused: one kernel for the whole step; PyTorch has none for ASGD.
 
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Polyak and Juditsky, `Acceleration of Stochastic Approximation by Averaging
     <https://doi.org/10.1137/0330046>`_ (1992).
@@ -55,29 +47,13 @@ class ASGD(RuleOptimizer):
     foreach_captures_xla = False
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
-        weight_decay: float = 0,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        capturable: bool = False,
-        *,
-        fused: bool | None = None,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-2, lambd: float = 1e-4, alpha: float = 0.75, t0: float = 1e6,
+        weight_decay: float = 0, foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
+        capturable: bool = False, *, fused: bool | None = None,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
-        _checks.at_least_zero("lambd value", lambd)
-        _checks.at_least_zero("alpha value", alpha)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        defaults = {
-            "lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay, "foreach": foreach,
-            "maximize": maximize, "differentiable": differentiable, "capturable": capturable, "fused": fused,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        _checks.each_at_least_zero(lambd=lambd, alpha=alpha, weight_decay=weight_decay)
+        super().__init__(params, _checks.arguments(locals()))
 
     def new_step(self, p: Tensor, group: Group) -> Tensor:
         return torch.zeros((), dtype=step_dtype(is_fused=group.get("fused")), device=p.device)

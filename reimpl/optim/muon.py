@@ -57,27 +57,16 @@ class Muon(WholeTensorRule):
     sparse_error = "Muon does not support sparse gradients"
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
-        eps: float = 1e-7,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = None,
-    ) -> None:
+        self, params: ParamsT, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95,
+        nesterov: bool = True, ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        eps: float = 1e-7, ns_steps: int = 5, adjust_lr_fn: str | None = None,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr, "Learning rate should be >= 0 but is:")
         _checks.should_be("momentum", ">= 0", momentum, momentum >= 0.0)
         _checks.should_be("weight decay", ">= 0", weight_decay, weight_decay >= 0.0)
         if adjust_lr_fn is not None and adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported")
-        defaults = {
-            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, _checks.arguments(locals()))
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import number, real_views, saved, shrink_or_penalise
+from ._ops import moments_, number, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -33,18 +33,10 @@ class NAdam(RuleOptimizer):
         betas: β₁, β₂ in [0, 1).
         eps: ε, beside the root.
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
-        momentum_decay: ψ; the larger, the sooner μ comes to β₁.
+        momentum_decay: ψ; the larger, the sooner μ comes to β₁. Keras has 1, optax in effect infinity.
         decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        capturable: keep the step count and Π on the device, so that a CUDA graph can hold the step.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step; PyTorch has none for NAdam.
 
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Dozat, `Incorporating Nesterov Momentum into Adam
     <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_ (2016).
@@ -59,32 +51,14 @@ class NAdam(RuleOptimizer):
     foreach_captures_xla = False
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum_decay: float = 4e-3,
-        decoupled_weight_decay: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
+        self, params: ParamsT, lr: float | Tensor = 2e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0, momentum_decay: float = 4e-3, decoupled_weight_decay: bool = False, *,
+        foreach: bool | None = None, maximize: bool = False, capturable: bool = False, differentiable: bool = False,
         fused: bool | None = None,
-    ) -> None:
-        _checks.learning_rate(lr)
-        _checks.at_least_zero("epsilon value", eps)
-        _checks.betas(betas)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        _checks.at_least_zero("momentum_decay value", momentum_decay)
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize, "foreach": foreach,
-            "capturable": capturable, "differentiable": differentiable, "fused": fused,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+    ) -> None:  # fmt: skip
+        _checks.adam_family(lr, eps, betas, weight_decay)
+        _checks.each_at_least_zero(momentum_decay=momentum_decay)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
         step = self.new_step(p, group)
@@ -112,9 +86,7 @@ class NAdam(RuleOptimizer):
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         p, g, s = real_views(p, g, s)
         g = shrink_or_penalise(p, g, h)
-        beta1, beta2 = h.betas
-        exp_avg = s["exp_avg"].lerp_(g, 1 - beta1)
-        exp_avg_sq = s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        exp_avg, exp_avg_sq = moments_(p, g, s, h.betas)
         denom = saved((exp_avg_sq / c.correction2).sqrt(), h).add_(h.eps)
         if h.on_device or h.differentiable:
             # value= takes a number, and the sizes are tensors here

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import choose, real_views, saved, shrink_or_penalise
+from ._ops import choose, moments_, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -33,53 +33,30 @@ class RAdam(RuleOptimizer):
         lr: γ, a number or a tensor of one element.
         betas: β₁, β₂ in [0, 1).
         eps: ε, beside the root.
+        eps_hat: ``False`` is optax's way: ε beside √v̂, v̂ = v / (1 − β₂ᵗ), and not beside √v.
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
         decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        capturable: keep the step count on the device, so that a CUDA graph can hold the step.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step; PyTorch has none for RAdam.
 
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Liu et al., `On the Variance of the Adaptive Learning Rate and Beyond
     <https://arxiv.org/abs/1908.03265>`_ (2020), algorithm 2.
     """
 
-    dialects: ClassVar[Mapping[str, Any]] = {"fused": None}
+    dialects: ClassVar[Mapping[str, Any]] = {"fused": None, "eps_hat": True}
     torch_class = torch.optim.RAdam
     sparse_error = "RAdam does not support sparse gradients"
     foreach_captures_xla = False
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        decoupled_weight_decay: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        _checks.learning_rate(lr)
-        _checks.at_least_zero("epsilon value", eps)
-        _checks.betas(betas)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-            "foreach": foreach, "capturable": capturable, "decoupled_weight_decay": decoupled_weight_decay,
-            "differentiable": differentiable, "fused": fused,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        self, params: ParamsT, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0, decoupled_weight_decay: bool = False, *, foreach: bool | None = None,
+        maximize: bool = False, capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
+        eps_hat: bool = True,
+    ) -> None:  # fmt: skip
+        _checks.adam_family(lr, eps, betas, weight_decay)
+        _checks.flags(eps_hat=eps_hat)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
         return {"step": self.new_step(p, group), "exp_avg": self.like(p), "exp_avg_sq": self.like(p)}
@@ -99,6 +76,7 @@ class RAdam(RuleOptimizer):
         return SimpleNamespace(
             correction1=1 - beta1**t,
             correction2_sqrt=correction2**0.5,
+            eps=h.eps if h.eps_hat else h.eps * correction2**0.5,
             is_rectified=is_rectified,
             rectification=choose(is_rectified, rectification, lambda: 1.0),
         )
@@ -107,13 +85,11 @@ class RAdam(RuleOptimizer):
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         p, g, s = real_views(p, g, s)
         g = shrink_or_penalise(p, g, h)
-        beta1, beta2 = h.betas
-        exp_avg = s["exp_avg"].lerp_(g, 1 - beta1)
-        exp_avg_sq = s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        exp_avg, exp_avg_sq = moments_(p, g, s, h.betas)
         plain = exp_avg / c.correction1 * h.lr
 
         def rectified() -> Any:
-            adaptive = c.correction2_sqrt / saved(exp_avg_sq.sqrt(), h).add_(h.eps)
+            adaptive = c.correction2_sqrt / saved(exp_avg_sq.sqrt(), h).add_(c.eps)
             return plain * adaptive * c.rectification
 
         p.add_(choose(c.is_rectified, rectified, lambda: plain), alpha=-1.0)

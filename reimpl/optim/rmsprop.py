@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import descend, l2_penalty, real_views, saved
+from ._ops import descend, filled_like, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -22,11 +22,11 @@ class RMSprop(RuleOptimizer):
         d &= g \,/\, (\sqrt{v} + \epsilon) \\
         \theta &\leftarrow \theta - \gamma d
 
-    with v = ``square_avg``, 0 at first. ``centered`` takes v − ḡ² under the root, ḡ = ``grad_avg`` the running mean
+    with v = ``square_avg``. ``centered`` takes v − ḡ² under the root, ḡ = ``grad_avg`` the running mean
     of g. With ``momentum`` μ a buffer b = ``momentum_buffer`` stands between d and θ:
 
     ============================  ============================  ===============================
-    ``momentum_form``             buffer                        step (``nesterov``)
+    ``momentum_form``             buffer, 0 before              step (``nesterov``)
     ============================  ============================  ===============================
     ``"torch"``                   b ← μb + d                    θ ← θ − γb  (θ − γ(d + μb))
     ``"velocity"`` (O8m)          b ← μb − γd                   θ ← θ + b  (θ + μb − γd)
@@ -42,72 +42,44 @@ class RMSprop(RuleOptimizer):
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
         momentum: μ.
         centered: normalise by the variance instead of the second moment.
-        capturable: keep the step count on the device, so that a CUDA graph can hold the step.
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step; PyTorch has none for RMSprop.
-        eps_inside_sqrt: ε under the root, as in the notes, the paper and TensorFlow.
+        eps_inside_sqrt: ε under the root, as in the notes, the book and TensorFlow.
         momentum_form: where γ enters, see the table.
         nesterov: look ahead along the buffer; needs ``momentum``.
+        initial_accumulator_value: v before the first step; TensorFlow 1 and ``timm`` have 1.
+        decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
 
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O8, O8i (N0 eq. 4.68, N2 alg. 8.5), O8m (N2 §8.5.4); Hinton, lecture 6e (2012).
     """
 
     dialects: ClassVar[Mapping[str, Any]] = {
-        "fused": None,
-        "eps_inside_sqrt": False,
-        "momentum_form": "torch",
-        "nesterov": False,
-    }
+        "fused": None, "eps_inside_sqrt": False, "momentum_form": "torch", "nesterov": False,
+        "initial_accumulator_value": 0, "decoupled_weight_decay": False,
+    }  # fmt: skip
     torch_class = torch.optim.RMSprop
     late_options: ClassVar[Mapping[str, Any]] = {"momentum": 0, "centered": False}
     sparse_error = "RMSprop does not support sparse gradients"
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        *,
-        fused: bool | None = None,
-        eps_inside_sqrt: bool = False,
-        momentum_form: str = "torch",
-        nesterov: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
+        weight_decay: float = 0, momentum: float = 0, centered: bool = False, capturable: bool = False,
+        foreach: bool | None = None, maximize: bool = False, differentiable: bool = False, *, fused: bool | None = None,
+        eps_inside_sqrt: bool = False, momentum_form: str = "torch", nesterov: bool = False,
+        initial_accumulator_value: float = 0, decoupled_weight_decay: bool = False,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
-        _checks.at_least_zero("epsilon value", eps)
-        _checks.at_least_zero("momentum value", momentum)
-        _checks.at_least_zero("weight_decay value", weight_decay)
-        _checks.at_least_zero("alpha value", alpha)
+        _checks.each_at_least_zero(epsilon=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
+        _checks.each_at_least_zero(initial_accumulator_value=initial_accumulator_value)
         _checks.one_of("momentum_form", momentum_form, ("torch", "velocity"))
-        _checks.flag("eps_inside_sqrt", eps_inside_sqrt)
-        _checks.flag("nesterov", nesterov)
+        _checks.flags(eps_inside_sqrt=eps_inside_sqrt, nesterov=nesterov, decoupled_weight_decay=decoupled_weight_decay)
         if nesterov and momentum <= 0:
             raise ValueError("Nesterov momentum requires a momentum")
-        defaults = {
-            "lr": lr, "momentum": momentum, "alpha": alpha, "eps": eps, "centered": centered,
-            "weight_decay": weight_decay, "capturable": capturable, "foreach": foreach, "maximize": maximize,
-            "differentiable": differentiable, "fused": fused, "eps_inside_sqrt": eps_inside_sqrt,
-            "momentum_form": momentum_form, "nesterov": nesterov,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        state = {"step": self.new_step(p, group), "square_avg": self.like(p)}
+        start = filled_like(p, group["initial_accumulator_value"])
+        state = {"step": self.new_step(p, group), "square_avg": start}
         if group["momentum"] > 0:
             state["momentum_buffer"] = self.like(p)
         if group["centered"]:
@@ -116,7 +88,7 @@ class RMSprop(RuleOptimizer):
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
-        g = l2_penalty(p, g, h)
+        g = shrink_or_penalise(p, g, h)
         p, g, s = real_views(p, g, s)
         square_avg = s["square_avg"]
         square_avg.mul_(h.alpha).addcmul_(g, g, value=1 - h.alpha)

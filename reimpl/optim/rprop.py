@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import real_views, saved
+from ._ops import filled_like, real_views, saved
 from ._torch import ParamsT, plain_scalar
 
 
@@ -30,16 +30,8 @@ class Rprop(RuleOptimizer):
         lr: γ, a number or a tensor of one element.
         etas: η₋ in (0, 1) and η₊ above 1.
         step_sizes: the smallest and the largest η.
-        capturable: keep the step count on the device, so that a CUDA graph can hold the step.
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        maximize: ascend.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step; PyTorch has none for Rprop.
 
-    Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: a sparse gradient at ``step``; ``fused`` with ``foreach``, ``differentiable`` or complex
-            parameters.
+    ``maximize``, the options that choose how a step runs, and the errors are those of :mod:`reimpl.optim`.
 
     Source: O16; Riedmiller and Braun, `A Direct Adaptive Method for Faster Backpropagation Learning
     <https://doi.org/10.1109/ICNN.1993.298623>`_ (1993).
@@ -50,30 +42,17 @@ class Rprop(RuleOptimizer):
     sparse_error = "Rprop does not support sparse gradients"
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        etas: tuple[float, float] = (0.5, 1.2),
-        step_sizes: tuple[float, float] = (1e-6, 50),
-        *,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-2, etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50), *, capturable: bool = False, foreach: bool | None = None,
+        maximize: bool = False, differentiable: bool = False, fused: bool | None = None,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
         if not 0.0 < etas[0] < 1.0 < etas[1]:
             raise ValueError(f"Invalid eta values: {etas[0]}, {etas[1]}")
-        defaults = {
-            "lr": lr, "etas": etas, "step_sizes": step_sizes, "foreach": foreach, "maximize": maximize,
-            "differentiable": differentiable, "capturable": capturable, "fused": fused,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        start = plain_scalar(group["lr"])
-        step_size = torch.full_like(p if p.grad is None else p.grad, complex(start, start) if p.is_complex() else start)
+        step_size = filled_like(p if p.grad is None else p.grad, plain_scalar(group["lr"]))
         return {"step": self.new_step(p, group), "prev": self.like(p), "step_size": step_size}
 
     @staticmethod

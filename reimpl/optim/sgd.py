@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
-from ._ops import descend, l2_penalty
+from ._ops import descend, shrink_or_penalise
 from ._torch import ParamsT
 
 
@@ -37,12 +37,11 @@ class SGD(RuleOptimizer):
         dampening: τ, of the ``"torch"`` form alone.
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
         nesterov: look ahead along the buffer.
-        maximize: ascend.
-        foreach: run over all tensors at once; ``None`` takes PyTorch's choice.
-        differentiable: let autograd through the step.
-        fused: one kernel for the whole step.
         momentum_form: see the table.
         bias_correction: divide the average by 1 − μᵗ; of the ``"ewa"`` form alone.
+        decoupled_weight_decay: θ ← (1 − γλ)θ before the step in place of the penalty, as in ``AdamW``.
+
+    ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
 
     Raises:
         ValueError: an argument outside its range, or one that the form of momentum does not have.
@@ -51,7 +50,9 @@ class SGD(RuleOptimizer):
     Source: O1, O2 (N0 eq. 4.49, N2 alg. 8.2), O3 (N4), O5 (N0); Sutskever et al. (2013) for ``nesterov``.
     """
 
-    dialects: ClassVar[Mapping[str, Any]] = {"momentum_form": "torch", "bias_correction": False}
+    dialects: ClassVar[Mapping[str, Any]] = {
+        "momentum_form": "torch", "bias_correction": False, "decoupled_weight_decay": False,
+    }  # fmt: skip
     torch_class = torch.optim.SGD
     fused_sparse_error = "`_fused_sgd` does not support sparse gradients"
     lazy_state = ("momentum_buffer",)
@@ -59,42 +60,23 @@ class SGD(RuleOptimizer):
     foreach_refuses_autograd = False
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        momentum_form: str = "torch",
-        bias_correction: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
+        weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False,
+        foreach: bool | None = None, differentiable: bool = False, fused: bool | None = None,
+        momentum_form: str = "torch", bias_correction: bool = False, decoupled_weight_decay: bool = False,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
-        _checks.at_least_zero("momentum value", momentum)
-        _checks.at_least_zero("weight_decay value", weight_decay)
+        _checks.each_at_least_zero(momentum=momentum, weight_decay=weight_decay)
         _checks.one_of("momentum_form", momentum_form, ("torch", "velocity", "ewa"))
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        if dampening != 0 and momentum_form != "torch":
-            raise ValueError(f"dampening={dampening} needs momentum_form='torch', but it is {momentum_form!r}")
-        if nesterov and momentum_form == "ewa":
-            raise ValueError("nesterov=True needs momentum_form='torch' or 'velocity', but it is 'ewa'")
-        _checks.flag("bias_correction", bias_correction)
+        _checks.flags(bias_correction=bias_correction, decoupled_weight_decay=decoupled_weight_decay)
         if bias_correction and momentum >= 1:
             raise ValueError(f"bias_correction=True needs momentum below 1, but it is {momentum}")
-        if bias_correction and momentum_form != "ewa":
-            raise ValueError(f"bias_correction=True needs momentum_form='ewa', but it is {momentum_form!r}")
-        defaults = {
-            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "maximize": maximize, "foreach": foreach, "differentiable": differentiable,
-            "fused": fused, "momentum_form": momentum_form, "bias_correction": bias_correction,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        _checks.needs("dampening", dampening, "momentum_form", momentum_form, ("torch",))
+        _checks.needs("nesterov", nesterov, "momentum_form", momentum_form, ("torch", "velocity"))
+        _checks.needs("bias_correction", bias_correction, "momentum_form", momentum_form, ("ewa",))
+        super().__init__(params, _checks.arguments(locals()))
 
     def is_stateful(self, group: Group) -> bool:
         return bool(group["momentum"] != 0)
@@ -111,7 +93,7 @@ class SGD(RuleOptimizer):
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
-        g = l2_penalty(p, g, h)
+        g = shrink_or_penalise(p, g, h)
         if h.momentum == 0:
             descend(p, g, h.lr)
             return

@@ -211,6 +211,18 @@ def third_parties(
     return found
 
 
+def gradients_kept(optimizers: Mapping[str, torch.optim.Optimizer]) -> Callable[[], None]:
+    """A call that gives every parameter back the gradient that it has now: heavyball's step takes them away."""
+    params = [p for each in optimizers.values() for group in each.param_groups for p in group["params"]]
+    grads = [p.grad for p in params]
+
+    def restore() -> None:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+
+    return restore
+
+
 def time_steps(
     name: str,
     workload: str,

@@ -29,6 +29,7 @@ from scripts.step_times import (
     WORKLOADS,
     StepTimes,
     contenders,
+    gradients_kept,
     make_optimizer,
     make_parameters,
     third_parties,
@@ -135,7 +136,7 @@ def test_third_party_ratio(
         pytest.skip(f"no other library here has its own {optimizer}")
     ours = contenders(optimizer, load, device, ours=("fused",), torchs=())
     steps = {name: each.step for name, each in (ours | others).items()}
-    timings = interleave(steps, rounds=40, max_seconds=12, device=device)
+    timings = interleave(steps, rounds=30, setup=gradients_kept(ours | others), max_seconds=8, device=device)
     fastest = timings.fastest(list(others))
     ratio = timings.ratio("ours fused", fastest)
     times = StepTimes(optimizer, workload, device.type, timings)

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
-from operator import attrgetter
+from numbers import Real
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ._watch import PLAIN, SameItems, SameValues, walker, watch
 State = dict[str, Any]
 Group = dict[str, Any]
 
+_FIXED = (Real, str, Tensor, tuple)
 _FORM = attrgetter("dtype", "layout", "device")
 
 
@@ -122,16 +124,15 @@ class Plan:
 
     def run(self, numbers: list[Any], found_inf: Tensor | None) -> None:
         """One step of the tensors whose gradient's address is known; none, on a GPU, where ``found_inf`` is not 0."""
-        params, steps, places = self.params, self.steps, self.addresses[1]
-        if not places.all():
-            active = places.nonzero()[0].tolist()
-            params, steps = [params[i] for i in active], [steps[i] for i in active if steps]
+        steps, places = self.steps, self.addresses[1]
+        if steps and not places.all():
+            steps = [steps[i] for i in places.nonzero()[0].tolist()]
         if steps:
             torch._foreach_add_(steps, 1)
         self.launch(numbers, found_inf)
         if steps and found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
-        torch.autograd.graph.increment_version(params)
+        self.watch.count_change(places)
 
 
 def _settle(p: Tensor, s: State, numbers: tuple[str, ...]) -> None:
@@ -149,6 +150,7 @@ class Bundle:
 
     def __init__(self, optimizer: Any, group: Group, plans: list[Plan], structure: tuple[tuple[str, Any], ...]) -> None:
         self.plans, self.structure = plans, structure
+        self.options: tuple[list[Any], Any, list[Any]] | None = None
         self.params = SameItems(group["params"], walker())
         members = {id(p) for plan in plans for p in plan.params}
         self.outside = [p for p in group["params"] if id(p) not in members]
@@ -161,9 +163,20 @@ class Bundle:
             return self.all_states.dictionaries[0] is state and self.all_states.hold()
         return all(state.get(p) is s for plan in self.plans for p, s in zip(plan.params, plan.states, strict=True))
 
+    def _split(self, optimizer: Any, group: Group) -> tuple[Any, list[Any]]:
+        """``split_options`` of the group, anew only where an option is another object than it was."""
+        now = [group[key] for key in optimizer.defaults]
+        if self.options is None or len(now) != len(self.options[0]) or not all(map(is_, now, self.options[0])):
+            structure, numbers = split_options(_options(optimizer, group))
+            # an object that can be changed from within, such as a list, is looked at each time
+            fixed = all(value is None or isinstance(value, _FIXED) for value in now)
+            self.options = (now, structure, numbers) if fixed else None
+            return structure, numbers
+        return self.options[1:]
+
     def run(self, optimizer: Any, group: Group) -> bool:
         """The step, or ``False`` with nothing done where something changed."""
-        structure, numbers = split_options(_options(optimizer, group))
+        structure, numbers = self._split(optimizer, group)
         if (
             structure != self.structure
             or not self.params.hold(group["params"])

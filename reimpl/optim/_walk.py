@@ -1,7 +1,7 @@
 """Looks at parameters, gradients and state between two fused steps, without a Python call for each.
 
 One call to Python for each of a thousand small tensors costs more than the step itself. ``Walker`` asks the same
-questions in compiled loops: through C interfaces that PyTorch and Python keep stable, and at four offsets inside
+questions in compiled loops: through C interfaces that PyTorch and Python keep stable, and at a few offsets inside
 PyTorch's objects that are found out by looking at tensors whose contents are known. Where one of them cannot be found,
 or the loops' answers differ from Python's, there is no walker, and the questions are asked in Python.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import _kernel_cache
 
-_BODY_WORDS, _META_WORDS = 22, 16
-"""How much of a tensor's body, and of autograd's part of it, is searched: no more than there is."""
+_BODY_WORDS, _META_WORDS, _VERSION_WORDS = 22, 16, 3
+"""How much of a tensor's body, of autograd's part of it and of its version counter is searched; each is no smaller."""
 _SHIMS = ("data_ptr", "dtype", "dim", "sizes", "strides")
 
 
@@ -42,34 +42,56 @@ def _keys(t: Tensor) -> int:
     return int(torch._C._dispatch_keys(t).raw_repr())
 
 
+def _same(a: Tensor, b: Tensor) -> list[bool]:
+    """Which words of the bodies are equal."""
+    return [x == y for x, y in zip(_words(a._cdata, _BODY_WORDS), _words(b._cdata, _BODY_WORDS), strict=True)]
+
+
+def _storage(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)
+
+
 def _offsets() -> dict[str, int]:
-    """Where a Python tensor keeps its body, and the body its dispatch keys, autograd's part, and that the gradient.
+    """Where Python's tensor has its body, and the body its storage, version, form, keys and gradient.
 
     Raises:
         LookupError: not found, or found more than once.
     """
-    plain = torch.zeros(2, device="cpu")
+    plain, other = torch.zeros(2, 3, device="cpu"), torch.zeros(2, 3, device="cpu")
     samples = [plain, plain._neg_view(), torch.zeros(3, device="meta")]
-    in_python = [set(range(2, Tensor.__basicsize__ // 8)) for _ in samples]
-    for t, found in zip(samples, in_python, strict=True):
+    handle = [set(range(2, Tensor.__basicsize__ // 8)) for _ in samples]
+    for t, found in zip(samples, handle, strict=True):
         words = _words(id(t), Tensor.__basicsize__ // 8)
         found.intersection_update(i for i, w in enumerate(words) if w == t._cdata)
-    storage = [
-        [i for i, w in enumerate(_words(t._cdata, _BODY_WORDS)) if w == t.untyped_storage()._cdata] for t in samples
-    ]
-    in_body = [{i for i, w in enumerate(_words(t._cdata, _BODY_WORDS)) if w == _keys(t)} for t in samples]
+    keys = [{i for i, w in enumerate(_words(t._cdata, _BODY_WORDS)) if w == _keys(t)} for t in samples]
+    storage = _only([i for i, w in enumerate(_words(plain._cdata, _BODY_WORDS)) if w == _storage(plain)])
+    # the form is what comes after the last word in which two tensors of one form differ
+    form = max(i for i, same in enumerate(_same(plain, other)) if not same) + 1
+    # a tensor and its detached twin share their storage and their version, and nothing else that is their own
+    twin = plain.detach()
+    pairs = zip(_same(plain, twin), _same(plain, other), strict=True)
+    version = _only([i for i, (shared, equal) in enumerate(pairs) if shared and not equal and 8 * i != storage])
+    address = _words(plain._cdata + version, 1)[0]
+    counts = []
+    for _ in range(2):
+        counts.append(_words(address, _VERSION_WORDS))
+        plain.add_(1)
+    count = _only([i for i, (a, b) in enumerate(zip(*counts, strict=True)) if b == a + 1])
     before = _words(plain._cdata, _BODY_WORDS)
     plain.requires_grad_()
     after = _words(plain._cdata, _BODY_WORDS)
     meta = _only([i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b])
     address = _words(plain._cdata + meta, 1)[0]
     undefined = _words(address, _META_WORDS)
-    plain.grad = torch.ones(2, device="cpu")
+    plain.grad = torch.ones(2, 3, device="cpu")
     grad = _only([i for i, w in enumerate(_words(address, _META_WORDS)) if w == plain.grad._cdata])
     return {
-        "HANDLE": _only(list(set.intersection(*in_python))),
-        "KEYS": _only(list(set.intersection(*in_body))),
-        "STORAGE": _only(storage[0]),
+        "HANDLE": _only(list(set.intersection(*handle))),
+        "STORAGE": storage,
+        "VERSION": version,
+        "COUNT": count,
+        "FORM": 8 * form,
+        "KEYS": _only(list(set.intersection(*keys))),
         "META": meta,
         "GRAD": grad,
         "UNDEFINED": undefined[grad // 8],
@@ -121,13 +143,23 @@ class Walker:
         """Whether the tensors have these bodies, and lie there."""
         return bool(self._code.same_places(self._api, handles, bodies, storages, places))
 
-    def read_gradients(self, handles: Any, starts: Any, forms: Any, dtype: int, keys: int, room: Any) -> bool:
+    def marks(self, count: int) -> Any:
+        """Room for what ``count`` parameters and their gradients look like."""
+        return np.zeros((2, count, _BODY_WORDS - int(self._api[self._code.FORM]) // 8), dtype=np.int64)
+
+    def read_gradients(
+        self, handles: Any, starts: Any, forms: Any, dtype: int, keys: int, room: Any, marks: Any
+    ) -> bool:
         """Write to ``room[0]`` the gradients' addresses, 0 for none, 1 for an empty one.
 
         ``False`` where one is not a plain tensor of the dtype, sizes and strides given (sizes, then strides, of tensor
-        ``i`` in ``forms[starts[i] : starts[i + 1]]``).
+        ``i`` in ``forms[starts[i] : starts[i + 1]]``). ``marks`` is kept from call to call.
         """
-        return bool(self._code.read_gradients(self._api, handles, starts, forms, dtype, keys, room))
+        return bool(self._code.read_gradients(self._api, handles, starts, forms, dtype, keys, room, marks))
+
+    def count_change(self, bodies: Any, active: Any) -> None:
+        """``torch.autograd.graph.increment_version`` of the tensors with these bodies whose ``active`` is not 0."""
+        self._code.count_change(self._api, bodies, active)
 
 
 def find_walker() -> Walker | None:

@@ -20,9 +20,9 @@ from reimpl.optim._numba_ops import pointer, prefetch
 
 # places in ``api``, which ``_walk`` fills: addresses of C functions, offsets, and room for what the functions return
 DICT_NEXT, LIST_ITEM, DATA_PTR, DTYPE, DIM, SIZES, STRIDES = range(7)
-STORAGE, KEYS, META, GRAD, UNDEFINED = range(7, 12)
-RESULT, POSITION, KEY, VALUE = range(12, 16)
-API_SIZE = 16
+STORAGE, VERSION, COUNT, FORM, KEYS, META, GRAD, UNDEFINED = range(7, 15)
+RESULT, POSITION, KEY, VALUE = range(15, 19)
+API_SIZE = 19
 AHEAD = 8
 """How many tensors ahead lines are fetched: about as many as a processor has under way."""
 
@@ -108,9 +108,25 @@ def same_places(api: Any, tensors: Any, bodies: Any, storages: Any, places: Any)
     return True
 
 
-@njit("boolean(int64[::1], int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1])", cache=True)
-def read_gradients(api: Any, tensors: Any, starts: Any, forms: Any, dtype: Any, keys: Any, room: Any) -> Any:
+@njit(inline="always")
+def known(api: Any, body: Any, mark: Any) -> Any:
+    """Whether the words in which a body keeps sizes, strides and dtype are those of ``mark``."""
+    same = True
+    for k in range(len(mark)):
+        same &= word(body + api[FORM] + 8 * k) == mark[k]
+    return same
+
+
+@njit(
+    "boolean(int64[::1], int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1], int64[:, :, ::1])", cache=True
+)
+def read_gradients(
+    api: Any, tensors: Any, starts: Any, forms: Any, dtype: Any, keys: Any, room: Any, marks: Any
+) -> Any:
     """Write the gradients' addresses to ``room[0]``, 0 where there is none.
+
+    ``marks[0, i]`` and ``marks[1, i]`` keep what the bodies of parameter ``i`` and of its gradient looked like when
+    they were last asked for their form; what looks the same has the same.
 
     Returns:
         ``False`` where a parameter or its gradient is of another kind than expected: a subclass with operators of its
@@ -139,10 +155,25 @@ def read_gradients(api: Any, tensors: Any, starts: Any, forms: Any, dtype: Any, 
         handles[i] = 0
         if bodies[i] == api[UNDEFINED]:
             continue
-        for tensor in (tensors[i], gradient):
-            if not has_form(api, tensor, dtype, forms, starts[i], starts[i + 1]):
-                return False
+        for j, tensor in enumerate((tensors[i], gradient)):
+            body = word(tensor)
+            if not known(api, body, marks[j, i]):
+                if not has_form(api, tensor, dtype, forms, starts[i], starts[i + 1]):
+                    return False
+                for k in range(marks.shape[2]):
+                    marks[j, i, k] = word(body + api[FORM] + 8 * k)
         handles[i] = ask(api, DATA_PTR, gradient)
         if handles[i] == 0:  # an empty tensor has no address, and 0 says that there is no gradient
             handles[i] = 1
     return True
+
+
+@njit("void(int64[::1], int64[::1], int64[::1])", cache=True)
+def count_change(api: Any, bodies: Any, active: Any) -> None:
+    """Add one to the version, by which autograd sees that a tensor was changed, where ``active`` is not 0."""
+    n = len(bodies)
+    for i in range(n):
+        prefetch(word(bodies[min(i + AHEAD, n - 1)] + api[VERSION]))
+        counter = word(bodies[i] + api[VERSION])
+        if active[i] != 0 and counter != 0:  # tensors made in inference mode have none
+            carray(pointer(counter + api[COUNT]), (1,), np.uint32)[0] += np.uint32(1)

@@ -97,6 +97,11 @@ class Watch:
             row[i] = g.data_ptr() or 1
         return copies
 
+    def count_change(self, row: Any) -> None:
+        """Tell autograd that the parameters were changed whose gradient's address is in ``row``."""
+        params = self.params if row.all() else [self.params[i] for i in row.nonzero()[0].tolist()]
+        torch.autograd.graph.increment_version(params)
+
 
 def _plain(g: Tensor, p: Tensor) -> bool:
     return type(g) in PLAIN and g.dtype == p.dtype and not g.is_sparse and not g.is_neg() and g.shape == p.shape
@@ -117,8 +122,9 @@ class CompiledWatch(Watch):
             _starts(list(map(len, forms))),
             _array(list(chain.from_iterable(forms))),
             *walker.kind(params[0]),
+            np.zeros((2, len(params)), dtype=np.int64),
+            walker.marks(len(params)),
         )
-        self.room = np.zeros((2, len(params)), dtype=np.int64)
 
     def holds(self) -> bool:
         return self.states.hold() and self.walker.same_places(
@@ -126,10 +132,13 @@ class CompiledWatch(Watch):
         )
 
     def gradients(self, row: Any) -> list[Tensor] | None:
-        if not self.walker.read_gradients(*self.form, self.room):
+        if not self.walker.read_gradients(*self.form):
             return super().gradients(row)
-        row[:] = self.room[0]
+        row[:] = self.form[5][0]
         return []
+
+    def count_change(self, row: Any) -> None:
+        self.walker.count_change(self.bodies[: len(self.params)], row)
 
 
 def watch(params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> Watch:
@@ -156,10 +165,14 @@ def _agrees(walker: Walker) -> bool:
     rows = [np.zeros(len(params), dtype=np.int64) for _ in watches]
 
     def alike(holds: bool, readable: bool) -> bool:
-        read = walker.read_gradients(*watches[1].form, watches[1].room)
+        read = walker.read_gradients(*watches[1].form)
         if read:
             for each, row in zip(watches, rows, strict=True):
                 each.gradients(row)
+                versions = [p._version for p in params]
+                each.count_change(row)
+                if [p._version - v for p, v in zip(params, versions, strict=True)] != [int(x != 0) for x in row]:
+                    return False
         same = [each.holds() for each in watches] == [holds, holds]
         return same and read == readable and bool((rows[0] == rows[1]).all())
 

@@ -1,11 +1,6 @@
 """The harness, for anyone's optimizer or kernel: declarations, derived tolerances, recorder and independence guard."""
 
-from reimpl.testing.comparison import (
-    OptimizerComparison,
-    Outcome,
-    assert_optimizers_agree,
-    compare_optimizers,
-)
+from reimpl.testing.comparison import assert_optimizers_agree, compare_optimizers
 from reimpl.testing.declarations import (
     COMPLEX_DTYPES,
     REAL_DTYPES,
@@ -25,6 +20,7 @@ from reimpl.testing.optimizer_checks import (
     compare_with_oracle,
 )
 from reimpl.testing.optimizer_names import load_optimizer
+from reimpl.testing.outcomes import OptimizerComparison, Outcome
 from reimpl.testing.recorder import Recorder, read_record
 from reimpl.testing.samples import SEEDS, random_tensor, seeded_generator
 from reimpl.testing.scenarios import SCENARIOS, Scenario

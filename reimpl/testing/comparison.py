@@ -157,8 +157,20 @@ class _Bench:
         )
         self.reference_kwargs = {**reference_kwargs, **loop}
         self.device, self.seed, self.state, self.bitwise, self.forgiving = device, seed, state, bitwise, forgiving
-        self.layouts = self._common_layouts()
+        self._usual_limits: dict[torch.dtype, dict[str, float]] = {}
+        self.sparse = False
+        try:
+            self.layouts = self._common_layouts()
+        except ValueError as dense:
+            self.sparse = True
+            try:
+                self.layouts = self._common_layouts()
+            except ValueError:
+                raise dense from None
         self.param_scale = self._param_scale()
+
+    def _conditions(self, **conditions: Any) -> Conditions:
+        return Conditions(device=self.device, seed=self.seed, sparse=self.sparse, **conditions)
 
     def variants(self, wanted: Mapping[str, Mapping[str, Any]], result: OptimizerComparison) -> dict[str, Any]:
         """The implementations that the subject takes; what is left out is noted in ``result``."""
@@ -182,9 +194,9 @@ class _Bench:
         """One outcome for each implementation."""
         layouts = self.layouts if scenario.layouts is None else scenario.layouts
         scale = self.param_scale if dtype in LOW_DTYPES else 1.0
-        hazards = Conditions(dtype, self.device, self.seed, scale)
+        hazards = self._conditions(dtype=dtype, param_scale=scale)
         plain = dataclasses.replace(hazards, plain=True, negated=scenario.negated)
-        yardstick = self._yardstick(scenario, layouts, plain)
+        yardstick = self._widened(scenario, layouts, plain)
         outcomes = []
         for name, flags in variants.items():
             conditions = dataclasses.replace(hazards, detached=name == "differentiable")
@@ -202,6 +214,15 @@ class _Bench:
                 perturbed = dataclasses.replace(perturbed, wide=True)
         moved = self._walk(scenario, layouts, perturbed) if reference.failure is None else None
         return Yardstick(reference, truth, moved, plain.dtype, bitwise=self.bitwise)
+
+    def _widened(self, scenario: Scenario, layouts: Sequence[Layout], plain: Conditions) -> Yardstick:
+        """The scenario's yardstick with the limits of the first one, which has tensors enough for the largest error."""
+        yardstick = self._yardstick(scenario, layouts, plain)
+        if plain.dtype not in self._usual_limits:
+            usual = self._yardstick(SCENARIOS[0], self.layouts, dataclasses.replace(plain, negated=False))
+            self._usual_limits[plain.dtype] = usual.limits
+        yardstick.widen(self._usual_limits[plain.dtype])
+        return yardstick
 
     def _walk(self, scenario: Scenario, layouts: Sequence[Layout], conditions: Conditions) -> Trace:
         arguments = {} if conditions.plain else scenario.arguments
@@ -234,7 +255,7 @@ class _Bench:
         if (same_way.failure is None) != (trace.failure is None):
             return False
         beside = Yardstick(same_way, None, None, hazards.dtype, bitwise=self.bitwise)
-        beside.limits = {entry: yardstick.limits.get(entry, limit) for entry, limit in beside.limits.items()}
+        beside.widen(yardstick.limits)
         return beside.compare(trace, state=self.state).divergence is None
 
     def _common_layouts(self) -> tuple[Layout, ...]:
@@ -244,25 +265,20 @@ class _Bench:
             ValueError: there is none, because the arguments are refused or for what the classes raise.
         """
         kept, failures = [], list[str]()
+        sides = ((self.subject, self.subject_kwargs), (self.reference, self.reference_kwargs))
         for layout in USUAL_LAYOUTS:
-            tried = {
-                who: walk(_ONE_STEP, cls, kwargs, [layout], Conditions(torch.float64, self.device, self.seed))
-                for who, cls, kwargs in (
-                    (described(self.subject), self.subject, self.subject_kwargs),
-                    (described(self.reference), self.reference, self.reference_kwargs),
-                )
-            }
-            failed = {who: trace.failure for who, trace in tried.items() if trace.failure is not None}
-            failures += [f"{who} {failure}" for who, failure in failed.items()]
+            tried = [(cls, walk(_ONE_STEP, cls, kwargs, [layout], self._conditions())) for cls, kwargs in sides]
+            failed = [f"{described(cls)} {trace.failure}" for cls, trace in tried if trace.failure is not None]
+            failures += failed
             if not failed:
                 kept.append(layout)
         if not kept:
-            raise ValueError(f"no usual parameter that both step on: {failures[0]}")
+            raise ValueError(f"there is no usual parameter that both step on: {failures[0]}")
         return tuple(kept)
 
     def _param_scale(self) -> float:
         """A power of two that makes parameters as large as a few steps, which low precision would round away."""
-        conditions = Conditions(torch.float64, self.device, self.seed, plain=True)
+        conditions = self._conditions(plain=True)
         before, after = self._walk(_ONE_STEP, self.layouts, conditions).seen
         steps = [(after[key] - value).abs().flatten() for key, value in before.items() if key[1] == PARAM]
         typical = float(np.median(torch.cat(steps).cpu().numpy()))
@@ -273,7 +289,7 @@ class _Bench:
         layouts, ways = self.layouts, []
         for seed in (0, 1):
             with torch.random.fork_rng(devices=[]):
-                draws = Conditions(torch.float64, self.device, self.seed, generator_seed=seed)
+                draws = self._conditions(generator_seed=seed)
                 ways.append(walk(SCENARIOS[0], self.subject, self.subject_kwargs, layouts, draws))
         pairs = [zip(a.items(), b.values()) for a, b in zip(ways[0].seen, ways[1].seen)]
         return any(not torch.equal(x, y) for pair in pairs for (key, x), y in pair if key[1] == PARAM)

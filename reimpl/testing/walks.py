@@ -66,6 +66,7 @@ class Conditions:
         perturbed: move each initial value and gradient by up to one ulp of ``dtype``; a plain walk only.
         negated: gradients with the other sign.
         detached: parameters that do not require a gradient, as ``differentiable`` wants them.
+        sparse: every gradient is sparse.
         generator_seed: of the global generator before the first step.
     """
 
@@ -78,6 +79,7 @@ class Conditions:
     perturbed: bool = False
     negated: bool = False
     detached: bool = False
+    sparse: bool = False
     generator_seed: int = 0
 
     @property
@@ -239,7 +241,7 @@ class Walk:
                 continue
             arrange = layout.arrange_grad or layout.arrange
             values = self._draw(layout, arrange, -scale if self.conditions.negated else scale, "grad", step)
-            grads.append(sparse_rows(values, step) if sparse else values)
+            grads.append(sparse_rows(values, step) if sparse or self.conditions.sparse else values)
         return grads
 
     def _draw(

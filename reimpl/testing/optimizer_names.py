@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,12 +42,16 @@ def load_optimizer(name: str) -> type[torch.optim.Optimizer]:
 
 
 def described(optimizer: OptimizerClass) -> str:
-    """The class's dotted name, as far as it has one; without modules that begin with an underscore."""
+    """The shortest dotted name under which the class can be imported, as far as it has one."""
     if isinstance(optimizer, functools.partial):
         return described(optimizer.func)
-    module = getattr(optimizer, "__module__", "")
-    name = getattr(optimizer, "__qualname__", type(optimizer).__qualname__)
-    return f"{module}.{name}" if module and module != "__main__" else name
+    name = str(getattr(optimizer, "__qualname__", type(optimizer).__qualname__))
+    parts = str(getattr(optimizer, "__module__", "")).split(".")
+    for count in range(1, len(parts) + 1):
+        module = ".".join(parts[:count])
+        if getattr(sys.modules.get(module), name, None) is optimizer:
+            return f"{module}.{name}" if module != "__main__" else name
+    return name
 
 
 def takes(optimizer: OptimizerClass, argument: str) -> bool:

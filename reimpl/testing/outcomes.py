@@ -57,6 +57,29 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Parting:
+    """Cases that part in the same way: the same number is off, or the same is raised.
+
+    Args:
+        implementations: how the subject ran.
+        scenarios: in which it parts.
+        dtypes: of any of them.
+        outcomes: the cases; the first stands for all.
+    """
+
+    implementations: tuple[str, ...]
+    scenarios: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
+
+    def described(self, most: int = 8) -> str:
+        """Implementations, scenarios (a count, where they are more than ``most``) and dtypes in one line."""
+        few = len(self.scenarios) <= most
+        scenarios = "; ".join(self.scenarios) if few else f"{self.scenarios[0]} and {len(self.scenarios) - 1} others"
+        return f"{', '.join(self.implementations)} · {scenarios} · {', '.join(self.dtypes)}"
+
+
+@dataclass(frozen=True)
 class Skipped:
     """What was not run, and why."""
 
@@ -83,6 +106,27 @@ class OptimizerComparison:
         """The cases in which the two do not do the same."""
         return [outcome for outcome in self.outcomes if not outcome.ok]
 
+    def kinds(self) -> list[Parting]:
+        """The partings, with those of a kind together."""
+        ways: dict[tuple[str, str, str], list[Outcome]] = {}
+        for outcome in self.partings:
+            raised = f"{outcome.subject}, {outcome.reference}".replace(outcome.dtype, "")
+            what = outcome.divergence.entry if outcome.divergence else raised
+            ways.setdefault((outcome.implementation, outcome.status, what), []).append(outcome)
+        kinds: dict[tuple[object, ...], list[Outcome]] = {}
+        for (_, status, what), outcomes in ways.items():
+            cases = tuple((outcome.scenario, outcome.dtype) for outcome in outcomes)
+            kinds.setdefault((status, what, cases), []).extend(outcomes)
+        return [
+            Parting(
+                tuple(dict.fromkeys(outcome.implementation for outcome in outcomes)),
+                tuple(dict.fromkeys(outcome.scenario for outcome in outcomes)),
+                tuple(dict.fromkeys(outcome.dtype for outcome in outcomes)),
+                tuple(outcomes),
+            )
+            for outcomes in kinds.values()
+        ]
+
     @property
     def compared(self) -> int:
         """Cases in which numbers were compared."""
@@ -101,12 +145,13 @@ class OptimizerComparison:
         said = f"{len(self.outcomes)} cases, {bitwise} equal to the last bit"
         return f"{said}, {len(self.partings)} part" if self.partings else f"{said}, none part"
 
-    def summary(self, limit: int = 20) -> str:
-        """The headline and the first ``limit`` partings in words."""
+    def summary(self) -> str:
+        """The headline, and one case of each kind of parting in words."""
         lines = [f"{self.subject} against {self.reference}: {self.headline()}"]
-        lines += [f"  {outcome}" for outcome in self.partings[:limit]]
-        if len(self.partings) > limit:
-            lines.append(f"  … and {len(self.partings) - limit} more")
+        for kind in self.kinds():
+            lines.append(f"  {kind.outcomes[0]}")
+            if len(kind.outcomes) > 1:
+                lines.append(f"    and so {len(kind.outcomes) - 1} more: {kind.described()}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

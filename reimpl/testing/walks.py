@@ -274,9 +274,9 @@ class Walk:
                 seen[name, "a view of it taken before"] = self._comparable(view, param)
             state = self.optimizer.state
             for path, value in _leaves(state.get(param, {})):
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
                     seen[name, path] = self._comparable(value, param)
-                elif isinstance(value, (bool, int, float)):
+                elif isinstance(value, (bool, int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0):
                     seen[name, path] = torch.tensor(float(value), dtype=torch.float64)
         self.trace.seen.append(seen)
         self.trace.others.append(rest)

@@ -130,7 +130,7 @@ class Yardstick:
         for step, seen in enumerate(trace.seen[: len(self._arrays)]):
             for key, value in seen.items():
                 exact = self._arrays[step].get(key)
-                if exact is not None and exact.shape == tuple(value.shape):
+                if exact is not None and exact.shape == tuple(value.shape) and _alike(exact, value):
                     ulp = locate_error(value, exact, self._scales[step][key], _coarser(self.dtype, value.dtype)).ulp
                     if np.isfinite(ulp):
                         errors[key[1]] = max(errors.get(key[1], 0.0), ulp)
@@ -171,9 +171,11 @@ class Yardstick:
         ]
 
     def _judge(self, step: int, key: Key, value: torch.Tensor, expected: torch.Tensor) -> Divergence:
-        exact, scale = real_parts(self._arrays[step][key]), real_parts(self._scales[step][key])
         dtype = _coarser(_coarser(self.dtype, value.dtype), expected.dtype)
-        mine, theirs = real_parts(to_oracle(value)), real_parts(to_oracle(expected))
+        arrays = [to_oracle(value), to_oracle(expected), self._arrays[step][key], self._scales[step][key]]
+        if any(np.iscomplexobj(array) for array in arrays):  # a real state beside a complex one is a difference, too
+            arrays = [array + 0j for array in arrays]
+        mine, theirs, exact, scale = map(real_parts, arrays)
         apart = locate_error(mine, theirs, scale, dtype)
         # The reference's own number is right by definition, and where it overflowed on its own it is no measure.
         excused = (mine == theirs) | (np.isnan(mine) & np.isnan(theirs)) | (~np.isfinite(theirs) & np.isfinite(exact))
@@ -192,6 +194,11 @@ def _is_state(key: Key) -> bool:
     return key[1] != PARAM and " " not in key[1]  # what a scenario looks at besides is named in words
 
 
+def _alike(exact: Array, value: torch.Tensor) -> bool:
+    """Whether both are complex or both are real."""
+    return np.iscomplexobj(exact) == value.is_complex()
+
+
 def _path_scales(path: list[dict[Key, Array]]) -> list[dict[Key, Array]]:
     """Element by element, the largest that each number and its change have been so far."""
     scales: list[dict[Key, Array]] = []
@@ -200,7 +207,8 @@ def _path_scales(path: list[dict[Key, Array]]) -> list[dict[Key, Array]]:
         for key, value in arrays.items():
             before = path[step - 1].get(key) if step else None
             same = before is not None and before.shape == value.shape
-            change = value - before if same and before is not None else value
+            with np.errstate(invalid="ignore"):  # inf - inf
+                change = value - before if same and before is not None else value
             largest = _larger(value, change)
             earlier = scales[step - 1].get(key) if step else None
             now[key] = _larger(largest, earlier) if earlier is not None and earlier.shape == value.shape else largest

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,22 @@ class Entry:
 
     subject: str
     against: str | None = None
-    subject_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     against_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """A library: every optimizer class of ``module`` but ``left_out``, and ``pairs`` with a reference."""
+    """A library: every optimizer class of ``module`` but those left out, and ``pairs`` with a reference.
 
-    package: str
+    ``prepare`` is called before the first of them.
+    """
+
     module: str
     pairs: tuple[Entry, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
-    kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    prepare: str = ""
+    implementations: tuple[str, ...] | None = None
+    prepare: Callable[[], None] = lambda: None
 
     def entries(self) -> Iterator[Entry]:
         """All comparisons, each class against itself first."""
@@ -46,57 +49,101 @@ class Catalogue:
         for name, value in sorted(vars(module).items()):
             own = inspect.isclass(value) and value.__module__.split(".")[0] == self.module.split(".")[0]
             if own and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", *self.left_out):
-                yield Entry(f"{self.module}.{name}", subject_kwargs=self.kwargs.get(name, {}))
+                yield Entry(f"{self.module}.{name}")
         yield from self.pairs
 
+    def matching(self, match: str) -> Iterator[Entry]:
+        """Those entries whose class's name matches the shell pattern."""
+        return (entry for entry in self.entries() if fnmatch(entry.subject.rpartition(".")[2], match))
+
+
+def _heavyball_without_compiling() -> None:
+    """Its steps as they are written: compiling each of them takes minutes on a CPU."""
+    importlib.import_module("heavyball.utils").compile_mode = None
+
+
+_CLOSURE = "its step needs a closure, and evaluates it more than once"
+_WRAPS = "it wraps another optimizer or a model"
+_SLOW = "it factorises matrices, and the run takes minutes"
 
 CATALOGUES: Mapping[str, Catalogue] = {
-    "torch": Catalogue(
-        "torch", "torch.optim", left_out={"LBFGS": "its step needs a closure that is called repeatedly"}
+    "torch": Catalogue("torch.optim", left_out={"LBFGS": _CLOSURE}),
+    "timm": Catalogue(
+        "timm.optim",
+        (
+            Entry("timm.optim.AdamWLegacy", "torch.optim.AdamW"),
+            Entry("timm.optim.SGDW", "torch.optim.SGD", {"momentum": 0.9, "nesterov": True}),
+            Entry("timm.optim.NAdamLegacy", "torch.optim.NAdam"),
+            Entry(
+                "timm.optim.RMSpropTF", "reimpl.optim.RMSprop", {"lr": 0.01},
+                {"alpha": 0.9, "eps": 1e-10, "eps_inside_sqrt": True},
+            ),
+        ),
+        {"Lookahead": _WRAPS, "Adahessian": "it differentiates the gradients, which a graph must belong to"},
     ),
-    "timm": Catalogue("timm", "timm.optim"),
-    "pytorch_optimizer": Catalogue("pytorch_optimizer", "pytorch_optimizer"),
-    "heavyball": Catalogue("heavyball", "heavyball"),
-}
+    "pytorch_optimizer": Catalogue(
+        "pytorch_optimizer",
+        (
+            Entry("pytorch_optimizer.AdaDelta", "torch.optim.Adadelta"),
+            Entry("pytorch_optimizer.AdaMax", "torch.optim.Adamax"),
+            Entry("pytorch_optimizer.SGDW", "torch.optim.SGD", {"momentum": 0.9}),
+        ),
+        implementations=("default", "forloop"),
+    ),
+    "heavyball": Catalogue(
+        "heavyball",
+        (
+            Entry("heavyball.AdamW", "torch.optim.AdamW", {"lr": 0.01, "weight_decay": 0.0}),
+            Entry("heavyball.SGD", "torch.optim.SGD", {"lr": 0.01}),
+        ),
+        prepare=_heavyball_without_compiling,
+    ),
+}  # fmt: skip
 
 
-def run_catalogue(catalogue: Catalogue, console: Console, json: Path | None = None) -> int:
-    """Run every entry, print the tables, and write the results to ``json``; the exit status."""
+def run_catalogue(catalogue: Catalogue, match: str, console: Console, json: Path | None = None) -> int:
+    """Run every entry that matches, print the table, and write the results to ``json``; the exit status."""
     done: list[OptimizerComparison] = []
-    not_run: dict[str, str] = dict(catalogue.left_out)
-    with console.status(catalogue.package) as status:
-        for entry in catalogue.entries():
+    not_run = {name: why for name, why in catalogue.left_out.items() if fnmatch(name, match)}
+    catalogue.prepare()
+    with console.status(catalogue.module) as status:
+        for entry in catalogue.matching(match):
             status.update(entry.subject)
             try:
-                done.append(_run(entry))
+                done.append(_run(entry, catalogue.implementations))
             except (ValueError, TypeError) as error:
-                not_run[entry.subject] = str(error)
+                not_run[entry.subject.rpartition(".")[2]] = str(error)
     if json is not None:
         write_json(json, [result.as_dict() for result in done])
     print(markdown(catalogue, done, not_run))
     return 0 if all(result.ok for result in done) else 1
 
 
-def _run(entry: Entry) -> OptimizerComparison:
+def _run(entry: Entry, implementations: tuple[str, ...] | None) -> OptimizerComparison:
+    """``kwargs`` of the entry go to both; the reference's own are added to them."""
     return compare_optimizers(
         load_optimizer(entry.subject),
         None if entry.against is None else load_optimizer(entry.against),
-        subject_kwargs=entry.subject_kwargs,
+        kwargs=entry.kwargs,
         reference_kwargs=entry.against_kwargs,
+        implementations=implementations,
     )
 
 
 def markdown(catalogue: Catalogue, done: list[OptimizerComparison], not_run: Mapping[str, str]) -> str:
-    """The page's tables for one library."""
+    """The table for one library: a row for each comparison, and what was not run."""
+    package = catalogue.module.split(".")[0]
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, CPU, {date.today().isoformat()}"
+    title = versions if package == "torch" else f"{package} {version(package)}, {versions}"
     lines = [
-        f"{catalogue.package} {version(catalogue.package)}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, CPU, {date.today().isoformat()}",
+        f"{title}:",
         "",
         "| class | against | cases | same bits | both refuse | parts | raises | where |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *map(_row, done),
+        "",
+        *(f"Not run: `{name}`: {why.rstrip('.')}.\n" for name, why in not_run.items()),
     ]
-    lines += [_row(result) for result in done]
-    lines += ["", *(f"Not run: `{name}`: {why}." for name, why in not_run.items())]
     return "\n".join(lines)
 
 
@@ -104,10 +151,14 @@ def _row(result: OptimizerComparison) -> str:
     def count(status: str) -> int:
         return sum(outcome.status == status for outcome in result.outcomes)
 
-    own = result.subject == result.reference
     same = sum(outcome.status == "agrees" and outcome.bitwise for outcome in result.outcomes)
     name = result.subject.rpartition(".")[2]
-    against = "itself" if own else f"`{result.reference}`"
-    where = "<br>".join(kind.described() for kind in result.kinds()) or "—"
+    against = "itself" if result.subject == result.reference else f"`{_call(result)}`"
+    where = "<br>".join(f"{kind.outcomes[0].status}: {kind.described()}" for kind in result.kinds()) or "—"
     counts = (len(result.outcomes), same, count("both refuse"), count("parts"), count("raises"))
     return f"| `{name}` | {against} | {' | '.join(map(str, counts))} | {where} |"
+
+
+def _call(result: OptimizerComparison) -> str:
+    arguments = ", ".join(f"{key}={value}" for key, value in result.reference_arguments.items())
+    return f"{result.reference}({arguments})" if arguments else result.reference

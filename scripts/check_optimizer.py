@@ -61,7 +61,9 @@ class Options:
     all: bool = False
     """Show every parting, not the first of each kind."""
     catalogue: Literal["torch", "timm", "pytorch_optimizer", "heavyball"] | None = None
-    """Run a whole library instead of one class, and print its tables in Markdown."""
+    """Run a whole library instead of one class, and print its table in Markdown."""
+    match: str = "*"
+    """Only the classes of the catalogue whose names match this shell pattern."""
 
 
 def split_settings(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -128,7 +130,7 @@ def main(options: Options, console: Console) -> int:
     """Run what ``options`` ask for; the exit status, 2 with one line on the standard error for a bad question."""
     try:
         if options.catalogue is not None:
-            return run_catalogue(CATALOGUES[options.catalogue], console, options.json)
+            return run_catalogue(CATALOGUES[options.catalogue], options.match, console, options.json)
         return check(options, console)
     except (ValueError, TypeError, OSError) as error:
         print(f"check_optimizer: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from reimpl.testing.walks import PARAM, VIEW
 from reimpl.testing.yardstick import Divergence
 
 Status = Literal["agrees", "both refuse", "both leave", "parts", "raises"]
@@ -111,7 +112,7 @@ class OptimizerComparison:
         ways: dict[tuple[str, str, str], list[Outcome]] = {}
         for outcome in self.partings:
             raised = f"{outcome.subject}, {outcome.reference}".replace(outcome.dtype, "")
-            what = outcome.divergence.entry if outcome.divergence else raised
+            what = outcome.divergence.entry.removeprefix(VIEW) or PARAM if outcome.divergence else raised
             ways.setdefault((outcome.implementation, outcome.status, what), []).append(outcome)
         kinds: dict[tuple[object, ...], list[Outcome]] = {}
         for (_, status, what), outcomes in ways.items():

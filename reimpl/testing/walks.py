@@ -19,7 +19,9 @@ from reimpl.testing.samples import random_tensor, seeded_generator
 
 Key = tuple[str, str]  # the tensor's name, and "param" or the path of a state entry
 
+#: Entries that are no state: the parameter, and a view of it that was taken before the first step.
 PARAM = "param"
+VIEW = "a view of it taken before"
 _CPU = torch.device("cpu")
 
 
@@ -163,9 +165,10 @@ class Walk:
         self._look({}, others)
 
     def set_rates(self, factor: float) -> None:
-        """``group["lr"]`` becomes ``factor`` times what it was at construction."""
+        """``group["lr"]`` becomes ``factor`` times what it was at construction; a rate of its own choice is left."""
         for group, rate in zip(self.optimizer.param_groups, self._rates):
-            group["lr"] = rate * factor
+            if rate is not None:
+                group["lr"] = rate * factor
 
     def reload(self, *, through_a_file: bool = False) -> None:
         """Go on with a new optimizer over copies of the parameters that loads the state dict of this one."""
@@ -183,7 +186,7 @@ class Walk:
         self.phase = "construction"
         copies = iter(clone_params(self._parameters()))
         groups = [
-            {"params": [next(copies) for _ in group["params"]], **({"lr": rate} if "lr" in group else {})}
+            {"params": [next(copies) for _ in group["params"]], **({} if rate is None else {"lr": rate})}
             for group, rate in zip(self.optimizer.param_groups, self._rates)
         ]
         fresh = self._make(groups, **copy.deepcopy(self._kwargs))
@@ -201,9 +204,10 @@ class Walk:
         """``add_param_group`` with a rate of its own."""
         self.phase = "add_param_group"
         params = [self._parameter(layout) for layout in layouts]
-        self.optimizer.add_param_group({"params": params, "lr": self._rates[0] * rate_factor})
+        rate = None if self._rates[0] is None else self._rates[0] * rate_factor
+        self.optimizer.add_param_group({"params": params, **({} if rate is None else {"lr": rate})})
         self._layouts += layouts
-        self._rates.append(self._rates[0] * rate_factor)
+        self._rates.append(rate)
         names = [self._name(len(self._layouts) - len(layouts) + i) for i in range(len(layouts))]
         start = self.trace.seen[-1]
         start.update({(name, PARAM): self._comparable(p, p) for name, p in zip(names, params)})
@@ -220,7 +224,7 @@ class Walk:
         torch.manual_seed(self.conditions.generator_seed + self.trace.steps)
 
     def _note_rates(self) -> None:
-        self._rates = [copy.deepcopy(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
+        self._rates = [copy.deepcopy(group.get("lr")) for group in self.optimizer.param_groups]
 
     def _parameters(self) -> list[torch.Tensor]:
         return parameters(self.optimizer)
@@ -271,7 +275,7 @@ class Walk:
             seen[name, PARAM] = self._comparable(param, param)
             if self._views:
                 view = param if self.conditions.plain else self._views[index]
-                seen[name, "a view of it taken before"] = self._comparable(view, param)
+                seen[name, VIEW] = self._comparable(view, param)
             state = self.optimizer.state
             for path, value in _leaves(state.get(param, {})):
                 if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):

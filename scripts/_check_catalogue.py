@@ -88,6 +88,7 @@ CATALOGUES: Mapping[str, Catalogue] = {
             Entry("pytorch_optimizer.AdaMax", "torch.optim.Adamax"),
             Entry("pytorch_optimizer.SGDW", "torch.optim.SGD", {"momentum": 0.9}),
         ),
+        dict.fromkeys(("Alice", "Conda", "DASH", "SOAP", "SPlus", "Shampoo", "TRAC"), _SLOW),
         implementations=("default", "forloop"),
     ),
     "heavyball": Catalogue(
@@ -96,6 +97,17 @@ CATALOGUES: Mapping[str, Catalogue] = {
             Entry("heavyball.AdamW", "torch.optim.AdamW", {"lr": 0.01, "weight_decay": 0.0}),
             Entry("heavyball.SGD", "torch.optim.SGD", {"lr": 0.01}),
         ),
+        {
+            **dict.fromkeys(("SAMWrapper", "SplitOpt"), _WRAPS),
+            **dict.fromkeys(
+                (
+                    "HeavyKLSOAP", "HeavyKLShampoo", "HeavySOAP", "HeavySOAPAdEMAMix", "HeavySOAPNAdam", "HeavySOLP",
+                    "KLSOAP", "KLShampoo", "LATHER", "PSGDBase", "PSGDKron", "PSGDLRA", "PSGDPRO", "QSGD", "SOAP",
+                    "SOAPAdEMAMix", "SOAPBase", "SOAPNAdam", "SOLP", "SUDSAdamW",
+                ),
+                _SLOW,
+            ),
+        },
         prepare=_heavyball_without_compiling,
     ),
 }  # fmt: skip

@@ -59,7 +59,8 @@ class Catalogue:
 
 def _heavyball_without_compiling() -> None:
     """Its steps as they are written: compiling each of them takes minutes on a CPU."""
-    importlib.import_module("heavyball.utils").compile_mode = None
+    settings: Any = importlib.import_module("heavyball.utils")
+    settings.compile_mode = None
 
 
 _CLOSURE = "its step needs a closure, and evaluates it more than once"

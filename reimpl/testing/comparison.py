@@ -88,17 +88,21 @@ def compare_optimizers(
     )
     # A fault that two classes share is no difference between them; held against itself, a class has no such excuse.
     forgiving = reference is not subject
-    bench = _Bench(subject, reference, mine, theirs, torch.device(device), seed, state, bitwise, forgiving)
-    chosen = _choose(scenarios, {s.name: s for s in SCENARIOS}, "scenario")
-    variants = bench.variants(_choose(implementations, VARIANTS, "implementation"), result)
-    result.random = bench.is_random()
-    for scenario in chosen.values():
-        missing = [name for name in scenario.arguments if not takes(subject, name)]
-        if missing:
-            result.skipped.append(Skipped(scenario.name, f"{described(subject)} takes no argument {missing[0]}"))
-            continue
-        for dtype in _dtypes_of(scenario, dtypes):
-            result.outcomes += bench.run(scenario, dtype, variants)
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices):  # each step is seeded; the caller's generator stays where it is
+        bench = _Bench(subject, reference, mine, theirs, torch.device(device), seed, state, bitwise, forgiving)
+        chosen = _choose(scenarios, {s.name: s for s in SCENARIOS}, "scenario")
+        variants = bench.variants(_choose(implementations, VARIANTS, "implementation"), result)
+        result.random = bench.is_random()
+        result.outcomes += bench.refusals(result)
+        for scenario in chosen.values():
+            missing = [name for name in scenario.arguments if not takes(subject, name)]
+            if missing:
+                why = f"{described(subject)} takes no argument {missing[0]}"
+                result.skipped.append(Skipped(scenario.name, why))
+                continue
+            for dtype in _dtypes_of(scenario, dtypes):
+                result.outcomes += bench.run(scenario, dtype, variants)
     return result
 
 
@@ -262,22 +266,37 @@ class _Bench:
         beside.widen(yardstick.limits)
         return beside.compare(trace, state=self.state).divergence is None
 
+    def refusals(self, result: OptimizerComparison) -> list[Outcome]:
+        """One outcome for each usual shape that only one of the two steps on; what both refuse is noted as skipped."""
+        outcomes = []
+        for layout, mine, theirs in self._refused:
+            if mine.failure and theirs.failure:
+                result.skipped.append(Skipped(f"{layout.name} {layout.shape}", f"both refuse: {mine.failure}"))
+            else:
+                scenario = dataclasses.replace(_ONE_STEP, name=f"one step of {layout.name} {layout.shape}")
+                nothing = Agreement(True, 0.0, ())
+                outcomes.append(_outcome(scenario, torch.float64, "default", "raises", nothing, mine, theirs.failure))
+        return outcomes
+
     def _common_layouts(self) -> tuple[Layout, ...]:
-        """The usual shapes that both step on.
+        """The usual shapes that both step on; the others are kept with what was raised.
 
         Raises:
             ValueError: there is none, because the arguments are refused or for what the classes raise.
         """
-        kept, failures = [], list[str]()
-        sides = ((self.subject, self.subject_kwargs), (self.reference, self.reference_kwargs))
+        kept: list[Layout] = []
+        self._refused: list[tuple[Layout, Trace, Trace]] = []
         for layout in USUAL_LAYOUTS:
-            tried = [(cls, walk(_ONE_STEP, cls, kwargs, [layout], self._conditions())) for cls, kwargs in sides]
-            failed = [f"{described(cls)} {trace.failure}" for cls, trace in tried if trace.failure is not None]
-            failures += failed
-            if not failed:
+            mine = walk(_ONE_STEP, self.subject, self.subject_kwargs, [layout], self._conditions())
+            theirs = walk(_ONE_STEP, self.reference, self.reference_kwargs, [layout], self._conditions())
+            if mine.failure or theirs.failure:
+                self._refused.append((layout, mine, theirs))
+            else:
                 kept.append(layout)
         if not kept:
-            raise ValueError(f"there is no usual parameter that both step on: {failures[0]}")
+            _, mine, theirs = self._refused[0]
+            who, failure = (self.subject, mine.failure) if mine.failure else (self.reference, theirs.failure)
+            raise ValueError(f"there is no usual parameter that both step on: {described(who)} {failure}")
         return tuple(kept)
 
     def _param_scale(self) -> float:
@@ -293,9 +312,8 @@ class _Bench:
         """Whether the subject's way depends on the global generator."""
         layouts, ways = self.layouts, []
         for seed in (0, 1):
-            with torch.random.fork_rng(devices=[]):
-                draws = self._conditions(generator_seed=seed)
-                ways.append(walk(SCENARIOS[0], self.subject, self.subject_kwargs, layouts, draws))
+            draws = self._conditions(generator_seed=seed)
+            ways.append(walk(SCENARIOS[0], self.subject, self.subject_kwargs, layouts, draws))
         pairs = [zip(a.items(), b.values()) for a, b in zip(ways[0].seen, ways[1].seen)]
         return any(not torch.equal(x, y) for pair in pairs for (key, x), y in pair if key[1] == PARAM)
 

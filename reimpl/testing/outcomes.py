@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -111,7 +112,8 @@ class OptimizerComparison:
         """The partings, with those of a kind together."""
         ways: dict[tuple[str, str, str], list[Outcome]] = {}
         for outcome in self.partings:
-            raised = f"{outcome.subject}, {outcome.reference}".replace(outcome.dtype, "")
+            # The same message about another dtype or shape is the same refusal.
+            raised = re.sub(r"\W*\d[\W\d]*", " ", f"{outcome.subject}, {outcome.reference}".replace(outcome.dtype, ""))
             what = outcome.divergence.entry.removeprefix(VIEW) or PARAM if outcome.divergence else raised
             ways.setdefault((outcome.implementation, outcome.status, what), []).append(outcome)
         kinds: dict[tuple[object, ...], list[Outcome]] = {}

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from reimpl.testing import OptimizerComparison, compare_optimizers, load_optimizer
+from reimpl.testing.comparison import NOTHING_IN_COMMON
 from reimpl.testing.recorder import write_json
 
 
@@ -65,7 +66,7 @@ def _heavyball_without_compiling() -> None:
 
 _CLOSURE = "its step needs a closure, and evaluates it more than once"
 _WRAPS = "it wraps another optimizer or a model"
-_SLOW = "it factorises matrices, and the run takes minutes"
+_SLOW = "its matrix factorisations would make the run long"
 
 CATALOGUES: Mapping[str, Catalogue] = {
     "torch": Catalogue("torch.optim", left_out={"LBFGS": _CLOSURE}),
@@ -86,16 +87,16 @@ CATALOGUES: Mapping[str, Catalogue] = {
         "pytorch_optimizer",
         (
             Entry("pytorch_optimizer.AdaDelta", "torch.optim.Adadelta"),
-            Entry("pytorch_optimizer.AdaMax", "torch.optim.Adamax"),
-            Entry("pytorch_optimizer.SGDW", "torch.optim.SGD", {"momentum": 0.9}),
+            Entry("pytorch_optimizer.AdaMax", "torch.optim.Adamax", {"lr": 0.002}),
+            Entry("pytorch_optimizer.SGDW", "torch.optim.SGD", {"lr": 0.1, "momentum": 0.9}),
         ),
-        dict.fromkeys(("Alice", "Conda", "DASH", "SOAP", "SPlus", "Shampoo", "TRAC"), _SLOW),
+        {"TRAC": _WRAPS, **dict.fromkeys(("Alice", "DASH", "SOAP", "SPlus", "Shampoo"), _SLOW)},
         implementations=("default", "forloop"),
     ),
     "heavyball": Catalogue(
         "heavyball",
         (
-            Entry("heavyball.AdamW", "torch.optim.AdamW", {"lr": 0.01, "weight_decay": 0.0}),
+            Entry("heavyball.AdamW", "torch.optim.AdamW", {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.0}),
             Entry("heavyball.SGD", "torch.optim.SGD", {"lr": 0.01}),
         ),
         {
@@ -155,9 +156,18 @@ def markdown(catalogue: Catalogue, done: list[OptimizerComparison], not_run: Map
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_row, done),
         "",
-        *(f"Not run: `{name}`: {why.rstrip('.')}.\n" for name, why in not_run.items()),
+        *(f"- Not run: {names}: {why}" for why, names in _by_reason(not_run)),
     ]
     return "\n".join(lines)
+
+
+def _by_reason(not_run: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, why in not_run.items():
+        text = why.removeprefix(NOTHING_IN_COMMON).replace(f"{name}.", "").replace(f".{name}", "")
+        reasons.setdefault(text, []).append(name)
+    for why, names in reasons.items():
+        yield why, ", ".join(f"`{name}`" for name in names)
 
 
 def _row(result: OptimizerComparison) -> str:

@@ -27,6 +27,7 @@ from reimpl.testing.scenarios import SCENARIOS, USUAL_LAYOUTS, Scenario, walk
 from reimpl.testing.walks import PARAM, Conditions, Failure, Trace
 from reimpl.testing.yardstick import Agreement, Yardstick
 
+NOTHING_IN_COMMON = "there is no usual parameter that both step on: "
 FULL_DTYPES = (torch.float64, torch.float32)
 LOW_DTYPES = (torch.bfloat16, torch.float16)
 COMPLEX_DTYPES = (torch.complex128, torch.complex64)
@@ -296,7 +297,7 @@ class _Bench:
         if not kept:
             _, mine, theirs = self._refused[0]
             who, failure = (self.subject, mine.failure) if mine.failure else (self.reference, theirs.failure)
-            raise ValueError(f"there is no usual parameter that both step on: {described(who)} {failure}")
+            raise ValueError(f"{NOTHING_IN_COMMON}{described(who)} {failure}")
         return tuple(kept)
 
     def _param_scale(self) -> float:

@@ -245,7 +245,7 @@ class Walk:
                 continue
             arrange = layout.arrange_grad or layout.arrange
             values = self._draw(layout, arrange, -scale if self.conditions.negated else scale, "grad", step)
-            grads.append(sparse_rows(values, step) if sparse or self.conditions.sparse else values)
+            grads.append(sparse_rows(values, step) if values.dim() and (sparse or self.conditions.sparse) else values)
         return grads
 
     def _draw(

@@ -106,11 +106,14 @@ class Yardstick:
         self.bitwise = bitwise
         usable = truth is not None and truth.failure is None and truth.steps == reference.steps
         self.exact = truth if usable and truth is not None else reference
-        self._arrays = [{key: to_oracle(value) for key, value in seen.items()} for seen in self.exact.seen]
+        self._arrays = [
+            {key: to_oracle(_of(exact, key, value)) for key, value in seen.items()}
+            for exact, seen in zip(self.exact.seen, reference.seen)
+        ]
         self._scales = _path_scales(self._arrays)
         self.reference_ulp = self._errors(reference) if usable else {}
         input_ulp = self._errors(perturbed) if perturbed is not None and perturbed.failure is None else {}
-        entries = {entry for seen in self.exact.seen for _, entry in seen}
+        entries = {entry for arrays in self._arrays for _, entry in arrays}
         self.limits = {
             entry: max(
                 FLOOR_ULP,
@@ -146,6 +149,8 @@ class Yardstick:
                 value = subject.seen[step].get(key)
                 if value is None or value.shape != expected.shape or (state == "ignored" and _is_state(key)):
                     continue
+                if key not in self.exact.seen[step] and not self.bitwise:
+                    continue  # such as a compensation that only low precision keeps: there is no truth of it
                 entries.add(key[1])
                 if expected.numel() == 0 or bits_equal(value, expected):
                     continue
@@ -192,6 +197,12 @@ class Yardstick:
 
 def _is_state(key: Key) -> bool:
     return key[1] != PARAM and " " not in key[1]  # what a scenario looks at besides is named in words
+
+
+def _of(exact: Mapping[Key, torch.Tensor], key: Key, value: torch.Tensor) -> torch.Tensor:
+    """The truth's number, where it is of the reference's shape."""
+    found = exact.get(key)
+    return value if found is None or found.shape != value.shape else found
 
 
 def _alike(exact: Array, value: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -382,3 +383,28 @@ def test_timms_rmsprop_starts_its_average_at_one() -> None:
             return super().step(closure)
 
     assert_optimizers_agree(FromZero, reimpl.optim.RMSprop, scenarios=["sizes", "tiny gradients"], **options)
+
+
+def examples(page: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@reference_only
+@pytest.mark.quick
+@pytest.mark.parametrize("number", range(len(examples("findings.md"))))
+def test_findings_hold(number: int) -> None:
+    """Each smallest example says what it says, where its library is installed."""
+    code = examples("findings.md")[number]
+    for library in ("timm", "pytorch_optimizer", "heavyball"):
+        if f"import {library}" in code:
+            pytest.importorskip(library, reason=f"the finding is about {library}")
+    exec(compile(code, f"findings.md, example {number}", "exec"), {})
+
+
+@pytest.mark.quick
+def test_documentation_names_every_scenario_and_runs() -> None:
+    text = (ROOT / "docs" / "check_optimizer.md").read_text(encoding="utf-8")
+    assert not [scenario.name for scenario in SCENARIOS if f"| {scenario.name} | {scenario.about} |" not in text]
+    (code,) = examples("check_optimizer.md")
+    exec(compile(code, "check_optimizer.md", "exec"), {"__name__": "check_optimizer"})

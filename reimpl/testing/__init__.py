@@ -1,5 +1,6 @@
 """The harness, for anyone's optimizer or kernel: declarations, derived tolerances, recorder and independence guard."""
 
+from reimpl.testing.comparison import assert_optimizers_agree, compare_optimizers
 from reimpl.testing.declarations import (
     COMPLEX_DTYPES,
     REAL_DTYPES,
@@ -18,8 +19,11 @@ from reimpl.testing.optimizer_checks import (
     check_fused_step,
     compare_with_oracle,
 )
+from reimpl.testing.optimizer_names import load_optimizer
+from reimpl.testing.outcomes import OptimizerComparison, Outcome
 from reimpl.testing.recorder import Recorder, read_record
 from reimpl.testing.samples import SEEDS, random_tensor, seeded_generator
+from reimpl.testing.scenarios import SCENARIOS, Scenario
 from reimpl.testing.tolerance import (
     Error,
     Verdict,
@@ -33,22 +37,29 @@ from reimpl.testing.tolerance import (
     to_oracle,
     ulp_error,
 )
+from reimpl.testing.yardstick import Divergence
 
 __all__ = [
     "COMPLEX_DTYPES",
     "REAL_DTYPES",
+    "SCENARIOS",
     "SEEDS",
+    "Divergence",
     "Error",
     "FunctionTechnique",
     "IndependenceError",
     "InitTechnique",
+    "OptimizerComparison",
     "OptimizerConfig",
     "OptimizerTechnique",
+    "Outcome",
     "Recorder",
     "Sample",
+    "Scenario",
     "Technique",
     "Verdict",
     "assert_bitwise",
+    "assert_optimizers_agree",
     "assert_parity",
     "bits_equal",
     "check_bitwise",
@@ -56,9 +67,11 @@ __all__ = [
     "check_classes",
     "check_fused_step",
     "combine",
+    "compare_optimizers",
     "compare_with_oracle",
     "independence_guard",
     "judge",
+    "load_optimizer",
     "names_used",
     "operand_ulp",
     "oracle_dtype",

@@ -52,7 +52,7 @@ class Error:
     index: tuple[int, ...] = ()
 
 
-def _parts(array: Array) -> Array:
+def real_parts(array: Array) -> Array:
     """Complex numbers as pairs of reals in a last dimension."""
     return np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else array
 
@@ -71,8 +71,10 @@ def locate_error(actual: torch.Tensor | Array, exact: Array, magnitude: Array | 
         raise ValueError(f"actual has shape {measured.shape}, exact has shape {exact.shape}; they must be equal")
     if exact.size == 0:
         return Error(0.0, 0.0)
-    scale = np.broadcast_to(np.abs(_parts(exact if magnitude is None else np.asarray(magnitude))), _parts(exact).shape)
-    measured, exact = _parts(measured), _parts(exact)
+    scale = np.broadcast_to(
+        np.abs(real_parts(exact if magnitude is None else np.asarray(magnitude))), real_parts(exact).shape
+    )
+    measured, exact = real_parts(measured), real_parts(exact)
 
     finfo = torch.finfo(dtype)
     # Half a spacing above the largest number is where rounding to nearest goes to infinity.
@@ -128,8 +130,8 @@ def operand_ulp(actual: torch.Tensor, reference: torch.Tensor, *operands: torch.
     the reference itself is always one of them.
     """
     arrays = [to_oracle(x) if isinstance(x, torch.Tensor) else x for x in (reference, *operands)]
-    scale = np.maximum.reduce([np.abs(_parts(x)) for x in arrays])
-    return locate_error(_parts(to_oracle(actual)), _parts(arrays[0]), scale, reference.dtype).ulp
+    scale = np.maximum.reduce([np.abs(real_parts(x)) for x in arrays])
+    return locate_error(real_parts(to_oracle(actual)), real_parts(arrays[0]), scale, reference.dtype).ulp
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _describe(index: tuple[int, ...], ours: torch.Tensor, torch_result: torch.Te
         return "an empty tensor"
 
     def at(value: Array) -> str:
-        return np.format_float_scientific(_parts(value)[index], precision=20, unique=True)
+        return np.format_float_scientific(real_parts(value)[index], precision=20, unique=True)
 
     theirs = "none" if torch_result is None else at(to_oracle(torch_result))
     return f"index {index}: ours {at(to_oracle(ours))}, torch {theirs}, oracle {at(np.asarray(exact))}"
@@ -275,7 +277,7 @@ def assert_bitwise(ours: torch.Tensor, torch_result: torch.Tensor, *, technique:
             f"{subject}: ours is {ours.dtype} of shape {tuple(ours.shape)}, "
             f"torch's is {torch_result.dtype} of shape {tuple(torch_result.shape)}"
         )
-    mine, theirs = _parts(to_oracle(ours)), _parts(to_oracle(torch_result))
+    mine, theirs = real_parts(to_oracle(ours)), real_parts(to_oracle(torch_result))
     wrong = np.argwhere(
         ~((mine == theirs) & (np.signbit(mine) == np.signbit(theirs))) & ~(np.isnan(mine) & np.isnan(theirs))
     )

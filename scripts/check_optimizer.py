@@ -1,0 +1,141 @@
+"""Runs any optimizer class beside a reference over the cases that break real ones, and says where the two part.
+
+    python scripts/check_optimizer.py torch.optim.Adam                       against its own plain for-loop
+    python scripts/check_optimizer.py timm.optim.RMSpropTF --against reimpl.optim.RMSprop \
+        --set lr=0.01 --set against.eps_inside_sqrt=true --set against.alpha=0.9 --set against.eps=1e-10
+    python scripts/check_optimizer.py --catalogue timm                       the tables of docs/findings.md
+
+--set takes key=value for both, subject.key=value or against.key=value for one; values are Python literals, true, false
+or none. Exits with 0 where nothing parts, 1 where something does, 2 where the question cannot be put.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from reimpl.testing import compare_optimizers, load_optimizer
+from reimpl.testing.comparison import ALL_DTYPES
+from reimpl.testing.recorder import write_json
+from scripts._check_catalogue import CATALOGUES, run_catalogue
+from scripts._check_tables import print_comparison
+from scripts._environment import pick_device
+from scripts._optimizers import parse_settings
+
+_ROLES = ("subject", "against")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared, how, and where the result goes."""
+
+    subject: tyro.conf.Positional[str | None] = None
+    """Dotted name of an optimizer class."""
+    against: str | None = None
+    """Dotted name of the reference; without it the subject's own plain for-loop."""
+    set: tuple[str, ...] = ()
+    """key=value for both, subject.key=value or against.key=value; may be given several times."""
+    scenario: tuple[str, ...] = ()
+    """Only these scenarios; may be given several times."""
+    implementation: tuple[str, ...] = ()
+    """Only these of default, forloop, foreach, fused, differentiable and capturable."""
+    dtype: tuple[str, ...] = ()
+    """Only these, as in float32."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:N, or auto."""
+    state: Literal["shared", "exact", "ignored"] = "shared"
+    """Compare the state entries that both have, require the same entries, or look at parameters alone."""
+    bitwise: bool = False
+    """Allow no difference at all."""
+    seed: int = 0
+    """Of parameters and gradients."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write everything that was seen to this file."""
+    all: bool = False
+    """Show every parting, not the first of each kind."""
+    catalogue: Literal["torch", "timm", "pytorch_optimizer", "heavyball"] | None = None
+    """Run a whole library instead of one class, and print its table in Markdown."""
+    match: str = "*"
+    """Only the classes of the catalogue whose names match this shell pattern."""
+
+
+def split_settings(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """``("lr=0.1", "against.eps=1e-8")`` as keyword arguments of both, of the subject and of the reference.
+
+    Raises:
+        ValueError: an entry has no ``=``, no key before it, or a prefix that is neither ``subject`` nor ``against``.
+    """
+    found: dict[str, dict[str, Any]] = {"both": {}, **{role: {} for role in _ROLES}}
+    for entry in entries:
+        key, separator, value = entry.partition("=")
+        role, dot, name = key.partition(".")
+        if dot and role not in _ROLES:
+            raise ValueError(f"--set takes key=value, subject.key=value or against.key=value, got {entry!r}")
+        found[role if dot else "both"] |= parse_settings([f"{name if dot else key}{separator}{value}"])
+    return found
+
+
+def parse_dtypes(names: Iterable[str]) -> tuple[torch.dtype, ...]:
+    """The dtypes of these names, or all.
+
+    Raises:
+        ValueError: a name is none of those that are tried.
+    """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in ALL_DTYPES}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown dtype {name!r}; known: {', '.join(known)}")
+    return tuple(known[name] for name in names) or ALL_DTYPES
+
+
+def check(options: Options, console: Console) -> int:
+    """Compare, print, write; the exit status.
+
+    Raises:
+        ValueError: a name, an argument or an option that is not known, or arguments that the class refuses.
+        TypeError: a name that is no optimizer's, or an argument that the class does not take.
+    """
+    if options.subject is None:
+        raise ValueError("name an optimizer class, as in torch.optim.Adam, or a --catalogue")
+    settings = split_settings(options.set)
+    with console.status(f"{options.subject} …"):
+        result = compare_optimizers(
+            load_optimizer(options.subject),
+            None if options.against is None else load_optimizer(options.against),
+            kwargs=settings["both"],
+            subject_kwargs=settings["subject"],
+            reference_kwargs=settings["against"],
+            scenarios=options.scenario or None,
+            implementations=options.implementation or None,
+            dtypes=parse_dtypes(options.dtype),
+            device=pick_device(options.device),
+            state=options.state,
+            bitwise=options.bitwise,
+            seed=options.seed,
+        )
+    if options.json is not None:
+        write_json(options.json, result.as_dict())
+    print_comparison(result, console, everything=options.all)
+    return 0 if result.ok else 1
+
+
+def main(options: Options, console: Console) -> int:
+    """Run what ``options`` ask for; the exit status, 2 with one line on the standard error for a bad question."""
+    try:
+        if options.catalogue is not None:
+            return run_catalogue(CATALOGUES[options.catalogue], options.match, console, options.json)
+        return check(options, console)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"check_optimizer: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__, config=(tyro.conf.UseAppendAction,)), Console()))

@@ -33,11 +33,11 @@ def restore_numbers(optimizer: Optimizer, state_dict: StateDict, keys: tuple[str
                     here[key] = there[key].detach().to(device=here[key].device, dtype=dtype, copy=True)
 
 
-def torch_twin(optimizer: Any) -> Optimizer:
-    """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
+def refuse_dialects(optimizer: Any) -> None:
+    """Raise unless PyTorch's class of the same name does what every group of ``optimizer`` asks for.
 
     Raises:
-        ValueError: there is none, or a dialect is in use that it cannot express.
+        ValueError: there is no such class, or a dialect is in use that it cannot express.
     """
     name = type(optimizer).__name__
     if optimizer.torch_class is None:
@@ -46,6 +46,15 @@ def torch_twin(optimizer: Any) -> Optimizer:
         for key in optimizer.dialects:
             if key != "fused" and not optimizer.is_torch_way(key, group[key]):
                 raise ValueError(f"torch.optim.{name} has no equivalent of {key}={group[key]!r} (parameter group {i})")
+
+
+def torch_twin(optimizer: Any) -> Optimizer:
+    """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
+
+    Raises:
+        ValueError: there is none, or a dialect is in use that it cannot express.
+    """
+    refuse_dialects(optimizer)
     names = ["param_names" in group for group in optimizer.param_groups]
     groups = [
         {"params": list(zip(g["param_names"], g["params"], strict=True)) if named else g["params"]}

@@ -312,13 +312,14 @@ class RuleOptimizer(Optimizer):
         self.__dict__.pop("_fused_bundles", None)
 
     def state_dict(self) -> StateDict:
-        """PyTorch's ``state_dict``; options that PyTorch's class lacks are in it only where they are not its way."""
+        """PyTorch's ``state_dict``; dialects are in it only where they are not PyTorch's way."""
         return self._strip(super().state_dict())
 
     def _strip(self, packed: StateDict) -> StateDict:
         for group in packed["param_groups"]:
             for key in self.dialects:
-                if key in group and self.is_torch_way(key, group[key]):
+                # how it runs is not what it computes: a PyTorch checkpoint has no "fused" in it where PyTorch has none
+                if key in group and (key == "fused" or self.is_torch_way(key, group[key])):
                     del group[key]
         return packed
 

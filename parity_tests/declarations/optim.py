@@ -8,7 +8,9 @@ import reimpl.optim
 from parity_tests.oracle import optim as oracle
 from reimpl.testing.declarations import COMPLEX_DTYPES, REAL_DTYPES, OptimizerConfig, OptimizerTechnique
 
-DTYPES = (*REAL_DTYPES, *COMPLEX_DTYPES)
+#: What a parameter may be; an optimizer is tried in float16 too, which the other techniques are not.
+REAL = (*REAL_DTYPES, torch.float16)
+DTYPES = (*REAL, *COMPLEX_DTYPES)
 
 
 def _shared(desc: str, **kwargs: object) -> OptimizerConfig:

@@ -129,6 +129,7 @@ class Plan:
         self.turn = 0
         rows = [*self.program.inputs[2:], *(["step"] if "step" in states[0] else []), *self.program.kept]
         self.dtype, self.strides = params[0].dtype, list(map(Tensor.stride, params))
+        self.shapes = [p.shape for p in params]
         self.guard: Any = None
         sizes = [p.numel() for p in params]
         self.empty = [i for i, size in enumerate(sizes) if size == 0]
@@ -161,7 +162,7 @@ class Plan:
     def takes(self, grads: list[Tensor | None]) -> bool:
         """Whether the kernel can read these gradients: plain strided tensors of the parameters' dtype.
 
-        That they lie on the parameters' device and have their shape, ``Tensor.grad`` itself sees to.
+        That they lie on the parameters' device, ``Tensor.grad`` itself sees to; of their shape, only when it is set.
         """
         # one call that compares type, dtype, layout, sizes, strides and the like with those of the step before
         if self.guard is not None and self.guard.check(*grads):
@@ -172,6 +173,7 @@ class Plan:
             or set(map(_DTYPE, present)) - {self.dtype}
             or any(map(_SPARSE, present))
             or any(map(Tensor.is_neg, present))
+            or any(g is not None and g.shape != shape for g, shape in zip(grads, self.shapes, strict=True))
             or list(map(Tensor.stride, self.params)) != self.strides
         ):
             return False
@@ -294,8 +296,7 @@ def step(
     overlapping, numbers_of_state = _overlap(params), ("step", *optimizer.scalar_state)
     parts: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):
-        if not p.is_floating_point():
-            check_fused_support(p)
+        check_fused_support(p)
         missing = tuple(key for key in optimizer.lazy_state if s.get(key) is None)
         fusible = not overlapping and _fusible(p, g, s, numbers_of_state) and _backend(p.device.type) is not None
         parts[(p.device, p.dtype, missing) if fusible else None].append(i)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -72,6 +73,8 @@ class ASGD(RuleOptimizer):
         _checks.learning_rate(lr)
         _checks.at_least_zero("lambd value", lambd)
         _checks.at_least_zero("alpha value", alpha)
+        if math.isnan(t0):
+            raise ValueError(f"Invalid t0: {t0}")
         _checks.at_least_zero("weight_decay value", weight_decay)
         defaults = {
             "lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay, "foreach": foreach,

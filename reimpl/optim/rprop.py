@@ -65,11 +65,21 @@ class Rprop(RuleOptimizer):
         _checks.learning_rate(lr)
         if not 0.0 < etas[0] < 1.0 < etas[1]:
             raise ValueError(f"Invalid eta values: {etas[0]}, {etas[1]}")
+        if not 0.0 <= step_sizes[0] <= step_sizes[1]:
+            raise ValueError(f"Invalid step sizes: {step_sizes[0]}, {step_sizes[1]}")
         defaults = {
             "lr": lr, "etas": etas, "step_sizes": step_sizes, "foreach": foreach, "maximize": maximize,
             "differentiable": differentiable, "capturable": capturable, "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    def _collect(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[State]]:
+        params, grads, states = super()._collect(group)
+        for p, g, s in zip(params, grads, states, strict=True):
+            if g.numel() == 1 != s["step_size"].numel():
+                # PyTorch indexes where this rule selects, and so does not spread one number over all
+                raise IndexError(f"a gradient of shape {list(g.shape)} does not fit the parameter's {list(p.shape)}")
+        return params, grads, states
 
     def init_state(self, p: Tensor, group: Group) -> State:
         start = plain_scalar(group["lr"])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +258,47 @@ def test_a_whole_training_step_compiled(technique: OptimizerTechnique) -> None:
         optimizer.step()
 
     twins.train(4, use=lambda model, optimizer, step: train(model, optimizer, *batch(step)))
+
+
+FORKED_WORKERS = """
+import multiprocessing, torch
+from torch.utils.data import DataLoader, TensorDataset
+import reimpl.optim
+from parity_tests.twins import batch, small_model
+
+torch.set_num_threads(2)
+rows = [torch.cat(column) for column in zip(*(batch(step) for step in range(8)))]
+
+def train(workers):
+    model = small_model()
+    big = torch.ones(100_000, requires_grad=True)  # enough for two threads to share
+    optimizer = reimpl.optim.RMSprop([*model.parameters(), big], lr=0.01, fused=True)
+    how = {"multiprocessing_context": "fork", "persistent_workers": False} if workers else {}
+    for epoch in range(2):
+        for x, y in DataLoader(TensorDataset(*rows), batch_size=4, num_workers=workers, **how):
+            optimizer.zero_grad()
+            ((model(x) - y).square().mean() + big.square().sum()).backward()
+            optimizer.step()
+    return [p.detach().clone() for p in [*model.parameters(), big]]
+
+def in_a_worker(_):
+    return [p.double().sum().item() for p in train(0)]
+
+expected = train(0)
+assert all(map(torch.equal, train(2), expected)), "workers change the weights"
+# PyTorch's own operators hang in a forked child on more than one thread; a DataLoader's workers have one as well
+with multiprocessing.get_context("fork").Pool(2, torch.set_num_threads, (1,)) as pool:
+    sums = pool.map(in_a_worker, range(3))
+assert sums == [in_a_worker(0)] * 3, "a forked worker trains otherwise"
+print("fine")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
+def test_workers_are_forked_between_fused_steps() -> None:
+    """Data loaders fork while the step's threads are there, and a pool's children step themselves."""
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-W", "ignore", "-c", FORKED_WORKERS]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout.strip() == "fine", result.stdout + result.stderr

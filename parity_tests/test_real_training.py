@@ -93,6 +93,18 @@ def test_schedulers(technique: OptimizerTechnique, execution: str) -> None:
     for_each(SCHEDULERS, check)
 
 
+@pytest.mark.parametrize("execution", ["forloop", "fused"])
+def test_a_scheduler_fills_a_rate_that_is_a_tensor(technique: OptimizerTechnique, execution: str) -> None:
+    twins = Twins(technique, implementation=execution, lr=torch.tensor(0.05))
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in twins.optimizers]
+    schedulers = [lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in twins.optimizers]
+    for step in range(4):
+        twins.train(1, first=step)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert rates[0] is twins.optimizers[0].param_groups[0]["lr"] and bits_equal(*rates) and rates[0] < 0.004
+
+
 def _snapshot(optimizer: Optimizer) -> Snapshot:
     return [values_of(optimizer, p) for p in parameters(optimizer)]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
 from reimpl.testing.optimizer_checks import assert_same, fused_differences
-from reimpl.testing.optimizers import IMPLEMENTATIONS, parameters, synchronise
+from reimpl.testing.optimizers import IMPLEMENTATIONS, construct, parameters, synchronise
 from reimpl.testing.samples import random_tensor, seeded_generator
 from reimpl.testing.tolerance import to_oracle
 
@@ -86,8 +86,8 @@ class Twins:
         options = {**RICH[technique.name], **kwargs}
         flags = {**IMPLEMENTATIONS[implementation], **{k: v for k, v in kwargs.items() if k == "foreach"}}
         self.optimizers: list[Optimizer] = [
-            technique.ours(select(self.models[0]), **{**options, **flags}),
-            technique.torch(select(self.models[1]), **{**options, "foreach": False}),
+            construct(technique.ours, select(self.models[0]), **{**options, **flags}),
+            construct(technique.torch, select(self.models[1]), **{**options, "foreach": False}),
         ]
 
     def train(self, steps: int, first: int = 0, use: Use = plain_step) -> None:

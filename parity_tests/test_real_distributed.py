@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from parity_tests.optim_cases import TECHNIQUES
 from parity_tests.twins import small_model
+from parity_tests.versions import IS_REFERENCE
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.tolerance import bits_equal
 
@@ -53,8 +54,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", CHECKS)
 def test_ours_and_pytorchs_train_alike(technique: OptimizerTechnique, kind: str, session: Path) -> None:
     for rank in range(WORLD):
-        said = json.loads((session / f"{rank}.json").read_text())
-        assert said[f"{kind} {technique.name}"] == ""
+        said = json.loads((session / f"{rank}.json").read_text())[f"{kind} {technique.name}"]
+        if said.startswith(" ".join(RUNS[0])) and not IS_REFERENCE:
+            pytest.skip("this release of PyTorch's own class cannot")
+        assert said == ""
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)

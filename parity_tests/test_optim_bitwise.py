@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from parity_tests.optim_cases import (
     EVERY_TECHNIQUE,
+    TECHNIQUES,
     all_configs,
     dialect_configs,
     dtype_id,
@@ -25,6 +28,7 @@ FOR_LOOP = [
     pytest.param("forloop", torch.float64),
     pytest.param("forloop", torch.float32, marks=quick),
     pytest.param("forloop", torch.bfloat16),
+    pytest.param("forloop", torch.float16),
     pytest.param("forloop", torch.complex64),
     pytest.param("differentiable", torch.float64),
 ]
@@ -33,6 +37,7 @@ FOREACH = [
     pytest.param("foreach", torch.float64),
     pytest.param("foreach", torch.float32, marks=quick),
     pytest.param("foreach", torch.complex128),
+    pytest.param("foreach", torch.complex64),
 ]
 EVERY_LAYOUT = (*DENSE_LAYOUTS, *STRIDED_LAYOUTS)
 # A gradient of this size makes sqrt(v) as small as the default eps of 1e-8 or 1e-10, so that an ulp of eps is seen.
@@ -62,6 +67,27 @@ def test_every_configuration(
     # what PyTorch lacks is held to our own for-loop
     dialects = dialect_configs(technique) if implementation in ("foreach", "differentiable") else []
     for_each([*pytorch_configs(technique, device, dtype), *dialects], check)
+
+
+#: Those whose foreach does in PyTorch what their for-loop does, so that only foreach's own roundings are left.
+SAME_ORDER = [
+    param for param in TECHNIQUES if param.id in ("SGD", "Adadelta", "RMSprop", "Adam", "AdamW", "Adamax", "Rprop")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("technique", SAME_ORDER)
+def test_foreach_in_half_precision_is_pytorchs_foreach(technique: OptimizerTechnique, dtype: torch.dtype) -> None:
+    """There it rounds otherwise than a for-loop, in PyTorch and here alike; the oracle judges the other classes."""
+    theirs = technique.torch
+    assert theirs is not None
+    foreach = dataclasses.replace(technique, torch=lambda params, **kw: theirs(params, **{**kw, "foreach": True}))
+
+    def check(config: OptimizerConfig) -> None:
+        if not is_refused(technique, config, "foreach", theirs):
+            check_bitwise(foreach, config, implementation="foreach", dtype=dtype, layouts=EVERY_LAYOUT)
+
+    for_each(pytorch_configs(technique, torch.device("cpu"), dtype), check)
 
 
 @pytest.mark.parametrize("implementation", ["forloop", "foreach"])

@@ -7,11 +7,13 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import reimpl.optim
 from parity_tests.optim_cases import TECHNIQUES, dialect_configs, for_each, pytorch_configs
 from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
 from reimpl.testing.optimizer_checks import assert_same, reference_of
@@ -138,6 +140,44 @@ def test_checkpoints_of_old_versions(technique: OptimizerTechnique, kept: tuple[
     assert {k: v for k, v in pair[0].param_groups[0].items() if k in theirs and k != "params"} == {
         k: v for k, v in theirs.items() if k != "params"
     }
+
+
+OLD_FILES = sorted((Path(__file__).parent / "data").glob("torch-*.pt"))
+
+
+@pytest.mark.quick
+@executions
+@pytest.mark.parametrize("path", OLD_FILES, ids=lambda path: path.stem)
+def test_files_of_old_releases(path: Path, execution: str, device: torch.device) -> None:
+    """What torch 1.4, 1.11 and 1.12 saved, step counts as numbers and all: ours goes on as today's PyTorch does."""
+
+    def check(name: str) -> None:
+        kind, saved = name.split(",")[0], files[name]
+        pair: list[Optimizer] = []
+        for module, flags in ((reimpl.optim, EXECUTIONS[execution]), (torch.optim, {"foreach": False})):
+            params = [p.to(device, copy=True).requires_grad_() for p in saved["params"]]
+            cls = getattr(module, kind)
+            optimizer = cls([{"params": [p]} for p in params], **({} if kind == "SparseAdam" else flags))
+            optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+            for group in optimizer.param_groups if kind != "SparseAdam" else ():
+                group.update(flags)  # which the oldest files lack, and the others have as None
+            for step in range(3):
+                grads = [torch.sin(5 * p + step).cpu() for p in saved["params"]]
+                step_with(optimizer, [(g.to_sparse() if kind == "SparseAdam" else g).to(device) for g in grads])
+            pair.append(optimizer)
+        ours, theirs = pair
+        assert [g["lr"] for g in ours.param_groups] == [saved["options"]["lr"], saved["options"]["lr"] / 2]
+        if execution == "forloop" or (execution == "foreach" and device.type == "cpu"):
+            assert_same(ours, theirs, technique=name, case=path.stem, step=6)
+        for p, q, old in zip(parameters(ours), parameters(theirs), saved["params"], strict=True):
+            torch.testing.assert_close(p, q)  # its default rtol: three steps, each within a few ulp
+            assert ours.state[p].keys() == theirs.state[q].keys()
+            assert "step" not in theirs.state[q] or float(ours.state[p]["step"]) == float(theirs.state[q]["step"]) == 6
+            assert not bits_equal(p.cpu(), old)
+
+    files = torch.load(path, weights_only=True)
+    assert {name.split(",")[0] for name in files} >= {"SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW"}
+    for_each(files, check)
 
 
 @pytest.mark.quick

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 import reimpl.optim
 from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES
+from parity_tests.twins import RICH, Twins, loss_of, plain_step
 from parity_tests.versions import IS_REFERENCE
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.optimizer_checks import assert_same
@@ -22,59 +23,6 @@ from reimpl.testing.samples import random_tensor, seeded_generator
 from reimpl.testing.tolerance import bits_equal
 
 Optimizer = torch.optim.Optimizer
-# Options that give each optimizer all the state it can have.
-RICH: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
-    "Adagrad": {"lr": 0.05, "weight_decay": 0.1, "lr_decay": 0.01},
-    "Adadelta": {"lr": 0.5, "weight_decay": 0.1},
-    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
-    "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1},
-    "AdamW": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1},
-    "Adamax": {"lr": 0.01, "weight_decay": 0.1},
-    "NAdam": {"lr": 0.01, "weight_decay": 0.1},
-    "RAdam": {"lr": 0.01, "weight_decay": 0.1, "betas": (0.5, 0.75)},
-    "ASGD": {"lr": 0.05, "lambd": 0.1, "t0": 1, "weight_decay": 0.1},
-    "Rprop": {"lr": 0.01},
-}
-
-
-def _model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
-
-
-def _loss(model: nn.Module, step: int) -> torch.Tensor:
-    dtype = next(model.parameters()).dtype
-    generator = seeded_generator(step, "batch")
-    x, y = random_tensor((4, 5), dtype, generator), random_tensor((4, 3), dtype, generator)
-    return (model(x) - y).square().mean()
-
-
-class _Twins:
-    """One model trained twice: by ours and by PyTorch's for-loop, from which its foreach parts in some classes."""
-
-    def __init__(self, technique: OptimizerTechnique, groups: Callable[[nn.Module], Any] | None = None, **kwargs: Any):
-        assert technique.torch is not None
-        self.name = technique.name
-        select = groups or (lambda model: model.parameters())
-        self.models = [_model(), _model()]
-        options = {"foreach": False, **RICH[technique.name], **kwargs}
-        self.optimizers: list[Optimizer] = [
-            technique.ours(select(self.models[0]), **options),
-            technique.torch(select(self.models[1]), **{**options, "foreach": False}),
-        ]
-
-    def train(self, steps: int, first: int = 0, use: Callable[[nn.Module, Optimizer, int], None] | None = None) -> None:
-        for step in range(first, first + steps):
-            for model, optimizer in zip(self.models, self.optimizers):
-                (use or _plain_step)(model, optimizer, step)
-            assert_same(*self.optimizers, technique=self.name, case="training", step=step + 1)
-
-
-def _plain_step(model: nn.Module, optimizer: Optimizer, step: int) -> None:
-    optimizer.zero_grad()
-    _loss(model, step).backward()
-    optimizer.step()
 
 
 @pytest.fixture(params=TECHNIQUES)
@@ -107,7 +55,7 @@ def test_the_namespace_holds_all_of_pytorchs() -> None:
 
 @pytest.mark.quick
 def test_defaults_and_state_dict_are_pytorchs(technique: OptimizerTechnique) -> None:
-    twins = _Twins(technique)
+    twins = Twins(technique)
     twins.train(2)
     ours, theirs = (optimizer.state_dict() for optimizer in twins.optimizers)
     assert ours["param_groups"] == theirs["param_groups"]
@@ -118,7 +66,7 @@ def test_defaults_and_state_dict_are_pytorchs(technique: OptimizerTechnique) -> 
 
 @pytest.mark.quick
 def test_closure_runs_with_gradients_and_its_loss_comes_back(technique: OptimizerTechnique) -> None:
-    twins = _Twins(technique)
+    twins = Twins(technique)
 
     def use(model: nn.Module, optimizer: Optimizer, step: int) -> None:
         seen: list[torch.Tensor] = []
@@ -126,7 +74,7 @@ def test_closure_runs_with_gradients_and_its_loss_comes_back(technique: Optimize
         def closure() -> torch.Tensor:
             assert torch.is_grad_enabled()
             optimizer.zero_grad()
-            loss = _loss(model, step)
+            loss = loss_of(model, step)
             loss.backward()
             seen.append(loss)
             return loss
@@ -148,7 +96,7 @@ def _two_groups(model: nn.Module) -> list[dict[str, Any]]:
 def test_groups_with_options_of_their_own(technique: OptimizerTechnique, flags: dict[str, bool]) -> None:
     if technique.name == "Adagrad" and not IS_REFERENCE:
         pytest.skip("before torch 2.15 PyTorch's Adagrad cannot step a group that was added")
-    twins = _Twins(technique, _two_groups, **flags)
+    twins = Twins(technique, _two_groups, **flags)
     twins.train(3)
     extra = [nn.Parameter(torch.full((3,), 0.5)) for _ in twins.optimizers]
     for optimizer, param in zip(twins.optimizers, extra):
@@ -157,7 +105,7 @@ def test_groups_with_options_of_their_own(technique: OptimizerTechnique, flags: 
 
     def use(model: nn.Module, optimizer: Optimizer, step: int) -> None:
         model.zero_grad()
-        _loss(model, step).backward()
+        loss_of(model, step).backward()
         optimizer.step()
 
     twins.train(3, first=3, use=use)
@@ -165,7 +113,7 @@ def test_groups_with_options_of_their_own(technique: OptimizerTechnique, flags: 
 
 
 def test_a_group_may_change_in_the_middle(technique: OptimizerTechnique) -> None:
-    twins = _Twins(technique)
+    twins = Twins(technique)
     twins.train(2)
     for changes in ({"lr": 0.003}, {"weight_decay": 0.0}, {"maximize": True}, {"foreach": True}):
         for optimizer in twins.optimizers[: 1 if "foreach" in changes else 2]:
@@ -196,102 +144,12 @@ def test_sparse_gradients(technique: OptimizerTechnique, momentum: float, foreac
 
 
 def test_tensor_learning_rate_changed_in_place(technique: OptimizerTechnique) -> None:
-    twins = _Twins(technique, lr=torch.tensor(0.05))
-    twins.optimizers[0].param_groups[0]["lr"] = torch.tensor(0.05)  # the twins must not share the tensor
+    twins = Twins(technique, lr=torch.tensor(0.05))
     for step in range(4):
         twins.train(1, first=step)
         for optimizer in twins.optimizers:
             optimizer.param_groups[0]["lr"].mul_(0.7)
     assert float(twins.optimizers[0].param_groups[0]["lr"]) == float(twins.optimizers[1].param_groups[0]["lr"])
-
-
-SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
-        o, max_lr=0.1, total_steps=10, cycle_momentum=any(k in o.defaults for k in ("momentum", "betas"))
-    ),
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.CosineAnnealingLR(o, 5)], milestones=[3]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(technique: OptimizerTechnique, name: str) -> None:
-    twins = _Twins(technique)
-    schedulers = [SCHEDULERS[name](optimizer) for optimizer in twins.optimizers]
-    for step in range(8):
-        twins.train(1, first=step)
-        for scheduler in schedulers:
-            scheduler.step()
-        assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr()
-
-
-def test_plateau_scheduler(technique: OptimizerTechnique) -> None:
-    twins = _Twins(technique)
-    schedulers = [lr_scheduler.ReduceLROnPlateau(optimizer, patience=0) for optimizer in twins.optimizers]
-    before = twins.optimizers[0].param_groups[0]["lr"]
-    for step, metric in enumerate([1.0, 1.0, 1.0, 0.5]):
-        twins.train(1, first=step)
-        for scheduler in schedulers:
-            scheduler.step(metric)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in twins.optimizers]
-    assert rates[0] == rates[1] < before
-
-
-@pytest.mark.parametrize("flags", [{"foreach": False}, {"foreach": True}], ids=["forloop", "foreach"])
-def test_gradient_scaling_with_an_overflow(technique: OptimizerTechnique, flags: dict[str, bool]) -> None:
-    twins = _Twins(technique, **flags)
-    scalers = {id(o): torch.amp.GradScaler("cpu", init_scale=256.0) for o in twins.optimizers}
-
-    def use(model: nn.Module, optimizer: Optimizer, step: int) -> None:
-        optimizer.zero_grad()
-        scaler = scalers[id(optimizer)]
-        scaler.scale(_loss(model, step) * (float("inf") if step == 2 else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    twins.train(5, use=use)
-    assert [scaler.get_scale() for scaler in scalers.values()] == [128.0, 128.0]
-    assert all(torch.isfinite(p).all() for p in parameters(twins.optimizers[0]))
-
-
-@pytest.mark.parametrize("momentum_form", ["torch", "velocity", "ewa"])
-def test_fused_gradient_scaling_of_lazy_state(momentum_form: str) -> None:
-    """An overflow in the very first step must leave no buffer made of infinities."""
-    technique = next(p.values[0] for p in TECHNIQUES if p.id == "SGD")
-    param = torch.ones(5, requires_grad=True)
-    optimizer = technique.ours([param], lr=0.1, momentum=0.9, momentum_form=momentum_form, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for factor in (float("inf"), 1.0, 1.0):
-        optimizer.zero_grad()
-        scaler.scale((param * factor).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    plain = torch.ones(5, requires_grad=True)
-    expected = technique.ours([plain], lr=0.1, momentum=0.9, momentum_form=momentum_form, foreach=False)
-    for _ in range(2):
-        step_with(expected, [torch.ones(5)])
-    torch.testing.assert_close(param, plain)
-
-
-def test_fused_gradient_scaling_skips_and_unscales(technique: OptimizerTechnique) -> None:
-    """Scales that are powers of two are exact: the fused path must be its own without scaling, bit for bit."""
-    runs = []
-    for scaled in (True, False):
-        model = _model()
-        optimizer = technique.ours(model.parameters(), **RICH[technique.name], fused=True)
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled)
-        for step in range(5):
-            if step == 2 and not scaled:
-                continue
-            optimizer.zero_grad()
-            scaler.scale(_loss(model, step) * (float("inf") if step == 2 else 1.0)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        runs.append(optimizer)
-    assert_same(*runs, technique=technique.name, case="fused, scaled", step=5)
 
 
 @contextmanager
@@ -311,14 +169,14 @@ def _registered(optimizer: Optimizer, calls: list[str]) -> Iterator[None]:
 
 @pytest.mark.quick
 def test_hooks(technique: OptimizerTechnique) -> None:
-    twins = _Twins(technique)
+    twins = Twins(technique)
     logs: list[list[str]] = []
     for model, optimizer in zip(twins.models, twins.optimizers):
         calls: list[str] = []
         with _registered(optimizer, calls):
-            _plain_step(model, optimizer, 0)
+            plain_step(model, optimizer, 0)
             optimizer.load_state_dict(optimizer.state_dict())
-        _plain_step(model, optimizer, 1)
+        plain_step(model, optimizer, 1)
         logs.append(calls)
     assert logs[0] == logs[1]
     assert logs[0] == ["step pre", "step post", "state_dict pre", "state_dict post", "load pre", "load post"]
@@ -326,7 +184,7 @@ def test_hooks(technique: OptimizerTechnique) -> None:
 
 def test_a_state_dict_post_hook_may_replace_the_result(technique: OptimizerTechnique) -> None:
     results = []
-    for optimizer in _Twins(technique).optimizers:
+    for optimizer in Twins(technique).optimizers:
         optimizer.register_state_dict_post_hook(lambda _, packed: {**packed, "note": "kept"})
         results.append(optimizer.state_dict()["note"])
     assert results == ["kept", "kept"]
@@ -370,7 +228,7 @@ def test_differentiates_through_the_step(technique: OptimizerTechnique, differen
 
 def test_float64_default_dtype(technique: OptimizerTechnique) -> None:
     torch.set_default_dtype(torch.float64)
-    twins = _Twins(technique)
+    twins = Twins(technique)
     twins.train(3)
     state = twins.optimizers[0].state[parameters(twins.optimizers[0])[0]]
     assert technique.name == "SGD" or state["step"].dtype == torch.float64

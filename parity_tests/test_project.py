@@ -136,7 +136,7 @@ def texts() -> Iterator[tuple[Path, str]]:
     top = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     below = [path for folder in (*PACKAGES, "docs", ".ci") for path in (ROOT / folder).rglob("*") if path.is_file()]
     for path in sorted(top + below):
-        if "__pycache__" not in path.parts and path.suffix not in {".png", ".pyc", ".npz"}:
+        if "__pycache__" not in path.parts and path.suffix not in {".png", ".pyc", ".npz", ".pt"}:
             yield path.relative_to(ROOT), path.read_text(encoding="utf-8")
 
 

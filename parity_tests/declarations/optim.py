@@ -10,7 +10,9 @@ import reimpl.optim
 from parity_tests.oracle import optim as oracle
 from reimpl.testing.declarations import COMPLEX_DTYPES, REAL_DTYPES, OptimizerConfig, OptimizerTechnique
 
-DTYPES = (*REAL_DTYPES, *COMPLEX_DTYPES)
+#: What a parameter may be; an optimizer is tried in float16 too, which the other techniques are not.
+REAL = (*REAL_DTYPES, torch.float16)
+DTYPES = (*REAL, *COMPLEX_DTYPES)
 
 
 # A dialect has no error of PyTorch's beside it, only the limit of 4 ulp. So its decays and rates are such that 1 - βᵗ,

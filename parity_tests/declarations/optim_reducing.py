@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 import reimpl.optim
+from parity_tests.declarations.optim import REAL
 from parity_tests.oracle import optim_reducing as oracle
-from reimpl.testing.declarations import REAL_DTYPES, OptimizerConfig, OptimizerTechnique
+from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique
 
 
 def _shared(desc: str, **kwargs: object) -> OptimizerConfig:
@@ -23,7 +24,7 @@ SPARSE_ADAM = OptimizerTechnique(
     ours=reimpl.optim.SparseAdam,
     torch=torch.optim.SparseAdam,
     oracle=oracle.sparse_adam,
-    dtypes=REAL_DTYPES,
+    dtypes=REAL,
     configs=(
         _shared("large eps, maximize", lr=0.05, eps=0.25, betas=(0.5, 0.75), maximize=True),
         _shared("tensor lr", lr=torch.tensor(0.01, dtype=torch.float64)),
@@ -47,7 +48,7 @@ ADAFACTOR = OptimizerTechnique(
     torch=torch.optim.Adafactor,
     oracle=oracle.adafactor,
     magnitude=oracle.adafactor_magnitude,
-    dtypes=REAL_DTYPES,
+    dtypes=REAL,
     configs=(
         _shared("large epsilons, clipping", lr=0.5, eps=(0.1, 0.5), d=1.25, weight_decay=0.1),
         _shared("tensor lr, beta2_decay, maximize", lr=torch.tensor(0.1), beta2_decay=-0.3, maximize=True),
@@ -68,7 +69,7 @@ MUON = OptimizerTechnique(
     torch=torch.optim.Muon,
     oracle=oracle.muon,
     magnitude=oracle.muon_magnitude,
-    dtypes=REAL_DTYPES,
+    dtypes=REAL,
     configs=(
         _shared("no nesterov, match_rms_adamw", lr=0.05, nesterov=False, adjust_lr_fn="match_rms_adamw"),
         _shared("spectral_unclamped, three steps", lr=0.05, adjust_lr_fn="spectral_unclamped", ns_steps=3),

@@ -22,6 +22,7 @@ from typing import Any
 import torch.optim as _torch_optim
 
 from . import lr_scheduler, swa_utils
+from ._fuse import fuse, unfuse
 from ._torch import Optimizer
 from .adadelta import Adadelta
 from .adafactor import Adafactor
@@ -49,7 +50,7 @@ __all__ = [
     "ASGD", "SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "Optimizer", "RAdam",
     "RMSprop", "Rprop", "SparseAdam",
 ]  # fmt: skip
-__all__ += ["NesterovLookahead", "ewa", "lr_scheduler", "swa_utils"]
+__all__ += ["NesterovLookahead", "ewa", "fuse", "lr_scheduler", "swa_utils", "unfuse"]
 __all__ += [name for name in _torch_optim.__all__ if name not in __all__]
 
 

@@ -33,11 +33,37 @@ def restore_numbers(optimizer: Optimizer, state_dict: StateDict, keys: tuple[str
                     here[key] = there[key].detach().to(device=here[key].device, dtype=dtype, copy=True)
 
 
-def torch_twin(optimizer: Any) -> Optimizer:
-    """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
+def require_shapes(optimizer: Any, state_dict: StateDict) -> None:
+    """Raise where the state in ``state_dict`` is that of a parameter of another shape.
+
+    PyTorch loads it, and at the next step fails in the middle or broadcasts. Nothing is said where a hook may yet
+    change the state dict.
 
     Raises:
-        ValueError: there is none, or a dialect is in use that it cannot express.
+        ValueError: names the state, its shape, and the parameter's.
+    """
+    if optimizer._optimizer_load_state_dict_pre_hooks:
+        return
+    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], optimizer.param_groups, strict=False)):
+        for index, p in zip(saved["params"], group["params"], strict=False):
+            entry = state_dict["state"].get(index, {})
+            numbers = ("step", *optimizer.scalar_state)
+            tensors = {k: v for k, v in entry.items() if isinstance(v, Tensor) and v.dim() and k not in numbers}
+            fresh = optimizer.init_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group) if tensors else {}
+            for key, value in tensors.items():
+                expected = fresh[key].shape if isinstance(fresh.get(key), Tensor) else p.shape
+                if value.shape != expected:
+                    raise ValueError(
+                        f"loaded state dict has {key} of shape {tuple(value.shape)} for a parameter of shape "
+                        f"{tuple(p.shape)} (parameter group {number}), where {tuple(expected)} was expected"
+                    )
+
+
+def refuse_dialects(optimizer: Any) -> None:
+    """Raise unless PyTorch's class of the same name does what every group of ``optimizer`` asks for.
+
+    Raises:
+        ValueError: there is no such class, or a dialect is in use that it cannot express.
     """
     name = type(optimizer).__name__
     if optimizer.torch_class is None:
@@ -46,6 +72,15 @@ def torch_twin(optimizer: Any) -> Optimizer:
         for key in optimizer.dialects:
             if key != "fused" and not optimizer.is_torch_way(key, group[key]):
                 raise ValueError(f"torch.optim.{name} has no equivalent of {key}={group[key]!r} (parameter group {i})")
+
+
+def torch_twin(optimizer: Any) -> Optimizer:
+    """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
+
+    Raises:
+        ValueError: there is none, or a dialect is in use that it cannot express.
+    """
+    refuse_dialects(optimizer)
     names = ["param_names" in group for group in optimizer.param_groups]
     groups = [
         {"params": list(zip(g["param_names"], g["params"], strict=True)) if named else g["params"]}

@@ -20,9 +20,14 @@ def learning_rate(lr: Any, text: str = "Invalid learning rate:") -> None:
         raise ValueError(f"{text} {lr}")
 
 
+def is_magnitude(value: Any) -> bool:
+    """Whether a number, or a tensor of one, is at least 0 and neither infinite nor NaN."""
+    return bool(0.0 <= value < math.inf)
+
+
 def at_least_zero(name: str, value: Any) -> None:
-    """Raise ``Invalid <name>: <value>`` for a value that is negative or NaN."""
-    if not value >= 0.0:
+    """Raise ``Invalid <name>: <value>`` for a value that is negative, NaN, or infinite, which PyTorch lets through."""
+    if not is_magnitude(value):
         raise ValueError(f"Invalid {name}: {value}")
 
 
@@ -30,6 +35,28 @@ def each_at_least_zero(**values: Any) -> None:
     """Raise ``Invalid <name> value: <value>`` for the first that is negative or NaN."""
     for name, value in values.items():
         at_least_zero(f"{name} value", value)
+
+
+MAGNITUDES = (
+    "lr", "momentum", "weight_decay", "eps", "lr_decay", "initial_accumulator_value", "rho", "alpha", "lambd",
+    "momentum_decay",
+)  # fmt: skip
+"""Options that are numbers of at least 0 in every class that has them."""
+
+
+def group(options: Mapping[str, Any], index: int) -> None:
+    """Raise for what the constructor would refuse, in the options of one parameter group.
+
+    PyTorch takes anything there.
+    """
+    for key in MAGNITUDES:
+        value = options.get(key)
+        one = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+        if one and not is_magnitude(value):
+            name = "learning rate" if key == "lr" else f"{key} value"
+            raise ValueError(f"Invalid {name}: {value} (parameter group {index})")
+    if "betas" in options:
+        betas(options["betas"])
 
 
 def should_be(name: str, condition: str, value: Any, holds: Any) -> None:

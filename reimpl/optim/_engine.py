@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import _fused
-from ._checkpoints import LATE_OPTIONS, restore_numbers, torch_twin
+from . import _checks, _fused
+from ._checkpoints import LATE_OPTIONS, require_shapes, restore_numbers, torch_twin
 from ._tensorlist import TensorList
 from ._torch import (
     Optimizer,
@@ -85,6 +85,12 @@ class RuleOptimizer(Optimizer):
         super().__init__(params, defaults)
         if defaults.get("fused"):
             self._step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: Group) -> None:
+        """PyTorch's ``add_param_group``; options are checked as the constructor's are."""
+        if isinstance(param_group, dict):
+            _checks.group(param_group, len(self.param_groups))
+        super().add_param_group(param_group)
 
     # ---------------------------------------------------------------- what a subclass writes
 
@@ -328,13 +334,14 @@ class RuleOptimizer(Optimizer):
         self.__dict__.pop("_fused_bundles", None)
 
     def state_dict(self) -> StateDict:
-        """PyTorch's ``state_dict``; options that PyTorch's class lacks are in it only where they are not its way."""
+        """PyTorch's ``state_dict``; dialects are in it only where they are not PyTorch's way."""
         return self._strip(super().state_dict())
 
     def _strip(self, packed: StateDict) -> StateDict:
         for group in packed["param_groups"]:
             for key in self.dialects:
-                if key in group and self.is_torch_way(key, group[key]):
+                # how it runs is not what it computes: a PyTorch checkpoint has no "fused" in it where PyTorch has none
+                if key in group and (key == "fused" or self.is_torch_way(key, group[key])):
                     del group[key]
         return packed
 
@@ -356,6 +363,7 @@ class RuleOptimizer(Optimizer):
                         f"loaded state dict has {key}={theirs[key]!r} in parameter group {i}, "
                         f"but this {type(self).__name__} was built with {key}={value!r}"
                     )
+        require_shapes(self, state_dict)
         self._warn_of_other_ways(here, saved)
         absent = [[key for key in mine if key not in theirs] for mine, theirs in zip(here, saved, strict=False)]
         super().load_state_dict(state_dict)

@@ -256,8 +256,7 @@ def step(
     overlapping, numbers_of_state = _overlap(params), ("step", *optimizer.scalar_state)
     parts: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):
-        if not p.is_floating_point():
-            check_fused_support(p)
+        check_fused_support(p)
         missing = tuple(key for key in optimizer.lazy_state if s.get(key) is None)
         fusible = not overlapping and _fusible(p, g, s, numbers_of_state) and _backend(p.device.type) is not None
         parts[(p.device, p.dtype, missing) if fusible else None].append(i)

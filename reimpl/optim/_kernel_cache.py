@@ -96,9 +96,14 @@ def _write(base: Path, name: str, text: str) -> Path:
     path = base / f"{name}.py"
     if path.exists() and path.read_text() == text:
         return path
-    with tempfile.NamedTemporaryFile("w", dir=base, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    descriptor, beside = tempfile.mkstemp(dir=base, suffix=".tmp")
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+        os.replace(beside, path)
+    except OSError:
+        Path(beside).unlink(missing_ok=True)
+        raise
     return path
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Scalar = Any
 """A Python number, a 0-d tensor, or a ``TensorList`` of 0-d tensors (one scalar a tensor)."""
@@ -53,7 +54,11 @@ class TensorList(Sequence[Tensor]):
 
     def copy_(self, other: TensorList | Tensor) -> TensorList:
         source = other.tensors if isinstance(other, TensorList) else [other] * len(self.tensors)
-        torch._foreach_copy_(self.tensors, source)
+        if all(type(tensor) in (Tensor, Parameter) for tensor in self.tensors):
+            torch._foreach_copy_(self.tensors, source)
+        else:  # DTensor knows every other foreach function that is called here
+            for tensor, new in zip(self.tensors, source, strict=True):
+                tensor.copy_(new)
         return self
 
     def abs(self) -> TensorList:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
@@ -20,6 +21,7 @@ from torch.optim.optimizer import (
 )
 
 __all__ = [
+    "LRScheduler",
     "Optimizer",
     "ParamsT",
     "StateDict",

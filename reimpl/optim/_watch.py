@@ -69,7 +69,7 @@ class Watch:
         # held, so that what the addresses point to cannot be freed and its memory given to another tensor
         self.storages = [t.untyped_storage() for t in self.tensors]
         self.places = _array([t.data_ptr() for t in self.tensors])
-        self.strides = [p.stride() for p in params]
+        self.kinds = [(p.shape, p.stride()) for p in params]
 
     def holds(self) -> bool:
         """Whether the state is the same objects as before, and all tensors lie where they lay."""
@@ -80,16 +80,17 @@ class Watch:
 
         Returns:
             Copies in the parameters' strides, where a gradient has others; they must live until the step is done. Or
-            ``None``, where the kernel cannot read a gradient: it is sparse, of another dtype or of another class. (That
-            it lies on the parameter's device and has its shape, ``Tensor.grad`` itself sees to.)
+            ``None``, where the kernel cannot read a gradient: it is sparse, of another dtype or of another class, or
+            has not the shape that the parameter had. (That it lies on the parameter's device, ``Tensor.grad`` itself
+            sees to; of the shape, only when it is set.)
         """
         copies: list[Tensor] = []
-        for i, (p, strides) in enumerate(zip(self.params, self.strides, strict=True)):
+        for i, (p, (shape, strides)) in enumerate(zip(self.params, self.kinds, strict=True)):
             g = p.grad
             if g is None:
                 row[i] = 0
                 continue
-            if p.stride() != strides or not _plain(g, p):
+            if p.shape != shape or p.stride() != strides or not _plain(g, p):
                 return None
             if g.stride() != strides:
                 g = torch.empty_like(p).copy_(g)

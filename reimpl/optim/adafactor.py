@@ -62,10 +62,10 @@ class Adafactor(WholeTensorRule):
     ) -> None:  # fmt: skip
         _checks.learning_rate(lr, "Learning rate should be >= 0 but is:")
         _checks.should_be("beta2_decay", "<= 0", beta2_decay, beta2_decay <= 0.0)
-        _checks.should_be("epsilon1", ">= 0", eps[0], eps[0] is None or eps[0] >= 0.0)
-        _checks.should_be("epsilon2", ">= 0", eps[1], eps[1] >= 0.0)
+        _checks.should_be("epsilon1", ">= 0", eps[0], eps[0] is None or _checks.is_magnitude(eps[0]))
+        _checks.should_be("epsilon2", ">= 0", eps[1], _checks.is_magnitude(eps[1]))
         _checks.should_be("Clipping threshold d", ">= 1", d, d >= 1.0)
-        _checks.should_be("weight_decay", ">= 0", weight_decay, weight_decay >= 0.0)
+        _checks.should_be("weight_decay", ">= 0", weight_decay, _checks.is_magnitude(weight_decay))
         super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:

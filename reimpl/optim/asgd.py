@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -52,7 +53,10 @@ class ASGD(RuleOptimizer):
         capturable: bool = False, *, fused: bool | None = None,
     ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
-        _checks.each_at_least_zero(lambd=lambd, alpha=alpha, weight_decay=weight_decay)
+        _checks.each_at_least_zero(lambd=lambd, alpha=alpha)
+        if math.isnan(t0):
+            raise ValueError(f"Invalid t0: {t0}")
+        _checks.each_at_least_zero(weight_decay=weight_decay)
         super().__init__(params, _checks.arguments(locals()))
 
     def new_step(self, p: Tensor, group: Group) -> Tensor:

@@ -62,8 +62,9 @@ class Muon(WholeTensorRule):
         eps: float = 1e-7, ns_steps: int = 5, adjust_lr_fn: str | None = None,
     ) -> None:  # fmt: skip
         _checks.learning_rate(lr, "Learning rate should be >= 0 but is:")
-        _checks.should_be("momentum", ">= 0", momentum, momentum >= 0.0)
-        _checks.should_be("weight decay", ">= 0", weight_decay, weight_decay >= 0.0)
+        _checks.should_be("momentum", ">= 0", momentum, _checks.is_magnitude(momentum))
+        _checks.should_be("weight decay", ">= 0", weight_decay, _checks.is_magnitude(weight_decay))
+        _checks.at_least_zero("epsilon value", eps)
         if adjust_lr_fn is not None and adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported")
         super().__init__(params, _checks.arguments(locals()))

@@ -49,7 +49,17 @@ class Rprop(RuleOptimizer):
         _checks.learning_rate(lr)
         if not 0.0 < etas[0] < 1.0 < etas[1]:
             raise ValueError(f"Invalid eta values: {etas[0]}, {etas[1]}")
+        if not 0.0 <= step_sizes[0] <= step_sizes[1]:
+            raise ValueError(f"Invalid step sizes: {step_sizes[0]}, {step_sizes[1]}")
         super().__init__(params, _checks.arguments(locals()))
+
+    def _collect(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[State]]:
+        params, grads, states = super()._collect(group)
+        for p, g, s in zip(params, grads, states, strict=True):
+            if g.numel() == 1 != s["step_size"].numel():
+                # PyTorch indexes where this rule selects, and so does not spread one number over all
+                raise IndexError(f"a gradient of shape {list(g.shape)} does not fit the parameter's {list(p.shape)}")
+        return params, grads, states
 
     def init_state(self, p: Tensor, group: Group) -> State:
         step_size = filled_like(p if p.grad is None else p.grad, plain_scalar(group["lr"]))

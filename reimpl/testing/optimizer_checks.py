@@ -250,7 +250,7 @@ def check_fused_step(
         step_with(mine, grads)
         step_with(theirs, grads)
         for index, (p, q) in enumerate(zip(parameters(mine), parameters(theirs))):
-            seen = _fused_differences(
+            seen = fused_differences(
                 technique, config, before[index], grads[index], _values(mine, p), _values(theirs, q)
             )
             for key, (ulp, verdict) in seen.items():
@@ -270,7 +270,7 @@ def _snapshot(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> dict[str
     return {key: to_oracle(value) for key, value in _values(optimizer, param).items()}
 
 
-def _fused_differences(
+def fused_differences(
     technique: OptimizerTechnique,
     config: OptimizerConfig,
     before: dict[str, Array],

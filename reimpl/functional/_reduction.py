@@ -13,10 +13,16 @@ def resolve(reduction: str, size_average: bool | None = None, reduce: bool | Non
     Raises:
         ValueError: there is no such reduction.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = legacy_reduction(reduction, size_average, reduce)
     _reduction.get_enum(reduction)
     return reduction
+
+
+def legacy_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
+    """``reduction``, or what its deprecated forms ask for where one is given, with PyTorch's warning."""
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce)
 
 
 def reduced(losses: Tensor, reduction: str, dtype: torch.dtype, count: Tensor | None = None) -> Tensor:

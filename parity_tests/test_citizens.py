@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import reimpl.functional as F
-from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.functional_cases import each_differentiable_function, reference_of, whole
 from reimpl.testing import FunctionTechnique, Sample, seeded_generator
 
 pytestmark = [
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
 ]
 
-each_function = pytest.mark.parametrize("technique", FUNCTIONS, ids=lambda technique: technique.name)
 Function = Callable[..., Tensor]
 CPU = torch.device("cpu")
 
@@ -41,17 +40,17 @@ def split(function: Function, sample: Sample) -> tuple[Function, tuple[Tensor, .
         args = list(sample.args)
         for i, tensor in zip(wanted, tensors, strict=True):
             args[i] = tensor
-        return function(*args, **sample.kwargs)
+        return whole(function(*args, **sample.kwargs))
 
     return of_wanted, tuple(sample.args[i] for i in wanted)
 
 
 def pairs(technique: FunctionTechnique) -> Iterator[tuple[Function, Function, tuple[Tensor, ...], str]]:
     """Ours, PyTorch's, detached arguments and description of each sample."""
-    assert technique.torch is not None
+    reference = reference_of(technique)
     for sample in samples(technique):
         ours, tensors = split(technique.ours, sample)
-        theirs, _ = split(technique.torch, sample)
+        theirs, _ = split(reference, sample)
         yield ours, theirs, tuple(tensor.detach() for tensor in tensors), sample.desc
 
 
@@ -65,14 +64,14 @@ def significant_strides(tensor: Tensor) -> list[int]:
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
-@each_function
+@each_differentiable_function
 def test_gradcheck_in_both_modes(technique: FunctionTechnique) -> None:
     for sample in samples(technique):
         function, tensors = split(technique.ours, sample)
         assert gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True), sample.desc
 
 
-@each_function
+@each_differentiable_function
 def test_gradgradcheck_and_forward_over_reverse(technique: FunctionTechnique) -> None:
     for sample in list(samples(technique))[:3]:
         function, tensors = split(technique.ours, sample)
@@ -84,7 +83,7 @@ def squares(function: Function, others: tuple[Tensor, ...]) -> Callable[[Tensor]
     return lambda first: (function(first, *others) ** 2).sum()
 
 
-@each_function
+@each_differentiable_function
 def test_second_derivatives_in_every_combination(technique: FunctionTechnique) -> None:
     """Among them ``jvp`` of ``jvp``, which an autograd Function's own ``jvp`` answers with a silent 0."""
     from torch.func import hessian, jacfwd, jacrev
@@ -129,7 +128,7 @@ def test_batch_norm_where_pytorchs_is_wrong() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(function(leaf), leaf, grad) for function in (ours, right)))
 
 
-@each_function
+@each_differentiable_function
 def test_dual_tensors(technique: FunctionTechnique) -> None:
     for ours, theirs, tensors, desc in pairs(technique):
         tangents = [torch.randn_like(tensor) for tensor in tensors]
@@ -141,7 +140,7 @@ def test_dual_tensors(technique: FunctionTechnique) -> None:
         torch.testing.assert_close(results[0], results[1], msg=explain(desc))
 
 
-@each_function
+@each_differentiable_function
 def test_vmap_over_each_argument_and_all(technique: FunctionTechnique) -> None:
     for ours, theirs, tensors, desc in pairs(technique):
         # The mapped dimension comes last, so that it is not a batch by luck.
@@ -175,7 +174,7 @@ def compiled_matches(function: Function, reference: Function, tensors: tuple[Ten
     torch.testing.assert_close(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
 
 
-@each_function
+@each_differentiable_function
 def test_compiles_whole_forward_and_backward(technique: FunctionTechnique) -> None:
     for ours, theirs, tensors, _ in list(pairs(technique))[:3]:
         compiled_matches(ours, theirs, tensors, "aot_eager")
@@ -260,15 +259,19 @@ def test_strides_are_pytorchs_on_real_meta_and_fake_tensors(layout: str, device:
         assert on_meta.is_meta and fake.device == x.device
 
 
-@each_function
+def on_meta(value: Any) -> Any:
+    """A tensor without data in place of one with."""
+    return value.detach().to("meta").requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+@each_differentiable_function
 def test_gradients_on_meta_tensors(technique: FunctionTechnique) -> None:
     for sample in samples(technique, dtype=torch.float32):
-        moved = tuple(
-            a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in sample.args
-        )
-        function, tensors = split(technique.ours, Sample(moved, sample.kwargs))
+        moved = tuple(map(on_meta, sample.args))
+        options = {name: on_meta(value) for name, value in sample.kwargs.items()}
+        function, tensors = split(technique.ours, Sample(moved, options))
         output = function(*tensors)
-        assert output.is_meta and output.shape == technique.ours(*sample.args, **sample.kwargs).shape
+        assert output.is_meta and output.shape == whole(technique.ours(*sample.args, **sample.kwargs)).shape
         for tensor, grad in zip(tensors, torch.autograd.grad(output.sum(), tensors), strict=True):
             assert grad.is_meta and grad.shape == tensor.shape
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
-from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.declarations.functional_samples import FORBIDDEN
+from parity_tests.functional_cases import each_function, gradients, row_of, verdicts
 from parity_tests.oracle import functional as oracle
 from reimpl.testing import (
     REAL_DTYPES,
@@ -35,41 +36,6 @@ from reimpl.testing import (
 
 # PyTorch's word about a copy of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-
-each_function = pytest.mark.parametrize("technique", FUNCTIONS, ids=lambda technique: technique.name)
-
-
-def gradients(function: Callable[..., Tensor], sample: Sample, grad_seed: int) -> tuple[Tensor, dict[int, Tensor]]:
-    """Output, and the gradient of each argument that wants one, for a random gradient of the output."""
-    output = function(*sample.args, **sample.kwargs)
-    wanted = {i: arg for i, arg in enumerate(sample.args) if isinstance(arg, Tensor) and arg.requires_grad}
-    generator = seeded_generator(grad_seed, "grad", tuple(output.shape))
-    grad = random_tensor(output.shape, output.dtype, generator, output.device)
-    return output, dict(zip(wanted, torch.autograd.grad(output, list(wanted.values()), grad), strict=True))
-
-
-def absolute(value: Any) -> Any:
-    """Arrays of numbers without their signs; everything else as it is."""
-    return np.abs(value) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
-
-
-def verdicts(technique: FunctionTechnique, sample: Sample, seed: int) -> Iterator[tuple[str, Verdict]]:
-    """Output and gradients of one call, each judged."""
-    assert technique.torch is not None
-    ours, our_grads = gradients(technique.ours, sample, seed)
-    theirs, their_grads = gradients(technique.torch, sample, seed)
-    assert ours.dtype == theirs.dtype
-    args = [to_oracle(arg) if isinstance(arg, Tensor) else arg for arg in sample.args]
-    grad = to_oracle(random_tensor(ours.shape, ours.dtype, seeded_generator(seed, "grad", tuple(ours.shape))))
-    exact, vjp = technique.oracle(*args, **sample.kwargs)
-    if technique.magnitude is None:
-        scale, scale_vjp = technique.oracle(*map(absolute, args), **sample.kwargs)
-    else:
-        scale, scale_vjp = technique.magnitude(*args, **sample.kwargs)
-    yield "output", judge(ours, theirs, exact, scale)
-    exact_grads, scales = vjp(grad), scale_vjp(np.abs(grad))
-    for i, our_grad in our_grads.items():
-        yield f"gradient {i}", judge(our_grad, their_grads[i], exact_grads[i], scales[i])
 
 
 @pytest.mark.quick
@@ -128,7 +94,7 @@ PLANTED: tuple[tuple[str, str, Callable[..., Tensor]], ...] = (
 
 @pytest.mark.parametrize(("name", "bug", "wrong"), PLANTED, ids=[f"{name}: {bug}" for name, bug, _ in PLANTED])
 def test_planted_bugs_are_caught(name: str, bug: str, wrong: Callable[..., Tensor]) -> None:
-    (row,) = (row for row in FUNCTIONS if row.name == name)
+    row = row_of(name)
     assert row.samples is not None
     caught = False
     for sample in row.samples(torch.device("cpu"), torch.float32, seeded_generator(0, name)):
@@ -158,7 +124,7 @@ def _geometries() -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dict[str, 
 
 
 def test_conv2d_over_random_geometries(device: torch.device) -> None:
-    (row,) = (row for row in FUNCTIONS if row.name == "conv2d")
+    row = row_of("conv2d")
     for number, (shape, weight_shape, options) in enumerate(_geometries()):
         generator = seeded_generator(number, "conv2d geometry")
         args = tuple(
@@ -170,7 +136,7 @@ def test_conv2d_over_random_geometries(device: torch.device) -> None:
 
 
 def test_conv2d_in_parts_of_the_batch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = (row for row in FUNCTIONS if row.name == "conv2d")
+    row = row_of("conv2d")
     generator = seeded_generator(0, "parts")
     args = tuple(
         random_tensor(s, torch.float32, generator, device).requires_grad_() for s in ((7, 4, 9, 8), (6, 2, 3, 3), (6,))
@@ -259,7 +225,7 @@ def test_calls_nothing_that_does_the_job(technique: FunctionTechnique) -> None:
         with independence_guard(technique.forbidden) as seen:
             gradients(technique.ours, sample, 0)
         assert any(name.startswith("aten::") for name in seen)
-    used = names_used(technique.ours)
+    used = names_used(technique.ours, follow="reimpl")
     assert not [name for name in used for pattern in technique.forbidden if fnmatch.fnmatchcase(name, pattern)]
 
 
@@ -276,7 +242,7 @@ def test_calls_nothing_that_does_the_job(technique: FunctionTechnique) -> None:
     ],
 )
 def test_the_guard_catches_what_does_the_job(cheat: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(IndependenceError), independence_guard(FUNCTIONS[0].forbidden):
+    with pytest.raises(IndependenceError), independence_guard(FORBIDDEN):
         cheat(torch.ones(3, 3))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
-from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.declarations import FUNCTIONS
 from parity_tests.versions import IS_REFERENCE
 
 

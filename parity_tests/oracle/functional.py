@@ -244,66 +244,6 @@ def conv2d(
     return output.reshape(*input.shape[:-3], *output.shape[1:]), vjp
 
 
-def max_pool2d(
-    input: Array,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    ceil_mode: bool = False,
-) -> Result:
-    """Window after window: the elements inside the input, row by row, and the first largest of them."""
-    kernel, pads, d = _pair(kernel_size), _pair(padding), _pair(dilation)
-    s = kernel if stride is None else _pair(stride)
-    planes = input.reshape(-1, *input.shape[-2:])
-    lengths = []
-    for size, k, step, pad, dil in zip(input.shape[-2:], kernel, s, pads, d, strict=True):
-        room = size + 2 * pad - dil * (k - 1) - 1
-        length = (-(-room // step) if ceil_mode else room // step) + 1
-        lengths.append(length - 1 if ceil_mode and (length - 1) * step >= size + pad else length)
-    output, winners = np.empty((len(planes), *lengths), input.dtype), np.empty((len(planes), *lengths, 2), int)
-    for i, j in np.ndindex(*lengths):
-        rows = [r for k in range(kernel[0]) if 0 <= (r := i * s[0] - pads[0] + k * d[0]) < input.shape[-2]]
-        columns = [c for k in range(kernel[1]) if 0 <= (c := j * s[1] - pads[1] + k * d[1]) < input.shape[-1]]
-        window = planes[:, rows][:, :, columns].reshape(len(planes), -1)
-        best = window.argmax(axis=1)
-        output[:, i, j] = window[np.arange(len(planes)), best]
-        winners[:, i, j, 0] = np.asarray(rows)[best // len(columns)]
-        winners[:, i, j, 1] = np.asarray(columns)[best % len(columns)]
-
-    def vjp(grad: Array) -> tuple[Array | None, ...]:
-        spread = np.zeros_like(planes)
-        plane = np.arange(len(planes))[:, None, None]
-        np.add.at(spread, (plane, winners[..., 0], winners[..., 1]), grad.reshape(output.shape))
-        return (spread.reshape(input.shape),)
-
-    return output.reshape(*input.shape[:-2], *lengths), vjp
-
-
-def max_pool2d_magnitude(input: Array, *args: Any, **kwargs: Any) -> Result:
-    """The maximum is copied, not computed; the gradients that meet in an element are added."""
-    output, vjp = max_pool2d(input, *args, **kwargs)
-    return np.abs(output), lambda grad: vjp(np.abs(grad))
-
-
-def _averaging(length: int, windows: int, dtype: np.dtype[Any]) -> Array:
-    """The matrix (windows, length) that takes means over the adaptive windows."""
-    matrix = np.zeros((windows, length), dtype)
-    for i in range(windows):
-        start, end = int(np.floor(i * length / windows)), int(np.ceil((i + 1) * length / windows))
-        matrix[i, start:end] = dtype.type(1) / (end - start)
-    return matrix
-
-
-def adaptive_avg_pool2d(input: Array, output_size: Any) -> Result:
-    """Rows and columns averaged by one matrix each: Y = A X Bᵀ."""
-    wanted = (output_size, output_size) if output_size is None or isinstance(output_size, int) else output_size
-    sizes = [n if size is None else size for size, n in zip(wanted, input.shape[-2:], strict=True)]
-    left, right = (_averaging(n, size, input.dtype) for n, size in zip(input.shape[-2:], sizes, strict=True))
-    output = np.einsum("ih,...hw,jw->...ij", left, input, right)
-    return output, lambda grad: (np.einsum("ih,...ij,jw->...hw", left, grad, right),)
-
-
 def batch_norm(
     input: Array,
     running_mean: Array | None,

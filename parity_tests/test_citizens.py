@@ -143,8 +143,8 @@ def test_dual_tensors(technique: FunctionTechnique) -> None:
 @each_differentiable_function
 def test_vmap_over_each_argument_and_all(technique: FunctionTechnique) -> None:
     for ours, theirs, tensors, desc in pairs(technique):
-        # The mapped dimension comes last, so that it is not a batch by luck.
-        stacks = [torch.stack([t, torch.randn_like(t), torch.randn_like(t)], -1) for t in tensors]
+        # The mapped dimension comes last, so that it is not a batch by luck; probabilities stay probabilities.
+        stacks = [torch.stack([t, t / 2, t * t], -1) for t in tensors]
         for mapped in (*range(len(tensors)), None):
             dims = tuple(-1 if mapped in (None, i) else None for i in range(len(tensors)))
             inputs = [s if d == -1 else t for s, t, d in zip(stacks, tensors, dims, strict=True)]
@@ -235,7 +235,17 @@ def planar_calls(namespace: Any) -> dict[str, Function]:
         "log_softmax": lambda x: namespace.log_softmax(x, -1),
         "max_pool2d": lambda x: namespace.max_pool2d(x, 2),
         "max_pool2d indices": lambda x: namespace.max_pool2d(x, 2, return_indices=True)[1],
+        "avg_pool2d": lambda x: namespace.avg_pool2d(x, 3, 2, 1),
         "adaptive_avg_pool2d": lambda x: namespace.adaptive_avg_pool2d(x, (3, 2)),
+        "adaptive_max_pool2d": lambda x: namespace.adaptive_max_pool2d(x, (3, 2)),
+        "leaky_relu": namespace.leaky_relu,
+        "tanh": torch.tanh if namespace is torch.nn.functional else namespace.tanh,
+        "dropout": namespace.dropout,
+        "mse_loss": lambda x: namespace.mse_loss(x, x.flip(0), reduction="none"),
+        "binary_cross_entropy_with_logits": lambda x: namespace.binary_cross_entropy_with_logits(
+            x, torch.zeros_like(x), reduction="none"
+        ),
+        "nll_loss": lambda x: namespace.nll_loss(x, x[:, 0].to(torch.int64) * 0, reduction="none"),
         "batch_norm": lambda x: namespace.batch_norm(x, None, None, training=True),
         "conv2d": conv2d(torch.contiguous_format, 3),
         "conv2d 1x1": conv2d(torch.contiguous_format, 1),
@@ -285,6 +295,22 @@ AUTOCAST_CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "log_softmax": lambda m, x: m.log_softmax(x, 1),
     "max_pool2d": lambda m, x: m.max_pool2d(x, 2),
     "adaptive_avg_pool2d": lambda m, x: m.adaptive_avg_pool2d(x, 1),
+    "leaky_relu": lambda m, x: m.leaky_relu(x),
+    "tanh": lambda m, x: (torch if m is torch.nn.functional else m).tanh(x),
+    "avg_pool2d": lambda m, x: m.avg_pool2d(x, 2),
+    "adaptive_max_pool2d": lambda m, x: m.adaptive_max_pool2d(x, 2),
+    "mse_loss": lambda m, x: m.mse_loss(x, x.detach().flip(0)),
+    "mse_loss, none": lambda m, x: m.mse_loss(x, x.detach().flip(0), reduction="none"),
+    "nll_loss": lambda m, x: m.nll_loss(x, torch.zeros(4, 8, 8, dtype=torch.long, device=x.device)),
+    "binary_cross_entropy_with_logits": lambda m, x: m.binary_cross_entropy_with_logits(x, torch.zeros_like(x)),
+    "rnn_tanh_cell": lambda m, x: (torch if m is torch.nn.functional else m).rnn_tanh_cell(
+        x[:, 0, 0], x[:, 0, 1], *(torch.ones(8, 8, device=x.device) / 8 for _ in range(2))
+    ),
+    "lstm_cell": lambda m, x: (torch if m is torch.nn.functional else m).lstm_cell(
+        x[:, 0, 0], (x[:, 0, 1], x[:, 0, 2]), *(torch.ones(32, 8, device=x.device) / 8 for _ in range(2))
+    )[0],
+    "embedding": lambda m, x: m.embedding(torch.zeros(3, dtype=torch.long, device=x.device), x[0, 0]),
+    "dropout": lambda m, x: m.dropout(x, 1.0),
     "batch_norm": lambda m, x: m.batch_norm(x, None, None, torch.ones(6, device=x.device), training=True),
     "cross_entropy": lambda m, x: m.cross_entropy(x, torch.zeros(4, 8, 8, dtype=torch.long, device=x.device)),
     "cross_entropy, probabilities": lambda m, x: m.cross_entropy(x, x.detach().flip(1).softmax(1)),

@@ -139,9 +139,14 @@ def _window_sums(input: Tensor, dim: int, kernel: int, stride: int, windows: int
     """Sums over the windows along one dimension, one tap after the other; the input is padded already."""
     every = (slice(None),) * dim + (slice(None, None, stride),)
     span = (windows - 1) * stride + 1
-    total = input.narrow(dim, 0, span)[every]
+
+    def tap(k: int) -> Tensor:
+        elements = input.narrow(dim, k, span)
+        return elements if stride == 1 else elements[every]
+
+    total = tap(0)
     for k in range(1, kernel):
-        total = total + input.narrow(dim, k, span)[every]
+        total = total + tap(k)
     return total
 
 
@@ -158,7 +163,8 @@ def _spread(grad: Tensor, dim: int, kernel: int, stride: int) -> Tensor:
 def _blocks(grad: Tensor, dim: int, count: int, length: int) -> Tensor:
     """Each number ``count`` times, followed by zeros up to ``length``."""
     block = grad.unsqueeze(dim + 1).expand(*grad.shape[: dim + 1], count, *grad.shape[dim + 1 :])
-    return pad_constant(block, (0, 0) * (grad.dim() - 1 - dim) + (0, length - count)).flatten(dim, dim + 1)
+    filled = pad_constant(block, (0, 0) * (grad.dim() - 1 - dim) + (0, length - count))
+    return filled.reshape(*grad.shape[:dim], grad.shape[dim] * length, *grad.shape[dim + 1 :])
 
 
 def _divisors(

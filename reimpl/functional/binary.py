@@ -113,7 +113,8 @@ def binary_cross_entropy_with_logits(
         kernel = f"log_sigmoid_{input.device.type}"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
     if not target.is_floating_point():
-        result, wanted = scalar_type_name(torch.result_type(input, target)), scalar_type_name(target.dtype)
+        result = scalar_type_name(torch.promote_types(input.dtype, target.dtype))
+        wanted = scalar_type_name(target.dtype)
         raise RuntimeError(f"result type {result} can't be cast to the desired output type {wanted}")
     check_constant(weight, "weight", "binary_cross_entropy_with_logits")
     check_constant(pos_weight, "pos_weight", "binary_cross_entropy_with_logits")

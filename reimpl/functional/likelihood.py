@@ -58,7 +58,7 @@ def nll_loss(
     batch, classes, kept = as_batch(input, target, ignore_index)
     losses = call(_PickedNegative, _picked_negative, batch, classes, kept, weight)
     if reduction == "none":
-        return losses.squeeze(0) if input.dim() == 1 else losses  # type: ignore[no-any-return]
+        return (losses.squeeze(0) if input.dim() == 1 else losses).contiguous()  # type: ignore[no-any-return]
     losses = losses.to(opmath_dtype(input.dtype))
     return reduced(losses, reduction, input.dtype, counted(classes, kept, weight, losses.dtype))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import call, opmath_dtype
+from reimpl.functional._dispatch import autocast_to_lower, call, opmath_dtype
 from reimpl.functional.activation import hyperbolic_tangent, logistic, relu, tanh
 from reimpl.functional.linear import linear
 
@@ -86,6 +86,8 @@ def lstm_cell(
     gates = _preactivation(input, hidden, w_ih, w_hh, b_ih, b_hh, 4)
     if cell.shape != hidden.shape:
         raise RuntimeError(f"hx[1] must have the shape of hx[0], {list(hidden.shape)}, got {list(cell.shape)}")
+    if cell.device.type == "cuda":
+        (cell,) = autocast_to_lower(cell)  # PyTorch's fused kernel takes all in one dtype, its CPU cell promotes
     new_hidden, new_cell = call(_LSTM, _lstm, gates, cell)
     return new_hidden, new_cell
 
@@ -104,11 +106,12 @@ def _preactivation(
 
 
 def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    wide = opmath_dtype(gates.dtype)
+    dtype = torch.promote_types(gates.dtype, cell.dtype)
+    wide = opmath_dtype(dtype)
     i, f, g, o = gates.to(wide).chunk(4, 1)
     new_cell = logistic(f) * cell.to(wide) + logistic(i) * hyperbolic_tangent(g)
     new_hidden = logistic(o) * hyperbolic_tangent(new_cell)
-    return new_hidden.to(gates.dtype), new_cell.to(cell.dtype)
+    return new_hidden.to(dtype), new_cell.to(dtype)
 
 
 class _LSTM(torch.autograd.Function):
@@ -130,7 +133,7 @@ class _LSTM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_hidden: Tensor, grad_cell: Tensor) -> tuple[Tensor, Tensor]:
         gates, cell = ctx.saved_tensors
-        wide = opmath_dtype(gates.dtype)
+        wide = opmath_dtype(torch.promote_types(gates.dtype, cell.dtype))
         gate_i, gate_f, gate_g, gate_o = gates.to(wide).chunk(4, 1)
         i, f, o = logistic(gate_i), logistic(gate_f), logistic(gate_o)
         g, c = hyperbolic_tangent(gate_g), cell.to(wide)

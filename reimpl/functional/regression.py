@@ -73,7 +73,7 @@ def _warn_of_broadcast(input: Tensor, target: Tensor) -> None:
 
 def _squared_errors(input: Tensor, target: Tensor) -> tuple[Tensor, torch.dtype]:
     """The squared errors, in the dtype in which sums are taken, and the dtype of the result."""
-    dtype = torch.result_type(input, target)
+    dtype = torch.promote_types(input.dtype, target.dtype)
     if not dtype.is_floating_point:
         raise NotImplementedError(f"\"mse_{input.device.type}\" not implemented for '{scalar_type_name(dtype)}'")
     input, target = torch.broadcast_tensors(input, target)

@@ -26,8 +26,9 @@ def linear(input: Array, weight: Array, bias: Array | None = None) -> Result:
 
     def vjp(grad: Array) -> tuple[Array | None, ...]:
         g = grad[..., None] if weight.ndim == 1 else grad
-        grad_weight = np.einsum("no,ni->oi", g.reshape(-1, g.shape[-1]), input.reshape(-1, input.shape[-1]))
-        grad_bias = None if bias is None else g.reshape(-1, g.shape[-1]).sum(0)
+        rows, grad_rows = (a.reshape(int(np.prod(a.shape[:-1])), a.shape[-1]) for a in (input, g))
+        grad_weight = np.einsum("no,ni->oi", grad_rows, rows)
+        grad_bias = None if bias is None else grad_rows.sum(0)
         return np.einsum("...o,oi->...i", g, matrix), grad_weight.reshape(weight.shape), grad_bias
 
     return (output[..., 0] if weight.ndim == 1 else output), vjp
@@ -62,7 +63,7 @@ def sigmoid_magnitude(input: Array) -> Result:
 
 
 def _softmax(x: Array, dim: int) -> Array:
-    weights = np.exp(x - x.max(axis=dim, keepdims=True))
+    weights = np.exp(x - x.max(axis=dim, keepdims=True, initial=-np.inf))
     return weights / weights.sum(axis=dim, keepdims=True)
 
 
@@ -74,7 +75,7 @@ def softmax(input: Array, dim: int) -> Result:
 
 def softmax_magnitude(input: Array, dim: int) -> Result:
     """The rounding of the exponent, of the size of x - max, is a relative error of the exponential."""
-    factor = 1 + np.abs(input - input.max(axis=dim, keepdims=True))
+    factor = 1 + np.abs(input - input.max(axis=dim, keepdims=True, initial=-np.inf))
     output = _softmax(input, dim) * factor
     return output, lambda g: (output * np.abs(g) + output * (output * np.abs(g)).sum(axis=dim, keepdims=True),)
 
@@ -84,7 +85,7 @@ def _log_softmax(x: Array, dim: int) -> tuple[Array, Array]:
 
     A relative error of the sum of exponentials is an absolute error of its logarithm: hence the 1 in the scale.
     """
-    shifted = x - x.max(axis=dim, keepdims=True)
+    shifted = x - x.max(axis=dim, keepdims=True, initial=-np.inf)
     log_sum = np.log(np.exp(shifted).sum(axis=dim, keepdims=True))
     return shifted - log_sum, np.abs(shifted) + np.abs(log_sum) + 1
 

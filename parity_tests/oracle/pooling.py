@@ -17,6 +17,11 @@ def _pair(value: Size) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
+def _planes(input: Array) -> Array:
+    """Planes one after the other."""
+    return input.reshape(int(np.prod(input.shape[:-2])), *input.shape[-2:])
+
+
 def _windows(
     input: Array, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool, fill: float
 ) -> tuple[Array, Array, Spread]:
@@ -24,7 +29,7 @@ def _windows(
     the map that adds numbers of that shape back into planes."""
     kernel, pads, d = _pair(kernel_size), _pair(padding), _pair(dilation)
     s = kernel if stride is None or stride == () else _pair(stride)
-    planes = input.reshape(-1, *input.shape[-2:])
+    planes = _planes(input)
     lines = []
     for size, k, step, pad, dil in zip(planes.shape[1:], kernel, s, pads, d, strict=True):
         room = size + 2 * pad - dil * (k - 1) - 1
@@ -36,7 +41,7 @@ def _windows(
     inside = (rows >= 0)[:, None, :, None] & (columns >= 0)[None, :, None, :]
     places = np.where(inside, rows[:, None, :, None] * planes.shape[2] + columns[None, :, None, :], -1)
     places = places.reshape(*places.shape[:2], -1)
-    flat = planes.reshape(len(planes), -1)
+    flat = planes.reshape(len(planes), planes.shape[1] * planes.shape[2])
     windows = np.where(places >= 0, flat[:, np.maximum(places, 0)], np.asarray(fill, input.dtype))
 
     def spread(values: Array) -> Array:
@@ -89,7 +94,7 @@ def avg_pool2d(
     if count_include_pad:
         # A plane that the padding belongs to; what a window of ceil_mode reaches beyond it does not count.
         pads = _pair(padding)
-        padded = np.pad(input.reshape(-1, *input.shape[-2:])[:1], ((0, 0), (pads[0],) * 2, (pads[1],) * 2))
+        padded = np.pad(np.zeros((1, *input.shape[-2:])), ((0, 0), (pads[0],) * 2, (pads[1],) * 2))
         s = _pair(kernel_size) if stride is None or stride == () else _pair(stride)
         counts = _members(padded.shape[1:], _pair(kernel_size), s, counts.shape)
     divisor = np.asarray(counts if divisor_override is None else divisor_override, input.dtype)
@@ -168,7 +173,7 @@ def _grid(plane: tuple[int, ...], output_size: Any) -> list[list[tuple[int, int]
 def adaptive_max_pool2d(input: Array, output_size: Any) -> Result:
     """Window after window, the first largest element."""
     rows, columns = _grid(input.shape[-2:], output_size)
-    planes = input.reshape(-1, *input.shape[-2:])
+    planes = _planes(input)
     output = np.empty((len(planes), len(rows), len(columns)), input.dtype)
     winners = np.empty((*output.shape, 2), int)
     for i, (top, bottom) in enumerate(rows):

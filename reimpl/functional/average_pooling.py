@@ -106,7 +106,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
             average pooling.
 
     Raises:
-        RuntimeError: shapes or sizes do not fit; the text is PyTorch's.
+        ValueError, RuntimeError: shapes or sizes do not fit; the text is PyTorch's.
         NotImplementedError: the dtype is not floating-point.
 
     Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.adaptive_avg_pool2d`.
@@ -114,6 +114,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
     wanted: Sequence[int | None] = (
         (output_size, output_size) if output_size is None or isinstance(output_size, int) else output_size
     )
+    if not isinstance(output_size, int) and input.dim() <= len(wanted):
+        raise ValueError(f"Input dimension should be at least {len(wanted) + 1}")
     if len(wanted) != 2:
         raise RuntimeError("adaptive_avg_pool2d: output_size must be 2")
     if input.dim() not in (3, 4):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from parity_tests.declarations import FUNCTIONS
+from parity_tests.versions import IS_REFERENCE
 from reimpl.testing import FunctionTechnique, Sample, Verdict, judge, random_tensor, seeded_generator, to_oracle
 
 Function = Callable[..., Tensor]
@@ -87,3 +88,16 @@ def verdicts(technique: FunctionTechnique, sample: Sample, seed: int) -> Iterato
         exact_grads, scales = vjp(grad), scale_vjp(np.abs(grad))
     for i, our_grad in our_grads.items():
         yield f"gradient {i}", judge(our_grad, their_grads.get(i), exact_grads[i], scales[i])
+
+
+def refuses_alike(
+    ours: Callable[..., Any], theirs: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Both refuse the call, with the same type of exception and, where the texts are this PyTorch's, the same text."""
+    with pytest.raises(Exception) as expected:
+        theirs(*args, **kwargs)
+    with pytest.raises(expected.type) as found:
+        ours(*args, **kwargs)
+    if IS_REFERENCE:
+        call = [(tuple(a.shape), a.dtype) if isinstance(a, Tensor) else a for a in args]
+        assert str(found.value) == str(expected.value), (call, kwargs)

@@ -9,16 +9,22 @@ from torch.nn import Parameter
 from reimpl.functional._dispatch import is_batched, scalar_type_name
 
 
-def check_class_indices(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, operator: str = "nll_loss_forward"
-) -> None:
-    """Raise as PyTorch does where ``target`` does not name a class of ``input`` for every sample."""
+def check_class_indices(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
+    """Raise as PyTorch does where ``target`` does not name a class of ``input`` for every sample.
+
+    PyTorch has a kernel for planes (three dimensions or more), with words of its own and for int64 alone.
+    """
+    planes = input.dim() > 2
     check_target_shape(input, target)
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"expected target dtype to be Long or Byte, but got {scalar_type_name(target.dtype)}")
+    if planes and target.dtype != torch.int64:
+        raise RuntimeError("expected scalar type Long but found Byte")
     classes = input.shape[class_dim(input)]
     if weight is not None:
-        if weight.dim() != 1 or weight.numel() != classes:
+        if planes and weight.numel() != classes:
+            raise RuntimeError("weight tensor should be defined either for all or no classes")
+        if not planes and (weight.dim() != 1 or weight.numel() != classes):
             raise RuntimeError(
                 f"weight tensor should be defined either for all {classes} classes or no classes"
                 f" but got weight tensor of shape: {list(weight.shape)}"
@@ -26,7 +32,7 @@ def check_class_indices(
         if weight.dtype != input.dtype:
             expected, found = (scalar_type_name(t.dtype) for t in (input, weight))
             raise RuntimeError(f"expected scalar type {expected} but found {found}")
-        check_constant(weight, "weight", operator)
+        check_constant(weight, "weight", "nll_loss2d_forward" if planes else "nll_loss_forward")
     _check_range(target, classes, ignore_index)
 
 
@@ -60,7 +66,7 @@ def check_target_shape(input: Tensor, target: Tensor) -> None:
     if input.dim() == 2 and target.dim() > 1:
         raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
     if target.dim() == 0 or input.shape[0] != target.shape[0]:
-        size = target.shape[0] if target.dim() else 1
+        size = target.shape[0] if target.dim() else 0
         raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({size}).")
     expected = [input.shape[0], *input.shape[2:]]
     if list(target.shape) == expected:

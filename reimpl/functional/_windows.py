@@ -108,7 +108,7 @@ def _length(size: int, kernel: int, stride: int, pad: int, dilation: int, ceil_m
         raise RuntimeError(f"pad must be non-negative, but got pad: {pad}")
     reach = dilation * (kernel - 1) + 1
     check_reach(reach, kernel, dilation)
-    if pad > reach // 2:
+    if pad > abs(reach) // 2 * (1 if reach >= 0 else -1):  # C++ rounds the half towards 0
         raise RuntimeError(
             "pad should be at most half of effective kernel size, "
             f"but got pad={pad}, kernel_size={kernel} and dilation={dilation}"

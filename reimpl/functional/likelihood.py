@@ -54,8 +54,10 @@ def nll_loss(
         raise ValueError("Expected 1 or more dimensions (got 0)")
     check_class_indices(input, target, weight, ignore_index)
     if not input.is_floating_point():
-        raise NotImplementedError(f"\"nll_loss_out_frame\" not implemented for '{scalar_type_name(input.dtype)}'")
+        kernel = "nll_loss2d_forward_out_frame" if input.dim() > 2 else "nll_loss_out_frame"
+        raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
     batch, classes, kept = as_batch(input, target, ignore_index)
+    weight = None if weight is None else weight.reshape(-1)
     losses = call(_PickedNegative, _picked_negative, batch, classes, kept, weight)
     if reduction == "none":
         return (losses.squeeze(0) if input.dim() == 1 else losses).contiguous()  # type: ignore[no-any-return]

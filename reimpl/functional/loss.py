@@ -65,6 +65,7 @@ def _with_indices(
 ) -> Tensor:
     _check_indices(input, target, weight, ignore_index, smoothing)
     logits, classes, kept = as_batch(input, target, ignore_index)
+    weight = None if weight is None else weight.reshape(-1)
     loss, _ = call(_IndexLoss, _index_loss, logits, classes, kept, weight, smoothing)
     if reduction == "none":
         loss = loss.reshape(target.shape)

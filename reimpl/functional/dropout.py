@@ -32,8 +32,9 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if p == 0 or not training or input.numel() == 0:
         return input
+    real = input.dtype.to_real() if input.is_complex() else input.dtype
     # At p = 1 nothing is drawn; the product, rather than zeros, lets NaN and infinity through as NaN.
-    scale = input.new_zeros(()) if p == 1 else torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
+    scale = input.new_zeros(()) if p == 1 else torch.empty_like(input, dtype=real).bernoulli_(1 - p).div_(1 - p)
     output: Tensor = call(_Scale, torch.mul, input, scale)
     return input.copy_(output) if inplace else output
 

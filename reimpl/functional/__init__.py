@@ -1,6 +1,18 @@
 """Layers and losses as autograd Functions behind PyTorch's signatures (:mod:`torch.nn.functional`)."""
 
-from reimpl.functional.activation import heaviside, identity, leaky_relu, maxout, relu, sigmoid, tanh
+from reimpl.functional.activation import (
+    heaviside,
+    identity,
+    leaky_relu,
+    leaky_relu_,
+    maxout,
+    relu,
+    relu_,
+    sigmoid,
+    sigmoid_,
+    tanh,
+    tanh_,
+)
 from reimpl.functional.average_pooling import adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d
 from reimpl.functional.binary import binary_cross_entropy, binary_cross_entropy_with_logits, masked_multilabel_loss
 from reimpl.functional.conv import conv2d
@@ -36,6 +48,7 @@ __all__ = [
     "heaviside",
     "identity",
     "leaky_relu",
+    "leaky_relu_",
     "linear",
     "log_softmax",
     "lp_penalty",
@@ -47,11 +60,14 @@ __all__ = [
     "mse_loss",
     "nll_loss",
     "relu",
+    "relu_",
     "rnn_relu_cell",
     "rnn_tanh_cell",
     "sigmoid",
+    "sigmoid_",
     "skip_gram_loss",
     "softmax",
     "tanh",
+    "tanh_",
     "zero_one_loss",
 ]

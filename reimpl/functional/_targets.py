@@ -41,16 +41,21 @@ def class_dim(input: Tensor) -> int:
     return 0 if input.dim() == 1 else 1
 
 
-def as_batch(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Input with the classes in dimension 1, a class for every sample (0 where ignored), and whether it counts."""
+def as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Input with the classes in dimension 1, and an int64 target for every sample."""
     batch = input.unsqueeze(0) if input.dim() == 1 else input
-    indices = target.reshape(1 if input.dim() == 1 else target.shape).long()
+    return batch, target.reshape(1 if input.dim() == 1 else target.shape).long()
+
+
+def classes_that_count(indices: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """A class for every sample, 0 where it is ignored, and whether it counts."""
     kept = indices != ignore_index
-    return batch, torch.where(kept, indices, 0), kept
+    return torch.where(kept, indices, 0), kept
 
 
-def counted(classes: Tensor, kept: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+def counted(indices: Tensor, ignore_index: int, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The sum of the weights of the classes that count: what the mean divides by."""
+    classes, kept = classes_that_count(indices, ignore_index)
     weights = kept.to(dtype) if weight is None else torch.where(kept, weight[classes], 0).to(dtype)
     return weights.sum()
 

@@ -73,6 +73,26 @@ def sigmoid(input: Tensor) -> Tensor:
     return call(_Sigmoid, logistic, _floating(input))  # type: ignore[no-any-return]
 
 
+def relu_(input: Tensor) -> Tensor:
+    """:func:`relu` into ``input`` itself. PyTorch: :func:`torch.nn.functional.relu_`."""
+    return relu(input, inplace=True)
+
+
+def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
+    """:func:`leaky_relu` into ``input`` itself. PyTorch: :func:`torch.nn.functional.leaky_relu_`."""
+    return leaky_relu(input, negative_slope, inplace=True)
+
+
+def sigmoid_(input: Tensor) -> Tensor:
+    """:func:`sigmoid` into ``input`` itself. PyTorch: :func:`torch.sigmoid_`."""
+    return _into(input, sigmoid(input))
+
+
+def tanh_(input: Tensor) -> Tensor:
+    """:func:`tanh` into ``input`` itself. PyTorch: :func:`torch.tanh_`."""
+    return _into(input, tanh(input))
+
+
 def tanh(input: Tensor) -> Tensor:
     r"""Hyperbolic tangent, with :math:`y' = 1 - y^2 \le 1`.
 
@@ -159,6 +179,13 @@ def maxout(input: Tensor, pieces: int, dim: int = 1) -> Tensor:
     groups = (input if input.dim() else input.unsqueeze(0)).unflatten(dim, (units // pieces, pieces))
     largest: Tensor = call(_Maxout, _largest_piece, groups, dim + 1)[0]
     return largest if input.dim() else largest.squeeze(0)
+
+
+def _into(input: Tensor, output: Tensor) -> Tensor:
+    if not torch.can_cast(output.dtype, input.dtype):
+        found, wanted = scalar_type_name(output.dtype), scalar_type_name(input.dtype)
+        raise RuntimeError(f"result type {found} can't be cast to the desired output type {wanted}")
+    return input.copy_(output)
 
 
 def _floating(input: Tensor) -> Tensor:

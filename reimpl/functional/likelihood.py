@@ -14,6 +14,7 @@ from reimpl.functional._targets import (
     check_class_indices,
     check_unit_interval,
     class_dim,
+    classes_that_count,
     counted,
 )
 
@@ -56,13 +57,13 @@ def nll_loss(
     if not input.is_floating_point():
         kernel = "nll_loss2d_forward_out_frame" if input.dim() > 2 else "nll_loss_out_frame"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
-    batch, classes, kept = as_batch(input, target, ignore_index)
+    batch, indices = as_batch(input, target)
     weight = None if weight is None else weight.reshape(-1)
-    losses = call(_PickedNegative, _picked_negative, batch, classes, kept, weight)
+    losses = call(_PickedNegative, _picked_negative, batch, indices, ignore_index, weight)
     if reduction == "none":
         return (losses.squeeze(0) if input.dim() == 1 else losses).contiguous()  # type: ignore[no-any-return]
     losses = losses.to(opmath_dtype(input.dtype))
-    return reduced(losses, reduction, input.dtype, counted(classes, kept, weight, losses.dtype))
+    return reduced(losses, reduction, input.dtype, counted(indices, ignore_index, weight, losses.dtype))
 
 
 def cross_entropy_of_probabilities(input: Tensor, target: Tensor, eps: float = 1e-7, reduction: str = "mean") -> Tensor:
@@ -104,8 +105,8 @@ def cross_entropy_of_probabilities(input: Tensor, target: Tensor, eps: float = 1
         losses = -(target.to(probabilities.dtype) * call(_GuardedLog, _guarded_log, probabilities, eps)).sum(dim)
     else:
         check_class_indices(input, target, None, ignore_index=-1)
-        batch, classes, _ = as_batch(probabilities, target, ignore_index=-1)
-        picked = batch.gather(1, classes.unsqueeze(1)).squeeze(1)
+        batch, indices = as_batch(probabilities, target)
+        picked = batch.gather(1, indices.unsqueeze(1)).squeeze(1)
         losses = -call(_GuardedLog, _guarded_log, picked, eps).reshape(target.shape)
     return reduced(losses, reduction, input.dtype)
 
@@ -137,14 +138,16 @@ def zero_one_loss(input: Tensor, target: Tensor, ignore_index: int = -100, reduc
         raise ValueError("Expected 1 or more dimensions (got 0)")
     check_class_indices(input, target, None, ignore_index)
     dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
-    batch, classes, kept = as_batch(input.detach(), target, ignore_index)
+    batch, indices = as_batch(input.detach(), target)
+    classes, kept = classes_that_count(indices, ignore_index)
     wrong = ((batch.argmax(1) != classes) & kept).to(opmath_dtype(dtype))
     if reduction == "none":
         wrong = wrong.reshape(target.shape)
-    return reduced(wrong, reduction, dtype, counted(classes, kept, None, wrong.dtype))
+    return reduced(wrong, reduction, dtype, counted(indices, ignore_index, None, wrong.dtype))
 
 
-def _picked_negative(input: Tensor, classes: Tensor, kept: Tensor, weight: Tensor | None) -> Tensor:
+def _picked_negative(input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:
+    classes, kept = classes_that_count(indices, ignore_index)
     picked = input.gather(1, classes.unsqueeze(1)).squeeze(1)
     if weight is not None:
         picked = picked * weight[classes]
@@ -157,18 +160,19 @@ class _PickedNegative(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, classes: Tensor, kept: Tensor, weight: Tensor | None) -> Tensor:
-        return _picked_negative(input, classes, kept, weight)
+    def forward(input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:
+        return _picked_negative(input, indices, ignore_index, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, classes, kept, weight = inputs
+        input, indices, ctx.ignore_index, weight = inputs
         ctx.classes = input.shape[1]
-        ctx.save_for_backward(classes, kept, weight)
+        ctx.save_for_backward(indices, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        classes, kept, weight = ctx.saved_tensors
+        indices, weight = ctx.saved_tensors
+        classes, kept = classes_that_count(indices, ctx.ignore_index)
         picked = torch.where(kept, -grad if weight is None else -grad * weight[classes], 0).unsqueeze(1)
         shape = (grad.shape[0], ctx.classes, *grad.shape[1:])
         return grad.new_zeros(shape).scatter(1, classes.unsqueeze(1), picked), None, None, None

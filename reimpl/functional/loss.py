@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
 from reimpl.functional._reduction import reduced, resolve
-from reimpl.functional._targets import as_batch, check_class_indices, class_dim, counted
+from reimpl.functional._targets import as_batch, check_class_indices, class_dim, classes_that_count, counted
 from reimpl.functional.softmax import log_softmax_composition
 
 
@@ -64,12 +64,12 @@ def _with_indices(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
     _check_indices(input, target, weight, ignore_index, smoothing)
-    logits, classes, kept = as_batch(input, target, ignore_index)
+    logits, indices = as_batch(input, target)
     weight = None if weight is None else weight.reshape(-1)
-    loss, _ = call(_IndexLoss, _index_loss, logits, classes, kept, weight, smoothing)
+    loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
     if reduction == "none":
         loss = loss.reshape(target.shape)
-    return reduced(loss, reduction, input.dtype, counted(classes, kept, weight, loss.dtype))
+    return reduced(loss, reduction, input.dtype, counted(indices, ignore_index, weight, loss.dtype))
 
 
 def _with_probabilities(
@@ -132,10 +132,11 @@ def _class_weights(weight: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _index_loss(
-    input: Tensor, classes: Tensor, kept: Tensor, weight: Tensor | None, smoothing: float
+    input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the log-probabilities that it was read from; dimension 1 holds the classes."""
     log_probs = log_softmax_composition(input.to(opmath_dtype(input.dtype)), 1)
+    classes, kept = classes_that_count(indices, ignore_index)
     w = _class_weights(weight, log_probs)
     picked = log_probs.gather(1, classes.unsqueeze(1)).squeeze(1) * w[classes]
     loss = -picked
@@ -153,20 +154,21 @@ class _IndexLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, classes: Tensor, kept: Tensor, weight: Tensor | None, smoothing: float
+        input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        return _index_loss(input, classes, kept, weight, smoothing)
+        return _index_loss(input, indices, ignore_index, weight, smoothing)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, classes, kept, weight, ctx.smoothing = inputs
+        input, indices, ctx.ignore_index, weight, ctx.smoothing = inputs
         ctx.dtype = input.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], classes, kept, weight)
+        ctx.save_for_backward(output[1], indices, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, classes, kept, weight = ctx.saved_tensors
+        log_probs, indices, weight = ctx.saved_tensors
+        classes, kept = classes_that_count(indices, ctx.ignore_index)
         total = None
         if grad is not None:
             w = _class_weights(weight, log_probs)

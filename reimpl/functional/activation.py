@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import call, opmath_dtype, scalar_type_name
+from reimpl.functional._targets import values_are_readable
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -218,7 +219,17 @@ class _ReLU(_FromOutput):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
-        return torch.where(output <= 0, 0, grad)
+        return _zero_where(output <= 0, grad)
+
+
+def _zero_where(mask: Tensor, values: Tensor) -> Tensor:
+    """``torch.where(mask, 0, values)``; on the CPU a product, where the numbers allow it, takes a third of the time."""
+    if values.numel() >= 1 << 14 and values_are_readable(values):
+        product = values * ~mask
+        # An infinity or NaN times 0 shows in the sum.
+        if product.detach().sum().isfinite():
+            return product
+    return torch.where(mask, 0, values)
 
 
 def _leak(input: Tensor, slope: float) -> Tensor:
@@ -230,7 +241,8 @@ class _LeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, slope: float) -> Tensor:
-        return _leak(input, slope)
+        # The maximum is several times faster than a choice. At slope 0 it would meet 0 times infinity.
+        return torch.maximum(input, input * slope) if 0 < slope <= 1 else _leak(input, slope)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -262,7 +274,11 @@ def minus_log_sigmoid(x: Tensor) -> Tensor:
 class _Sigmoid(_FromOutput):
     @staticmethod
     def forward(input: Tensor) -> Tensor:
-        return logistic(input)
+        if input.is_complex():
+            return logistic(input)
+        # The overflow of exp(-x) ends as 1/inf = 0, as it should; only a derivative would suffer from it.
+        y = input.to(opmath_dtype(input.dtype)).neg().exp_().add_(1).reciprocal_()
+        return y.to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -284,7 +300,11 @@ def hyperbolic_tangent(input: Tensor) -> Tensor:
 class _Tanh(_FromOutput):
     @staticmethod
     def forward(input: Tensor) -> Tensor:
-        return hyperbolic_tangent(input)
+        if input.is_complex():
+            return hyperbolic_tangent(input)
+        x = input.to(opmath_dtype(input.dtype))
+        t = x.abs().mul_(-2).expm1_()
+        return t.neg().div_(t.add_(2)).copysign_(x).to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

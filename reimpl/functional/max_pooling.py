@@ -210,27 +210,38 @@ def _search_taps(input: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     (o_h, o_w), (s_h, s_w), (d_h, d_w) = windows.output, windows.stride, windows.dilation
     height, width = input.shape[-2:]
     lowest = -torch.inf if input.is_floating_point() else torch.iinfo(input.dtype).min
-    (top, left), (k_h, k_w) = windows.padding, windows.kernel
+    k_h, k_w = windows.kernel
     padded = pad_constant(input, windows.overhang((height, width)), value=lowest)
+    best = input.new_full((), lowest).expand(*input.shape[:-2], o_h, o_w)
+    # The number, from 1, of the last tap that was better than those before it: bytes where they suffice.
+    winner = torch.zeros_like(best, dtype=torch.uint8 if k_h * k_w < 256 else torch.int64)
+    for k in range(k_h * k_w):
+        i, j = divmod(k, k_w)
+        tap = padded[..., i * d_h : i * d_h + (o_h - 1) * s_h + 1 : s_h, :]
+        tap = tap[..., j * d_w : j * d_w + (o_w - 1) * s_w + 1 : s_w]
+        better = (tap > best) | (tap != tap)
+        best = torch.maximum(best, tap)
+        winner = torch.maximum(winner, better.to(winner.dtype) * (k + 1))
+    return best, _places_of(winner, windows, width)
+
+
+def _places_of(winner: Tensor, windows: Windows, width: int) -> Tensor:
+    """Where the winning taps stand in the plane, ``row * width + column``."""
+    (d_h, d_w), (k_h, k_w) = windows.dilation, windows.kernel
     rows, columns = (
-        torch.arange(n, device=input.device) * s - p
-        for n, s, p in zip((o_h, o_w), (s_h, s_w), (top, left), strict=True)
+        torch.arange(n, device=winner.device) * s - p
+        for n, s, p in zip(windows.output, windows.stride, windows.padding, strict=True)
     )
+    taps = [0, *(i * d_h * width + j * d_w for i in range(k_h) for j in range(k_w))]
+    corner = rows.unsqueeze(1) * width + columns
+    places = torch.tensor(taps, device=winner.device)[winner.long()] + corner
+    if max(windows.padding) == 0:
+        return places
     # A window of nothing but the lowest value keeps the place where it enters the input.
     entry = [
         start - (start < 0) * start.div(d, rounding_mode="floor") * d for start, d in ((rows, d_h), (columns, d_w))
     ]
-    places = (entry[0].unsqueeze(1) * width + entry[1]).expand(*input.shape[:-2], o_h, o_w)
-    best = input.new_full((), lowest).expand(places.shape)
-    for i in range(k_h):
-        for j in range(k_w):
-            tap = padded[..., i * d_h : i * d_h + (o_h - 1) * s_h + 1 : s_h, :]
-            tap = tap[..., j * d_w : j * d_w + (o_w - 1) * s_w + 1 : s_w]
-            better = (tap > best) | (tap != tap)
-            best = torch.where(better, tap, best)
-            here = (rows + i * d_h).unsqueeze(1) * width + (columns + j * d_w)
-            places = torch.where(better, here, places)
-    return best, places
+    return places + (winner == 0) * (entry[0].unsqueeze(1) * width + entry[1] - corner)
 
 
 def _search_grid(input: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:

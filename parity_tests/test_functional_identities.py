@@ -14,6 +14,9 @@ import reimpl.nn as nn
 from parity_tests.oracle import layers as oracle
 from reimpl.testing import judge, to_oracle
 
+# PyTorch's word about what its forward mode imports.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+
 
 def leaf(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()

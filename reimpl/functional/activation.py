@@ -253,7 +253,12 @@ class _LeakyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (signed,) = ctx.saved_tensors
-        return torch.where(signed > 0, grad, grad * ctx.slope), None
+        positive = signed > 0
+        if opmath_dtype(grad.dtype) != grad.dtype:
+            return torch.where(positive, grad, grad * ctx.slope), None
+        # 1 and the slope, each exact, several times faster than a choice.
+        one = positive.to(grad.dtype)
+        return grad * (one + (1 - one) * ctx.slope), None
 
 
 def logistic(input: Tensor) -> Tensor:

@@ -139,6 +139,9 @@ def test_step_at_zero_of_formula_and_code() -> None:
     assert not torch.equal(by_formula, by_code)
     with pytest.raises(RuntimeError, match="derivative for aten::heaviside is not implemented"):
         F.heaviside(leaf(3), torch.zeros((), dtype=torch.float64)).sum().backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(F.heaviside, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x.clone().requires_grad_(), torch.tensor(1.0)), by_formula)
 
 
 def test_multi_layer_step_networks_represent_xor() -> None:
@@ -376,6 +379,11 @@ def test_embedding_names_what_it_cannot_do_in_forward_mode_and_compilers(option:
         torch.func.jvp(
             lambda t: F.embedding(numbers, t, **{option: True}), (table.detach(),), (torch.ones_like(table),)
         )
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: F.embedding(numbers, t, **{option: True}), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(table.detach()), table[:2])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="NotImplementedError"):
+        compiled(table)
 
 
 def test_padding_row_is_a_constant_in_every_mode() -> None:

@@ -115,7 +115,7 @@ def heaviside(input: Tensor, values: Tensor) -> Tensor:
     r"""Step function: 0 for :math:`x < 0`, 1 for :math:`x > 0`, and ``values`` at 0.
 
     The notes' formula is 1 at 0 (``values=torch.ones(())``), their code 0. NaN gives 0, as in PyTorch. There is no
-    derivative: a backward pass raises, as PyTorch's does.
+    derivative: a backward pass raises, as PyTorch's does; compiled, the result is a constant.
 
     Args:
         input: any shape, a real dtype.
@@ -137,6 +137,8 @@ def heaviside(input: Tensor, values: Tensor) -> Tensor:
         raise NotImplementedError("heaviside is not yet implemented for complex tensors.")
     if input.dtype != values.dtype:
         raise RuntimeError("heaviside is not yet implemented for tensors with different dtypes.")
+    if torch.compiler.is_compiling():
+        return _step(input.detach(), values.detach())
     if torch.is_grad_enabled() and (input.requires_grad or values.requires_grad):
         return _Heaviside.apply(input, values)  # type: ignore[no-any-return]
     return _step(input, values)

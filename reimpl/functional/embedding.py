@@ -58,7 +58,8 @@ def embedding(
         raise IndexError("index out of range in self")
     if max_norm is not None:
         _shrink_rows(weight, input, max_norm, norm_type)
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    differentiated = weight.requires_grad and torch.is_grad_enabled()
+    if (differentiated and torch.compiler.is_compiling()) or forward_ad._current_level >= 0:
         for name, option in (("sparse", sparse), ("scale_grad_by_freq", scale_grad_by_freq)):
             if option:
                 raise NotImplementedError(f"embedding: {name}=True is not supported in forward mode and by compilers")

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from parity_tests.declarations import FUNCTIONS, INITS, OPTIMIZERS
 from reimpl.testing.declarations import OptimizerConfig, OptimizerTechnique, Technique
 from reimpl.testing.recorder import write_json
@@ -61,8 +63,12 @@ def _qualified(target: Callable[..., Any]) -> str:
     if isinstance(target, functools.partial):
         given = [*map(repr, target.args), *filter(None, [_arguments(target.keywords)])]
         return f"{_qualified(target.func)}({', '.join(given)})"
+    if isinstance(target, torch.nn.Module):
+        return f"torch.nn.{type(target).__name__}"
     name = getattr(target, "__name__", repr(target))
-    module = getattr(target, "__module__", None) or "torch.nn.functional"  # built in, written in C++
+    # What is built in and written in C++ has no module.
+    home = "torch.nn.functional" if hasattr(torch.nn.functional, name) else "torch"
+    module = getattr(target, "__module__", None) or home
     for public in ("torch.optim", "torch.nn.init", "reimpl.optim", "reimpl.functional", "reimpl.init"):
         if module.startswith(public):
             return f"{public}.{name}"

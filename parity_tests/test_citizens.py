@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import reimpl.functional as F
-from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.functional_cases import each_differentiable_function, reference_of, whole
 from reimpl.testing import FunctionTechnique, Sample, seeded_generator
 
 pytestmark = [
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
 ]
 
-each_function = pytest.mark.parametrize("technique", FUNCTIONS, ids=lambda technique: technique.name)
 Function = Callable[..., Tensor]
 CPU = torch.device("cpu")
 
@@ -41,17 +40,17 @@ def split(function: Function, sample: Sample) -> tuple[Function, tuple[Tensor, .
         args = list(sample.args)
         for i, tensor in zip(wanted, tensors, strict=True):
             args[i] = tensor
-        return function(*args, **sample.kwargs)
+        return whole(function(*args, **sample.kwargs))
 
     return of_wanted, tuple(sample.args[i] for i in wanted)
 
 
 def pairs(technique: FunctionTechnique) -> Iterator[tuple[Function, Function, tuple[Tensor, ...], str]]:
     """Ours, PyTorch's, detached arguments and description of each sample."""
-    assert technique.torch is not None
+    reference = reference_of(technique)
     for sample in samples(technique):
         ours, tensors = split(technique.ours, sample)
-        theirs, _ = split(technique.torch, sample)
+        theirs, _ = split(reference, sample)
         yield ours, theirs, tuple(tensor.detach() for tensor in tensors), sample.desc
 
 
@@ -65,14 +64,14 @@ def significant_strides(tensor: Tensor) -> list[int]:
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
-@each_function
+@each_differentiable_function
 def test_gradcheck_in_both_modes(technique: FunctionTechnique) -> None:
     for sample in samples(technique):
         function, tensors = split(technique.ours, sample)
         assert gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True), sample.desc
 
 
-@each_function
+@each_differentiable_function
 def test_gradgradcheck_and_forward_over_reverse(technique: FunctionTechnique) -> None:
     for sample in list(samples(technique))[:3]:
         function, tensors = split(technique.ours, sample)
@@ -84,7 +83,7 @@ def squares(function: Function, others: tuple[Tensor, ...]) -> Callable[[Tensor]
     return lambda first: (function(first, *others) ** 2).sum()
 
 
-@each_function
+@each_differentiable_function
 def test_second_derivatives_in_every_combination(technique: FunctionTechnique) -> None:
     """Among them ``jvp`` of ``jvp``, which an autograd Function's own ``jvp`` answers with a silent 0."""
     from torch.func import hessian, jacfwd, jacrev
@@ -129,7 +128,7 @@ def test_batch_norm_where_pytorchs_is_wrong() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(function(leaf), leaf, grad) for function in (ours, right)))
 
 
-@each_function
+@each_differentiable_function
 def test_dual_tensors(technique: FunctionTechnique) -> None:
     for ours, theirs, tensors, desc in pairs(technique):
         tangents = [torch.randn_like(tensor) for tensor in tensors]
@@ -141,11 +140,11 @@ def test_dual_tensors(technique: FunctionTechnique) -> None:
         torch.testing.assert_close(results[0], results[1], msg=explain(desc))
 
 
-@each_function
+@each_differentiable_function
 def test_vmap_over_each_argument_and_all(technique: FunctionTechnique) -> None:
     for ours, theirs, tensors, desc in pairs(technique):
-        # The mapped dimension comes last, so that it is not a batch by luck.
-        stacks = [torch.stack([t, torch.randn_like(t), torch.randn_like(t)], -1) for t in tensors]
+        # The mapped dimension comes last, so that it is not a batch by luck; probabilities stay probabilities.
+        stacks = [torch.stack([t, t / 2, t * t], -1) for t in tensors]
         for mapped in (*range(len(tensors)), None):
             dims = tuple(-1 if mapped in (None, i) else None for i in range(len(tensors)))
             inputs = [s if d == -1 else t for s, t, d in zip(stacks, tensors, dims, strict=True)]
@@ -175,7 +174,7 @@ def compiled_matches(function: Function, reference: Function, tensors: tuple[Ten
     torch.testing.assert_close(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
 
 
-@each_function
+@each_differentiable_function
 def test_compiles_whole_forward_and_backward(technique: FunctionTechnique) -> None:
     for ours, theirs, tensors, _ in list(pairs(technique))[:3]:
         compiled_matches(ours, theirs, tensors, "aot_eager")
@@ -236,7 +235,17 @@ def planar_calls(namespace: Any) -> dict[str, Function]:
         "log_softmax": lambda x: namespace.log_softmax(x, -1),
         "max_pool2d": lambda x: namespace.max_pool2d(x, 2),
         "max_pool2d indices": lambda x: namespace.max_pool2d(x, 2, return_indices=True)[1],
+        "avg_pool2d": lambda x: namespace.avg_pool2d(x, 3, 2, 1),
         "adaptive_avg_pool2d": lambda x: namespace.adaptive_avg_pool2d(x, (3, 2)),
+        "adaptive_max_pool2d": lambda x: namespace.adaptive_max_pool2d(x, (3, 2)),
+        "leaky_relu": namespace.leaky_relu,
+        "tanh": torch.tanh if namespace is torch.nn.functional else namespace.tanh,
+        "dropout": namespace.dropout,
+        "mse_loss": lambda x: namespace.mse_loss(x, x.flip(0), reduction="none"),
+        "binary_cross_entropy_with_logits": lambda x: namespace.binary_cross_entropy_with_logits(
+            x, torch.zeros_like(x), reduction="none"
+        ),
+        "nll_loss": lambda x: namespace.nll_loss(x, x[:, 0].to(torch.int64) * 0, reduction="none"),
         "batch_norm": lambda x: namespace.batch_norm(x, None, None, training=True),
         "conv2d": conv2d(torch.contiguous_format, 3),
         "conv2d 1x1": conv2d(torch.contiguous_format, 1),
@@ -260,15 +269,19 @@ def test_strides_are_pytorchs_on_real_meta_and_fake_tensors(layout: str, device:
         assert on_meta.is_meta and fake.device == x.device
 
 
-@each_function
+def on_meta(value: Any) -> Any:
+    """A tensor without data in place of one with."""
+    return value.detach().to("meta").requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+@each_differentiable_function
 def test_gradients_on_meta_tensors(technique: FunctionTechnique) -> None:
     for sample in samples(technique, dtype=torch.float32):
-        moved = tuple(
-            a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in sample.args
-        )
-        function, tensors = split(technique.ours, Sample(moved, sample.kwargs))
+        moved = tuple(map(on_meta, sample.args))
+        options = {name: on_meta(value) for name, value in sample.kwargs.items()}
+        function, tensors = split(technique.ours, Sample(moved, options))
         output = function(*tensors)
-        assert output.is_meta and output.shape == technique.ours(*sample.args, **sample.kwargs).shape
+        assert output.is_meta and output.shape == whole(technique.ours(*sample.args, **sample.kwargs)).shape
         for tensor, grad in zip(tensors, torch.autograd.grad(output.sum(), tensors), strict=True):
             assert grad.is_meta and grad.shape == tensor.shape
 
@@ -282,6 +295,22 @@ AUTOCAST_CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "log_softmax": lambda m, x: m.log_softmax(x, 1),
     "max_pool2d": lambda m, x: m.max_pool2d(x, 2),
     "adaptive_avg_pool2d": lambda m, x: m.adaptive_avg_pool2d(x, 1),
+    "leaky_relu": lambda m, x: m.leaky_relu(x),
+    "tanh": lambda m, x: (torch if m is torch.nn.functional else m).tanh(x),
+    "avg_pool2d": lambda m, x: m.avg_pool2d(x, 2),
+    "adaptive_max_pool2d": lambda m, x: m.adaptive_max_pool2d(x, 2),
+    "mse_loss": lambda m, x: m.mse_loss(x, x.detach().flip(0)),
+    "mse_loss, none": lambda m, x: m.mse_loss(x, x.detach().flip(0), reduction="none"),
+    "nll_loss": lambda m, x: m.nll_loss(x, torch.zeros(4, 8, 8, dtype=torch.long, device=x.device)),
+    "binary_cross_entropy_with_logits": lambda m, x: m.binary_cross_entropy_with_logits(x, torch.zeros_like(x)),
+    "rnn_tanh_cell": lambda m, x: (torch if m is torch.nn.functional else m).rnn_tanh_cell(
+        x[:, 0, 0], x[:, 0, 1], *(torch.ones(8, 8, device=x.device) / 8 for _ in range(2))
+    ),
+    "lstm_cell": lambda m, x: (torch if m is torch.nn.functional else m).lstm_cell(
+        x[:, 0, 0], (x[:, 0, 1], x[:, 0, 2]), *(torch.ones(32, 8, device=x.device) / 8 for _ in range(2))
+    )[0],
+    "embedding": lambda m, x: m.embedding(torch.zeros(3, dtype=torch.long, device=x.device), x[0, 0]),
+    "dropout": lambda m, x: m.dropout(x, 1.0),
     "batch_norm": lambda m, x: m.batch_norm(x, None, None, torch.ones(6, device=x.device), training=True),
     "cross_entropy": lambda m, x: m.cross_entropy(x, torch.zeros(4, 8, 8, dtype=torch.long, device=x.device)),
     "cross_entropy, probabilities": lambda m, x: m.cross_entropy(x, x.detach().flip(1).softmax(1)),

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
-from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.declarations.functional_samples import FORBIDDEN
+from parity_tests.functional_cases import each_function, gradients, row_of, verdicts
 from parity_tests.oracle import functional as oracle
 from reimpl.testing import (
     REAL_DTYPES,
@@ -35,41 +36,6 @@ from reimpl.testing import (
 
 # PyTorch's word about a copy of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-
-each_function = pytest.mark.parametrize("technique", FUNCTIONS, ids=lambda technique: technique.name)
-
-
-def gradients(function: Callable[..., Tensor], sample: Sample, grad_seed: int) -> tuple[Tensor, dict[int, Tensor]]:
-    """Output, and the gradient of each argument that wants one, for a random gradient of the output."""
-    output = function(*sample.args, **sample.kwargs)
-    wanted = {i: arg for i, arg in enumerate(sample.args) if isinstance(arg, Tensor) and arg.requires_grad}
-    generator = seeded_generator(grad_seed, "grad", tuple(output.shape))
-    grad = random_tensor(output.shape, output.dtype, generator, output.device)
-    return output, dict(zip(wanted, torch.autograd.grad(output, list(wanted.values()), grad), strict=True))
-
-
-def absolute(value: Any) -> Any:
-    """Arrays of numbers without their signs; everything else as it is."""
-    return np.abs(value) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
-
-
-def verdicts(technique: FunctionTechnique, sample: Sample, seed: int) -> Iterator[tuple[str, Verdict]]:
-    """Output and gradients of one call, each judged."""
-    assert technique.torch is not None
-    ours, our_grads = gradients(technique.ours, sample, seed)
-    theirs, their_grads = gradients(technique.torch, sample, seed)
-    assert ours.dtype == theirs.dtype
-    args = [to_oracle(arg) if isinstance(arg, Tensor) else arg for arg in sample.args]
-    grad = to_oracle(random_tensor(ours.shape, ours.dtype, seeded_generator(seed, "grad", tuple(ours.shape))))
-    exact, vjp = technique.oracle(*args, **sample.kwargs)
-    if technique.magnitude is None:
-        scale, scale_vjp = technique.oracle(*map(absolute, args), **sample.kwargs)
-    else:
-        scale, scale_vjp = technique.magnitude(*args, **sample.kwargs)
-    yield "output", judge(ours, theirs, exact, scale)
-    exact_grads, scales = vjp(grad), scale_vjp(np.abs(grad))
-    for i, our_grad in our_grads.items():
-        yield f"gradient {i}", judge(our_grad, their_grads[i], exact_grads[i], scales[i])
 
 
 @pytest.mark.quick
@@ -112,6 +78,12 @@ def _linear_with_detached_bias(input: Tensor, weight: Tensor, bias: Tensor | Non
     return F.linear(input, weight) + (0 if bias is None else bias.detach() + 0 * bias)
 
 
+def _in_two_steps(input: Tensor, target: Tensor, *, pos_weight: Tensor | None = None, **options: Any) -> Tensor:
+    probability = F.sigmoid(input)
+    weight = 1 if pos_weight is None else 1 + (pos_weight - 1) * target
+    return weight * F.binary_cross_entropy(probability, target, **options)
+
+
 PLANTED: tuple[tuple[str, str, Callable[..., Tensor]], ...] = (
     ("linear", "a gradient lost", _linear_with_detached_bias),
     ("relu", "leaky by an ulp of 1", lambda x: torch.where(x > 0, x, x * torch.finfo(x.dtype).eps)),
@@ -123,12 +95,40 @@ PLANTED: tuple[tuple[str, str, Callable[..., Tensor]], ...] = (
     ("max_pool2d", "zeros in the padding", lambda x, *a, **k: F.max_pool2d(x, *a, **k).clamp_min(0)),
     ("adaptive_avg_pool2d", "an element of 1e-5 more", lambda x, size: F.adaptive_avg_pool2d(x, size) * (1 + 1e-5)),
     ("batch_norm", "another eps", lambda *a, eps=1e-5, **k: F.batch_norm(*a, eps=eps * 1.5, **k)),
+    ("tanh", "cancels near 0", lambda x: 2 * F.sigmoid(2 * x) - 1),
+    ("leaky_relu", "the other branch", lambda x, negative_slope=0.01: torch.where(x < 0, x, x * negative_slope)),
+    ("heaviside", "0 at 0", lambda x, values: (x > 0).to(x.dtype)),
+    ("maxout", "the smallest piece", lambda x, pieces, dim=1: -F.maxout(-x, pieces, dim)),
+    ("mse_loss", "weights left out of the mean", lambda x, t, weight=None, **k: F.mse_loss(x, t, **k)),
+    (
+        "half_squared_error",
+        "the half forgotten",
+        lambda x, t, reduction="sum": 2 * F.half_squared_error(x, t, reduction),
+    ),
+    ("nll_loss", "ignored samples counted", lambda x, t, *a, **k: F.nll_loss(x, t.clamp_min(0), *a, **k)),
+    ("cross_entropy_of_probabilities", "no eps", lambda y, t, **_: F.cross_entropy_of_probabilities(y, t, eps=0.0)),
+    ("binary_cross_entropy", "labels swapped", lambda x, t, *a, **k: F.binary_cross_entropy(x, 1 - t, *a, **k)),
+    ("binary_cross_entropy_with_logits", "in two steps", lambda x, t, **k: _in_two_steps(x, t, **k)),
+    ("masked_multilabel_loss", "unknown labels counted", lambda x, t, *_, **k: F.masked_multilabel_loss(x, t, **k)),
+    ("lp_penalty", "the root forgotten", lambda x, p=2.0, weight=1.0, **_: F.lp_penalty(x, p, weight, power=True)),
+    ("edge_filters", "transposed", lambda *a, **k: F.edge_filters(*a, **k).mT),
+    ("max_pool1d", "zeros in the padding", lambda x, *a, **k: F.max_pool1d(x, *a, **k).clamp_min(0)),
+    ("avg_pool1d", "padding counted", lambda x, *a: F.avg_pool1d(x, *a[:4])),
+    ("avg_pool2d", "divisor ignored", lambda x, *a, divisor_override=None, **k: F.avg_pool2d(x, *a, **k)),
+    ("adaptive_max_pool2d", "a window too short", lambda x, size: F.adaptive_max_pool2d(x.roll(1, -1), size)),
+    ("adaptive_avg_pool1d", "an element of 1e-5 more", lambda x, n: F.adaptive_avg_pool1d(x, n) * (1 + 1e-5)),
+    ("dropout", "never off", lambda x, p=0.5, training=True: F.dropout(x, p if p else 0.5)),
+    ("rnn_tanh_cell", "no recurrence", lambda x, h, w, u, *b: F.rnn_tanh_cell(x, 0 * h, w, u, *b)),
+    ("rnn_relu_cell", "no recurrence", lambda x, h, w, u, *b: F.rnn_relu_cell(x, 0 * h, w, u, *b)),
+    ("lstm_cell", "gates in another order", lambda x, h, c, w, *r: F.lstm_cell(x, (h, c), w.roll(h.shape[1], 0), *r)),
+    ("embedding", "a gradient too large", lambda i, w, **k: 2 * F.embedding(i, w, **k) - F.embedding(i, w.detach())),
+    ("skip_gram_loss", "negatives praised", lambda v, u, n, **k: F.skip_gram_loss(v, u, -n, **k)),
 )
 
 
 @pytest.mark.parametrize(("name", "bug", "wrong"), PLANTED, ids=[f"{name}: {bug}" for name, bug, _ in PLANTED])
 def test_planted_bugs_are_caught(name: str, bug: str, wrong: Callable[..., Tensor]) -> None:
-    (row,) = (row for row in FUNCTIONS if row.name == name)
+    row = row_of(name)
     assert row.samples is not None
     caught = False
     for sample in row.samples(torch.device("cpu"), torch.float32, seeded_generator(0, name)):
@@ -158,7 +158,7 @@ def _geometries() -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dict[str, 
 
 
 def test_conv2d_over_random_geometries(device: torch.device) -> None:
-    (row,) = (row for row in FUNCTIONS if row.name == "conv2d")
+    row = row_of("conv2d")
     for number, (shape, weight_shape, options) in enumerate(_geometries()):
         generator = seeded_generator(number, "conv2d geometry")
         args = tuple(
@@ -170,7 +170,7 @@ def test_conv2d_over_random_geometries(device: torch.device) -> None:
 
 
 def test_conv2d_in_parts_of_the_batch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = (row for row in FUNCTIONS if row.name == "conv2d")
+    row = row_of("conv2d")
     generator = seeded_generator(0, "parts")
     args = tuple(
         random_tensor(s, torch.float32, generator, device).requires_grad_() for s in ((7, 4, 9, 8), (6, 2, 3, 3), (6,))
@@ -225,12 +225,25 @@ def test_batch_norm_moves_the_running_averages(dtype: torch.dtype, device: torch
 def test_non_finite_values(device: torch.device) -> None:
     inf, nan = torch.inf, torch.nan
     x = torch.tensor([[1.0, -inf, 2.0], [inf, 0.0, 1.0], [nan, 0.0, 1.0], [-inf, -inf, -inf]], device=device)
+    x_classes = torch.tensor([0, 1, 2, 0], device=device)
     for ours, theirs in (
         (F.relu, torch_functional.relu),
         (F.sigmoid, torch.sigmoid),
         (lambda t: F.softmax(t, 1), lambda t: torch_functional.softmax(t, 1)),
         (lambda t: F.log_softmax(t, 1), lambda t: torch_functional.log_softmax(t, 1)),
         (lambda t: F.adaptive_avg_pool2d(t[None], 2), lambda t: torch_functional.adaptive_avg_pool2d(t[None], 2)),
+        (lambda t: F.adaptive_max_pool2d(t[None], 2), lambda t: torch_functional.adaptive_max_pool2d(t[None], 2)),
+        (lambda t: F.avg_pool2d(t[None], 2, 1), lambda t: torch_functional.avg_pool2d(t[None], 2, 1)),
+        (lambda t: F.max_pool1d(t, 2), lambda t: torch_functional.max_pool1d(t, 2)),
+        (F.tanh, torch.tanh),
+        (F.leaky_relu, torch_functional.leaky_relu),
+        (lambda t: F.heaviside(t, t.new_tensor(0.5)), lambda t: torch.heaviside(t, t.new_tensor(0.5))),
+        (lambda t: F.mse_loss(t, t.flip(0)), lambda t: torch_functional.mse_loss(t, t.flip(0))),
+        (lambda t: F.nll_loss(t, x_classes), lambda t: torch_functional.nll_loss(t, x_classes)),
+        (
+            lambda t: F.binary_cross_entropy_with_logits(t, torch.ones_like(t), reduction="none"),
+            lambda t: torch_functional.binary_cross_entropy_with_logits(t, torch.ones_like(t), reduction="none"),
+        ),
     ):
         torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)
     # A class of probability zero that is not the target costs nothing, and its logit gets no gradient.
@@ -259,7 +272,7 @@ def test_calls_nothing_that_does_the_job(technique: FunctionTechnique) -> None:
         with independence_guard(technique.forbidden) as seen:
             gradients(technique.ours, sample, 0)
         assert any(name.startswith("aten::") for name in seen)
-    used = names_used(technique.ours)
+    used = names_used(technique.ours, follow="reimpl")
     assert not [name for name in used for pattern in technique.forbidden if fnmatch.fnmatchcase(name, pattern)]
 
 
@@ -276,7 +289,7 @@ def test_calls_nothing_that_does_the_job(technique: FunctionTechnique) -> None:
     ],
 )
 def test_the_guard_catches_what_does_the_job(cheat: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(IndependenceError), independence_guard(FUNCTIONS[0].forbidden):
+    with pytest.raises(IndependenceError), independence_guard(FORBIDDEN):
         cheat(torch.ones(3, 3))
 
 
@@ -295,6 +308,18 @@ def test_empty_inputs(device: torch.device) -> None:
         ("batch_norm", (empty(0, 3), ones.clone(), ones.clone()), {"training": True}),
         ("cross_entropy", (empty(0, 5), torch.zeros(0, dtype=torch.long, device=device)), {"reduction": "sum"}),
         ("cross_entropy", (empty(0, 5), torch.zeros(0, dtype=torch.long, device=device)), {}),
+        ("nll_loss", (empty(0, 5), torch.zeros(0, dtype=torch.long, device=device)), {}),
+        ("nll_loss", (empty(0, 5, 2), torch.zeros(0, 2, dtype=torch.long, device=device)), {"reduction": "sum"}),
+        ("mse_loss", (empty(0, 2), empty(0, 2)), {}),
+        ("binary_cross_entropy", (empty(0), empty(0)), {}),
+        ("binary_cross_entropy_with_logits", (empty(0), empty(0)), {"reduction": "sum"}),
+        ("leaky_relu", (empty(0, 3),), {}),
+        ("tanh", (empty(0, 3),), {}),
+        ("dropout", (empty(0, 3),), {}),
+        ("max_pool1d", (empty(0, 3, 8), 2), {}),
+        ("avg_pool1d", (empty(0, 3, 8), 2), {}),
+        ("avg_pool2d", (empty(0, 3, 8, 8), 3, 2, 1), {}),
+        ("adaptive_max_pool2d", (empty(0, 3, 8, 8), 2), {}),
     ):
         ours, theirs = getattr(F, name)(*args, **kwargs), getattr(torch_functional, name)(*args, **kwargs)
         torch.testing.assert_close(ours, theirs, equal_nan=True)
@@ -303,12 +328,55 @@ def test_empty_inputs(device: torch.device) -> None:
     assert torch.equal(ones, torch.ones(3, device=device))
 
 
-def test_relu_in_place() -> None:
+@pytest.mark.parametrize("name", ["relu", "relu_", "leaky_relu", "leaky_relu_", "sigmoid_", "tanh_"])
+def test_activations_in_place(name: str) -> None:
     x = torch.randn(5, requires_grad=True)
-    doubled = 2 * x
-    result = F.relu(doubled, inplace=True)
-    assert result is doubled
-    result.sum().backward()
-    assert torch.equal(x.grad, 2.0 * (x.detach() > 0))
-    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
-        F.relu(x, inplace=True)
+    options = {} if name.endswith("_") else {"inplace": True}
+    results = []
+    for function in (getattr(F, name), getattr(torch_functional, name, None) or getattr(torch, name)):
+        doubled = 2 * x
+        output = function(doubled, **options)
+        assert output is doubled
+        results.append((output, *torch.autograd.grad(output.sum(), x)))
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            function(x, **options)
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_leaky_relu_in_place_with_a_negative_slope_has_no_backward() -> None:
+    for function in (F.leaky_relu_, torch_functional.leaky_relu_):
+        output = function(2 * torch.randn(5, requires_grad=True), -0.5)
+        with pytest.raises(RuntimeError, match=r"(?i)in-?place"):
+            output.sum().backward()
+
+
+def test_in_place_needs_a_dtype_that_holds_the_result() -> None:
+    for function in (F.sigmoid_, torch.sigmoid_, F.tanh_, torch.tanh_):
+        with pytest.raises(RuntimeError, match="result type Float can't be cast to the desired output type Long"):
+            function(torch.ones(3, dtype=torch.int64))
+
+
+def saved_bytes(function: Callable[..., Any], sample: Sample) -> int:
+    """Bytes that a call keeps for its backward pass beyond its arguments and its result."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*sample.args, **sample.kwargs)
+    tensors = [*sample.args, *(output if isinstance(output, tuple) else (output,))]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+@each_function
+def test_keeps_no_more_for_backward_than_pytorch(technique: FunctionTechnique) -> None:
+    assert technique.samples is not None
+    if technique.torch is None:
+        pytest.skip("PyTorch has no counterpart")
+    for sample in technique.samples(torch.device("cpu"), torch.float32, seeded_generator(0, technique.name)):
+        assert saved_bytes(technique.ours, sample) <= saved_bytes(technique.torch, sample), sample.desc

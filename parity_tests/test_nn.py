@@ -19,6 +19,31 @@ from reimpl.testing import bits_equal
 CASES: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
     ("Linear", (5, 3), {}),
     ("Linear", (5, 3), {"bias": False, "dtype": torch.float64}),
+    ("Identity", (3, "ignored"), {}),
+    ("LeakyReLU", (), {}),
+    ("LeakyReLU", (0.2, True), {}),
+    ("Tanh", (), {}),
+    ("MSELoss", (), {}),
+    ("MSELoss", (), {"reduction": "none"}),
+    ("NLLLoss", (torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),), {"ignore_index": 1, "reduction": "sum"}),
+    ("BCELoss", (torch.tensor([1.0, 2.0, 3.0]),), {"reduction": "none"}),
+    ("BCEWithLogitsLoss", (), {"pos_weight": torch.tensor([1.0, 2.0, 3.0])}),
+    ("Dropout", (), {}),
+    ("Dropout", (0.3, True), {}),
+    ("MaxPool1d", (2,), {}),
+    ("MaxPool1d", (3, 1, 1, 2, True, True), {}),
+    ("AvgPool1d", (2,), {}),
+    ("AvgPool1d", (3, 2, 1, True, False), {}),
+    ("AvgPool2d", (2,), {}),
+    ("AvgPool2d", ((3, 2), 1, (1, 0), True, False, 5), {}),
+    ("AdaptiveAvgPool1d", (2,), {}),
+    ("AdaptiveMaxPool2d", ((None, 3), True), {}),
+    ("RNNCell", (5, 3), {}),
+    ("RNNCell", (5, 3, False, "relu"), {"dtype": torch.float64}),
+    ("LSTMCell", (5, 3), {}),
+    ("LSTMCell", (5, 3), {"bias": False}),
+    ("Embedding", (4, 3), {}),
+    ("Embedding", (4, 3, -1, 1.5, 1.0, True, True), {}),
     ("ReLU", (), {}),
     ("ReLU", (True,), {}),
     ("Sigmoid", (), {}),
@@ -101,9 +126,15 @@ def test_copies_pickles_and_moves(name: str, args: tuple[Any, ...], kwargs: dict
 
 
 def inputs(name: str) -> tuple[Tensor, ...]:
-    if name == "CrossEntropyLoss":
+    if name in ("CrossEntropyLoss", "NLLLoss"):
         return torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
-    shape = {"Linear": (6, 5), "BatchNorm1d": (6, 4)}.get(name, (2, 4, 6, 7))
+    if name in ("MSELoss", "BCELoss", "BCEWithLogitsLoss"):
+        return torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    if name == "Embedding":
+        return (torch.tensor([[0, 3], [1, 1]]),)
+    lines = dict.fromkeys(("MaxPool1d", "AvgPool1d", "AdaptiveAvgPool1d"), (4, 6, 7))
+    features = dict.fromkeys(("Linear", "RNNCell", "LSTMCell"), (6, 5))
+    shape = {**lines, **features, "BatchNorm1d": (6, 4)}.get(name, (2, 4, 6, 7))
     return (torch.randn(shape, dtype=torch.float64),)
 
 
@@ -114,7 +145,11 @@ def test_forward_in_training_and_evaluation(name: str, args: tuple[Any, ...], kw
     ours, theirs = (module.double() for module in pair(name, args, kwargs))
     data = inputs(name)
     for training in (True, True, False):
-        mine, other = ours.train(training)(*data), theirs.train(training)(*data)
+        results = []
+        for module in (ours, theirs):
+            torch.manual_seed(3)
+            results.append(module.train(training)(*(tensor.clone() for tensor in data)))
+        mine, other = results
         torch.testing.assert_close(mine, other)
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 

@@ -1,70 +1,20 @@
-"""The layers and losses: one row each, with its sample calls."""
+"""The first layers and losses, convolution and batch normalisation: one row each, with its sample calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as ours
 import reimpl.nn
+from parity_tests.declarations.functional_samples import FORBIDDEN
+from parity_tests.declarations.functional_samples import Draw as _Draw
+from parity_tests.declarations.functional_samples import samples_from as _samples
 from parity_tests.oracle import functional as oracle
 from reimpl.testing.declarations import FunctionTechnique, Sample
-from reimpl.testing.samples import random_tensor
-
-# Forward and backward kernels of everything in this file, and what would do the same job under another name.
-FORBIDDEN: tuple[str, ...] = (
-    *(
-        f"aten::*{name}*"
-        for name in (
-            *("linear", "relu", "threshold", "hardtanh", "clamp", "sigmoid", "softmax", "logsumexp", "logaddexp"),
-            *(
-                "nll_loss",
-                "cross_entropy",
-                "conv",
-                "im2col",
-                "col2im",
-                "pool",
-                "batch_norm",
-                "layer_norm",
-                "group_norm",
-            ),
-            *("var", "std", "tanh", "logit", "softplus"),
-        )
-    ),
-    *(
-        f"torch.nn.functional.{name}"
-        for name in ("[a-o]*", "p[b-z]*", "[q-z]*")  # all but pad
-    ),
-    "torch.nn.modules.*.forward",
-)
-
-Samples = Callable[[torch.device, torch.dtype, Generator], Iterator[Sample]]
-
-
-class _Draw:
-    """Leaf tensors from one generator."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, generator: Generator) -> None:
-        self.device, self.dtype, self.generator = device, dtype, generator
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.constant(*shape, dtype=dtype).requires_grad_()
-
-    def constant(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return random_tensor(shape, dtype or self.dtype, self.generator, self.device)
-
-    def positive(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.constant(*shape, dtype=dtype).abs() + 0.25
-
-    def classes(self, count: int, *shape: int) -> Tensor:
-        return torch.randint(count, shape, generator=self.generator).to(self.device)
-
-
-def _samples(rows: Callable[[_Draw], Iterator[Sample]]) -> Samples:
-    return lambda device, dtype, generator: rows(_Draw(device, dtype, generator))
 
 
 def _linear(draw: _Draw) -> Iterator[Sample]:
@@ -112,18 +62,6 @@ def _conv2d(draw: _Draw) -> Iterator[Sample]:
         (draw(3, 5, 4), draw(3, 1, 3, 3), draw(3)), {"groups": 3, "padding": "valid"}, desc="depthwise, unbatched"
     )
     yield Sample((draw(2, 5, 3, 4), draw(4, 5, 1, 1), draw(4)), desc="1x1")
-
-
-def _max_pool2d(draw: _Draw) -> Iterator[Sample]:
-    yield Sample((draw(2, 3, 6, 4), 2), desc="2x2")
-    yield Sample((draw(2, 2, 7, 6), 3, 2, 1), {"ceil_mode": True}, desc="overlapping, ceil_mode")
-    yield Sample((draw(3, 7, 6), (3, 2), (1, 2), (1, 0), (2, 1)), desc="dilated, unbatched")
-
-
-def _adaptive_avg_pool2d(draw: _Draw) -> Iterator[Sample]:
-    yield Sample((draw(2, 3, 5, 6), 1), desc="global")
-    yield Sample((draw(2, 3, 5, 4), (3, 2)), desc="uneven windows")
-    yield Sample((draw(2, 4, 3), (6, None)), desc="more windows than rows, unbatched")
 
 
 def _batch_norm(draw: _Draw) -> Iterator[Sample]:
@@ -235,33 +173,6 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         samples=_samples(_conv2d),
         module=reimpl.nn.Conv2d,
         torch_module=torch.nn.Conv2d,
-        forbidden=FORBIDDEN,
-    ),
-    FunctionTechnique(
-        name="max_pool2d",
-        ids=("F9",),
-        source="N1; N4",
-        formula=r"y_{ij} = \max_{k,l} x_{is+kd-p,js+ld-p}",
-        ours=ours.max_pool2d,
-        torch=torch_functional.max_pool2d,
-        oracle=oracle.max_pool2d,
-        samples=_samples(_max_pool2d),
-        magnitude=oracle.max_pool2d_magnitude,
-        module=reimpl.nn.MaxPool2d,
-        torch_module=torch.nn.MaxPool2d,
-        forbidden=FORBIDDEN,
-    ),
-    FunctionTechnique(
-        name="adaptive_avg_pool2d",
-        ids=("F9",),
-        source="N1; N4",
-        formula=r"y_{ij} = \operatorname{mean} x[\lfloor ih/m \rfloor : \lceil (i+1)h/m \rceil, \ldots]",
-        ours=ours.adaptive_avg_pool2d,
-        torch=torch_functional.adaptive_avg_pool2d,
-        oracle=oracle.adaptive_avg_pool2d,
-        samples=_samples(_adaptive_avg_pool2d),
-        module=reimpl.nn.AdaptiveAvgPool2d,
-        torch_module=torch.nn.AdaptiveAvgPool2d,
         forbidden=FORBIDDEN,
     ),
     FunctionTechnique(

@@ -26,8 +26,9 @@ def linear(input: Array, weight: Array, bias: Array | None = None) -> Result:
 
     def vjp(grad: Array) -> tuple[Array | None, ...]:
         g = grad[..., None] if weight.ndim == 1 else grad
-        grad_weight = np.einsum("no,ni->oi", g.reshape(-1, g.shape[-1]), input.reshape(-1, input.shape[-1]))
-        grad_bias = None if bias is None else g.reshape(-1, g.shape[-1]).sum(0)
+        rows, grad_rows = (a.reshape(int(np.prod(a.shape[:-1])), a.shape[-1]) for a in (input, g))
+        grad_weight = np.einsum("no,ni->oi", grad_rows, rows)
+        grad_bias = None if bias is None else grad_rows.sum(0)
         return np.einsum("...o,oi->...i", g, matrix), grad_weight.reshape(weight.shape), grad_bias
 
     return (output[..., 0] if weight.ndim == 1 else output), vjp
@@ -62,7 +63,7 @@ def sigmoid_magnitude(input: Array) -> Result:
 
 
 def _softmax(x: Array, dim: int) -> Array:
-    weights = np.exp(x - x.max(axis=dim, keepdims=True))
+    weights = np.exp(x - x.max(axis=dim, keepdims=True, initial=-np.inf))
     return weights / weights.sum(axis=dim, keepdims=True)
 
 
@@ -74,7 +75,7 @@ def softmax(input: Array, dim: int) -> Result:
 
 def softmax_magnitude(input: Array, dim: int) -> Result:
     """The rounding of the exponent, of the size of x - max, is a relative error of the exponential."""
-    factor = 1 + np.abs(input - input.max(axis=dim, keepdims=True))
+    factor = 1 + np.abs(input - input.max(axis=dim, keepdims=True, initial=-np.inf))
     output = _softmax(input, dim) * factor
     return output, lambda g: (output * np.abs(g) + output * (output * np.abs(g)).sum(axis=dim, keepdims=True),)
 
@@ -84,7 +85,7 @@ def _log_softmax(x: Array, dim: int) -> tuple[Array, Array]:
 
     A relative error of the sum of exponentials is an absolute error of its logarithm: hence the 1 in the scale.
     """
-    shifted = x - x.max(axis=dim, keepdims=True)
+    shifted = x - x.max(axis=dim, keepdims=True, initial=-np.inf)
     log_sum = np.log(np.exp(shifted).sum(axis=dim, keepdims=True))
     return shifted - log_sum, np.abs(shifted) + np.abs(log_sum) + 1
 
@@ -242,66 +243,6 @@ def conv2d(
         return grad_input.reshape(input.shape), grad_weight, None if bias is None else g.sum(axis=(0, 2, 3))
 
     return output.reshape(*input.shape[:-3], *output.shape[1:]), vjp
-
-
-def max_pool2d(
-    input: Array,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    ceil_mode: bool = False,
-) -> Result:
-    """Window after window: the elements inside the input, row by row, and the first largest of them."""
-    kernel, pads, d = _pair(kernel_size), _pair(padding), _pair(dilation)
-    s = kernel if stride is None else _pair(stride)
-    planes = input.reshape(-1, *input.shape[-2:])
-    lengths = []
-    for size, k, step, pad, dil in zip(input.shape[-2:], kernel, s, pads, d, strict=True):
-        room = size + 2 * pad - dil * (k - 1) - 1
-        length = (-(-room // step) if ceil_mode else room // step) + 1
-        lengths.append(length - 1 if ceil_mode and (length - 1) * step >= size + pad else length)
-    output, winners = np.empty((len(planes), *lengths), input.dtype), np.empty((len(planes), *lengths, 2), int)
-    for i, j in np.ndindex(*lengths):
-        rows = [r for k in range(kernel[0]) if 0 <= (r := i * s[0] - pads[0] + k * d[0]) < input.shape[-2]]
-        columns = [c for k in range(kernel[1]) if 0 <= (c := j * s[1] - pads[1] + k * d[1]) < input.shape[-1]]
-        window = planes[:, rows][:, :, columns].reshape(len(planes), -1)
-        best = window.argmax(axis=1)
-        output[:, i, j] = window[np.arange(len(planes)), best]
-        winners[:, i, j, 0] = np.asarray(rows)[best // len(columns)]
-        winners[:, i, j, 1] = np.asarray(columns)[best % len(columns)]
-
-    def vjp(grad: Array) -> tuple[Array | None, ...]:
-        spread = np.zeros_like(planes)
-        plane = np.arange(len(planes))[:, None, None]
-        np.add.at(spread, (plane, winners[..., 0], winners[..., 1]), grad.reshape(output.shape))
-        return (spread.reshape(input.shape),)
-
-    return output.reshape(*input.shape[:-2], *lengths), vjp
-
-
-def max_pool2d_magnitude(input: Array, *args: Any, **kwargs: Any) -> Result:
-    """The maximum is copied, not computed; the gradients that meet in an element are added."""
-    output, vjp = max_pool2d(input, *args, **kwargs)
-    return np.abs(output), lambda grad: vjp(np.abs(grad))
-
-
-def _averaging(length: int, windows: int, dtype: np.dtype[Any]) -> Array:
-    """The matrix (windows, length) that takes means over the adaptive windows."""
-    matrix = np.zeros((windows, length), dtype)
-    for i in range(windows):
-        start, end = int(np.floor(i * length / windows)), int(np.ceil((i + 1) * length / windows))
-        matrix[i, start:end] = dtype.type(1) / (end - start)
-    return matrix
-
-
-def adaptive_avg_pool2d(input: Array, output_size: Any) -> Result:
-    """Rows and columns averaged by one matrix each: Y = A X Bᵀ."""
-    wanted = (output_size, output_size) if output_size is None or isinstance(output_size, int) else output_size
-    sizes = [n if size is None else size for size, n in zip(wanted, input.shape[-2:], strict=True)]
-    left, right = (_averaging(n, size, input.dtype) for n, size in zip(input.shape[-2:], sizes, strict=True))
-    output = np.einsum("ih,...hw,jw->...ij", left, input, right)
-    return output, lambda grad: (np.einsum("ih,...ij,jw->...hw", left, grad, right),)
 
 
 def batch_norm(

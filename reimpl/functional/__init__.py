@@ -1,22 +1,73 @@
 """Layers and losses as autograd Functions behind PyTorch's signatures (:mod:`torch.nn.functional`)."""
 
-from reimpl.functional.activation import relu, sigmoid
+from reimpl.functional.activation import (
+    heaviside,
+    identity,
+    leaky_relu,
+    leaky_relu_,
+    maxout,
+    relu,
+    relu_,
+    sigmoid,
+    sigmoid_,
+    tanh,
+    tanh_,
+)
+from reimpl.functional.average_pooling import adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d
+from reimpl.functional.binary import binary_cross_entropy, binary_cross_entropy_with_logits, masked_multilabel_loss
 from reimpl.functional.conv import conv2d
+from reimpl.functional.dropout import dropout
+from reimpl.functional.embedding import embedding, skip_gram_loss
+from reimpl.functional.filters import edge_filters
+from reimpl.functional.likelihood import cross_entropy_of_probabilities, nll_loss, zero_one_loss
 from reimpl.functional.linear import linear
 from reimpl.functional.loss import cross_entropy
+from reimpl.functional.max_pooling import adaptive_max_pool2d, max_pool1d, max_pool2d
 from reimpl.functional.normalization import batch_norm
-from reimpl.functional.pooling import adaptive_avg_pool2d, max_pool2d
+from reimpl.functional.penalty import lp_penalty
+from reimpl.functional.recurrent import lstm_cell, rnn_relu_cell, rnn_tanh_cell
+from reimpl.functional.regression import half_squared_error, mse_loss
 from reimpl.functional.softmax import log_softmax, softmax
 
 __all__ = [
+    "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool1d",
+    "avg_pool2d",
     "batch_norm",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "conv2d",
     "cross_entropy",
+    "cross_entropy_of_probabilities",
+    "dropout",
+    "edge_filters",
+    "embedding",
+    "half_squared_error",
+    "heaviside",
+    "identity",
+    "leaky_relu",
+    "leaky_relu_",
     "linear",
     "log_softmax",
+    "lp_penalty",
+    "lstm_cell",
+    "masked_multilabel_loss",
+    "max_pool1d",
     "max_pool2d",
+    "maxout",
+    "mse_loss",
+    "nll_loss",
     "relu",
+    "relu_",
+    "rnn_relu_cell",
+    "rnn_tanh_cell",
     "sigmoid",
+    "sigmoid_",
+    "skip_gram_loss",
     "softmax",
+    "tanh",
+    "tanh_",
+    "zero_one_loss",
 ]

@@ -6,16 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
-from reimpl.functional._dispatch import (
-    autocast_disabled,
-    autocast_to_float32,
-    call,
-    is_batched,
-    opmath_dtype,
-    scalar_type_name,
-)
+from reimpl.functional._dispatch import autocast_disabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
+from reimpl.functional._reduction import reduced, resolve
+from reimpl.functional._targets import as_batch, check_class_indices, class_dim, classes_that_count, counted
 from reimpl.functional.softmax import log_softmax_composition
 
 
@@ -57,9 +51,7 @@ def cross_entropy(
 
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    _reduction.get_enum(reduction)
+    reduction = resolve(reduction, size_average, reduce)
     input, weight = autocast_to_float32(input, weight)
     with autocast_disabled(input.device):
         if input.shape == target.shape:
@@ -72,97 +64,39 @@ def _with_indices(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
     _check_indices(input, target, weight, ignore_index, smoothing)
-    flat_target = target.reshape(1 if input.dim() == 1 else target.shape).long()
-    logits = input.unsqueeze(0) if input.dim() == 1 else input
-    kept = flat_target != ignore_index
-    classes = torch.where(kept, flat_target, 0)
-    loss, _ = call(_IndexLoss, _index_loss, logits, classes, kept, weight, smoothing)
+    logits, indices = as_batch(input, target)
+    weight = None if weight is None else weight.reshape(-1)
+    loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
     if reduction == "none":
-        return loss.reshape(target.shape).to(input.dtype)  # type: ignore[no-any-return]
-    total = loss.sum()
-    if reduction == "mean":
-        counted = kept.to(loss.dtype) if weight is None else torch.where(kept, weight[classes], 0)
-        total = total / counted.to(loss.dtype).sum()
-    return total.to(input.dtype)  # type: ignore[no-any-return]
+        loss = loss.reshape(target.shape)
+    return reduced(loss, reduction, input.dtype, counted(indices, ignore_index, weight, loss.dtype))
 
 
 def _with_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
     _check_probabilities(input, target, weight, ignore_index, smoothing)
-    dim = 0 if input.dim() == 1 else 1
+    dim = class_dim(input)
     loss, _ = call(_ProbabilityLoss, _probability_loss, input, target, weight, smoothing, dim)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-    if reduction == "none":
-        return loss.to(dtype)  # type: ignore[no-any-return]
-    total = loss.sum()
-    if reduction == "mean":
-        total = total / loss.numel() if loss.numel() else total * torch.nan
-    return total.to(dtype)  # type: ignore[no-any-return]
+    return reduced(loss, reduction, dtype)
 
 
 def _check_indices(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> None:
     if smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     _check_floating(input)
-    _check_target_shape(input, target)
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {scalar_type_name(target.dtype)}")
-    classes = input.shape[0 if input.dim() == 1 else 1]
-    if weight is not None:
-        if weight.dim() != 1 or weight.numel() != classes:
-            raise RuntimeError(
-                f"weight tensor should be defined either for all {classes} classes or no classes"
-                f" but got weight tensor of shape: {list(weight.shape)}"
-            )
-        if weight.dtype != input.dtype:
-            expected, found = (scalar_type_name(t.dtype) for t in (input, weight))
-            raise RuntimeError(f"expected scalar type {expected} but found {found}")
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "The function 'nll_loss_forward' is not differentiable with respect to argument 'weight'. "
-                "This input cannot have requires_grad True."
-            )
-    _check_range(target, classes, ignore_index)
+    if input.dim() == 0:
+        raise ValueError("Expected input to have at least 1 dimension, but got 0")
+    check_class_indices(input, target, weight, ignore_index)
 
 
 def _check_floating(input: Tensor) -> None:
     if not input.is_floating_point():
         kernel = "log_softmax_lastdim_kernel_impl" if input.dim() <= 2 else "log_softmax_kernel_impl"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
-
-
-def _check_target_shape(input: Tensor, target: Tensor) -> None:
-    if input.dim() == 1:
-        if target.dim() > 1:
-            raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
-        if target.dim() == 1 and target.numel() != 1:
-            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}")
-        return
-    if input.dim() == 0:
-        raise ValueError("Expected input to have at least 1 dimension, but got 0")
-    if input.dim() == 2 and target.dim() > 1:
-        raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
-    if target.dim() == 0 or input.shape[0] != target.shape[0]:
-        size = target.shape[0] if target.dim() else 1
-        raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({size}).")
-    expected = [input.shape[0], *input.shape[2:]]
-    if list(target.shape) == expected:
-        return
-    if input.dim() == 4 and target.dim() == 3:
-        raise RuntimeError(f"size mismatch (got input: {list(input.shape)} , target: {list(target.shape)}")
-    raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}")
-
-
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Name the first target that is no class; where the values cannot be read, the gather itself guards."""
-    if torch.compiler.is_compiling() or target.device.type != "cpu" or type(target) is not Tensor or is_batched(target):
-        return
-    outside = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if outside.any():
-        raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
 
 
 def _check_probabilities(
@@ -179,7 +113,7 @@ def _check_probabilities(
     if input.dim() == 0:
         raise IndexError("Dimension specified as 1 but tensor has no dimensions")
     _check_floating(input)
-    classes = input.shape[0 if input.dim() == 1 else 1]
+    classes = input.shape[class_dim(input)]
     if weight is not None and (weight.dim() != 1 or weight.numel() != classes):
         raise RuntimeError(
             f"cross_entropy: weight tensor should be defined either for all {classes} classes or no classes"
@@ -198,10 +132,11 @@ def _class_weights(weight: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _index_loss(
-    input: Tensor, classes: Tensor, kept: Tensor, weight: Tensor | None, smoothing: float
+    input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the log-probabilities that it was read from; dimension 1 holds the classes."""
     log_probs = log_softmax_composition(input.to(opmath_dtype(input.dtype)), 1)
+    classes, kept = classes_that_count(indices, ignore_index)
     w = _class_weights(weight, log_probs)
     picked = log_probs.gather(1, classes.unsqueeze(1)).squeeze(1) * w[classes]
     loss = -picked
@@ -219,20 +154,21 @@ class _IndexLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, classes: Tensor, kept: Tensor, weight: Tensor | None, smoothing: float
+        input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        return _index_loss(input, classes, kept, weight, smoothing)
+        return _index_loss(input, indices, ignore_index, weight, smoothing)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, classes, kept, weight, ctx.smoothing = inputs
+        input, indices, ctx.ignore_index, weight, ctx.smoothing = inputs
         ctx.dtype = input.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], classes, kept, weight)
+        ctx.save_for_backward(output[1], indices, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, classes, kept, weight = ctx.saved_tensors
+        log_probs, indices, weight = ctx.saved_tensors
+        classes, kept = classes_that_count(indices, ctx.ignore_index)
         total = None
         if grad is not None:
             w = _class_weights(weight, log_probs)

@@ -2,6 +2,7 @@
 
 ``import reimpl.nn as nn`` in place of ``import torch.nn as nn`` is all that a model changes: every other name, such as
 containers, is PyTorch's own, and ``REIMPLEMENTED`` lists those that are not.
+``Maxout`` and ``Residual`` are new.
 """
 
 from typing import Any
@@ -10,7 +11,6 @@ import torch.nn as _torch_nn
 from torch.nn import (
     Buffer,
     Flatten,
-    Identity,
     Module,
     ModuleDict,
     ModuleList,
@@ -23,50 +23,95 @@ from torch.nn import (
 
 from reimpl import functional, init
 from reimpl.nn import utils
-from reimpl.nn.activation import LogSoftmax, ReLU, Sigmoid, Softmax
+from reimpl.nn.activation import Identity, LeakyReLU, LogSoftmax, Maxout, ReLU, Sigmoid, Softmax, Tanh
 from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d
 from reimpl.nn.conv import Conv2d
+from reimpl.nn.dropout import Dropout
+from reimpl.nn.embedding import Embedding
 from reimpl.nn.linear import Linear
-from reimpl.nn.loss import CrossEntropyLoss
-from reimpl.nn.pooling import AdaptiveAvgPool2d, MaxPool2d
+from reimpl.nn.loss import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, MSELoss, NLLLoss
+from reimpl.nn.pooling import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    MaxPool1d,
+    MaxPool2d,
+)
+from reimpl.nn.recurrent import LSTMCell, RNNCell
+from reimpl.nn.residual import Residual
 
 REIMPLEMENTED = (
+    "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "BatchNorm1d",
     "BatchNorm2d",
     "Conv2d",
     "CrossEntropyLoss",
+    "Dropout",
+    "Embedding",
+    "Identity",
+    "LSTMCell",
+    "LeakyReLU",
     "Linear",
     "LogSoftmax",
+    "MSELoss",
+    "MaxPool1d",
     "MaxPool2d",
+    "NLLLoss",
+    "RNNCell",
     "ReLU",
     "Sigmoid",
     "Softmax",
+    "Tanh",
 )
 
 __all__ = [
     "REIMPLEMENTED",
+    "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "BatchNorm1d",
     "BatchNorm2d",
     "Buffer",
     "Conv2d",
     "CrossEntropyLoss",
+    "Dropout",
+    "Embedding",
     "Flatten",
     "Identity",
+    "LSTMCell",
+    "LeakyReLU",
     "Linear",
     "LogSoftmax",
+    "MSELoss",
+    "MaxPool1d",
     "MaxPool2d",
+    "Maxout",
     "Module",
     "ModuleDict",
     "ModuleList",
+    "NLLLoss",
     "Parameter",
     "ParameterDict",
     "ParameterList",
+    "RNNCell",
     "ReLU",
+    "Residual",
     "Sequential",
     "Sigmoid",
     "Softmax",
+    "Tanh",
     "Unflatten",
     "functional",
     "init",

@@ -27,6 +27,70 @@ class ReLU(Module):
         return "inplace=True" if self.inplace else ""
 
 
+class LeakyReLU(Module):
+    """:func:`reimpl.functional.leaky_relu`. PyTorch: :class:`torch.nn.LeakyReLU`."""
+
+    __constants__: ClassVar[list[str]] = ["inplace", "negative_slope"]
+    inplace: bool
+    negative_slope: float
+
+    def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
+        super().__init__()
+        self.negative_slope = negative_slope
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.leaky_relu(input, self.negative_slope, self.inplace)
+
+    def extra_repr(self) -> str:
+        return f"negative_slope={self.negative_slope}" + (", inplace=True" if self.inplace else "")
+
+
+class Identity(Module):
+    """:func:`reimpl.functional.identity`; takes and ignores any arguments. PyTorch: :class:`torch.nn.Identity`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.identity(input)
+
+
+class Tanh(Module):
+    """:func:`reimpl.functional.tanh`. PyTorch: :class:`torch.nn.Tanh`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanh(input)
+
+
+class Maxout(Module):
+    """:func:`reimpl.functional.maxout`: after a layer of ``pieces`` times the units, their maxima.
+
+    Args:
+        pieces: how many neighbours share a unit.
+        dim: the dimension of the units (1: features of a batch, or channels).
+
+    Source: F2; N2. PyTorch has none.
+    """
+
+    __constants__: ClassVar[list[str]] = ["pieces", "dim"]
+    pieces: int
+    dim: int
+
+    def __init__(self, pieces: int, dim: int = 1) -> None:
+        if pieces < 1:
+            raise ValueError(f"pieces must be positive, got {pieces}")
+        super().__init__()
+        self.pieces = pieces
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.maxout(input, self.pieces, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"pieces={self.pieces}, dim={self.dim}"
+
+
 class Sigmoid(Module):
     """:func:`reimpl.functional.sigmoid`. PyTorch: :class:`torch.nn.Sigmoid`."""
 

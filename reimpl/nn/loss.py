@@ -5,12 +5,36 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import Module, _reduction
+from torch.nn import Module
 
 from reimpl import functional as F
+from reimpl.functional._reduction import legacy_reduction
 
 
-class CrossEntropyLoss(Module):
+class _Loss(Module):
+    __constants__: ClassVar[list[str]] = ["reduction"]
+    reduction: str
+
+    def __init__(self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = legacy_reduction(reduction, size_average, reduce)
+
+
+class _WeightedLoss(_Loss):
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(size_average, reduce, reduction)
+        self.register_buffer("weight", weight)
+
+
+class CrossEntropyLoss(_WeightedLoss):
     """:func:`reimpl.functional.cross_entropy` between logits and classes or probabilities.
 
     Args:
@@ -22,9 +46,7 @@ class CrossEntropyLoss(Module):
     """
 
     __constants__: ClassVar[list[str]] = ["ignore_index", "reduction", "label_smoothing"]
-    weight: Tensor | None
     ignore_index: int
-    reduction: str
     label_smoothing: float
 
     def __init__(
@@ -36,10 +58,7 @@ class CrossEntropyLoss(Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
-        legacy = size_average is not None or reduce is not None
-        self.reduction = _reduction.legacy_get_string(size_average, reduce) if legacy else reduction
-        self.register_buffer("weight", weight)
+        super().__init__(weight, size_average, reduce, reduction)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
 
@@ -51,4 +70,80 @@ class CrossEntropyLoss(Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+class NLLLoss(_WeightedLoss):
+    """:func:`reimpl.functional.nll_loss` of log-probabilities.
+
+    Args:
+        weight: weight of each class, kept as a buffer.
+        size_average, reduce: deprecated, as in PyTorch.
+        ignore_index, reduction: see the function.
+
+    Source: F5; N3. PyTorch: :class:`torch.nn.NLLLoss`.
+    """
+
+    __constants__: ClassVar[list[str]] = ["ignore_index", "reduction"]
+    ignore_index: int
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction)
+        self.ignore_index = ignore_index
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.nll_loss(input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+
+
+class MSELoss(_Loss):
+    """:func:`reimpl.functional.mse_loss`.
+
+    Source: F4; N3. PyTorch: :class:`torch.nn.MSELoss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(input, target, reduction=self.reduction)
+
+
+class BCELoss(_WeightedLoss):
+    """:func:`reimpl.functional.binary_cross_entropy` of probabilities; ``weight`` is kept as a buffer.
+
+    Source: F5; N3, N4. PyTorch: :class:`torch.nn.BCELoss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
+
+
+class BCEWithLogitsLoss(_Loss):
+    """:func:`reimpl.functional.binary_cross_entropy_with_logits`; ``weight`` and ``pos_weight`` are kept as buffers.
+
+    Source: F5, F18; N3, N4. PyTorch: :class:`torch.nn.BCEWithLogitsLoss`.
+    """
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__(size_average, reduce, reduction)
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
         )

@@ -104,14 +104,18 @@ class FunctionTechnique(Technique):
     ``vjp(grad_output)`` returns the gradients in the order of ``args`` (``None`` where there is none).
     ``samples(device, dtype, generator)`` yields the calls. ``magnitude`` works like the oracle and gives the scale,
     element by element, of the numbers that were added up; by default it is the oracle itself on absolute values.
-    ``module`` is our ``nn`` class and ``torch_module`` PyTorch's, where there are any.
+    ``module`` is our ``nn`` class and ``torch_module`` PyTorch's, where there are any. ``composition`` is the same out
+    of PyTorch's own pieces, where PyTorch has no such function: derivatives are held against it. A function that is
+    ``random`` is held against PyTorch's bits for the same seed where its result depends on chance.
     """
 
     samples: Callable[[torch.device, torch.dtype, torch.Generator], Iterable[Sample]] | None = None
     magnitude: Callable[..., Any] | None = None
     module: type | None = None
     torch_module: type | None = None
+    composition: Callable[..., Any] | None = None
     differentiable: bool = True
+    random: bool = False
     forbidden: tuple[str, ...] = ()
 
 

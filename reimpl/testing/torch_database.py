@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from reimpl.testing.declarations import OptimizerConfig
+from reimpl.testing.declarations import OptimizerConfig, Sample
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,65 @@ def optimizer_flags(name: str) -> OptimizerFlags:
     )
 
 
+@dataclass(frozen=True)
+class ModuleCase:
+    """How PyTorch's database builds a module (``args``, ``kwargs``) and what it calls it with."""
+
+    desc: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[Any, ...]
+
+
+def function_inputs(name: str, device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    """PyTorch's own sample calls of ``torch.nn.functional.<name>`` or ``torch.<name>``; none where it has no row."""
+    for info in _function_rows(name):
+        if dtype in info.supported_dtypes(str(torch.device(device).type)):
+            for item in info.sample_inputs(device, dtype, requires_grad=info.supports_autograd):
+                args = (item.input, *item.args)
+                # Its row of embedding has the table first.
+                yield Sample(args[1::-1] if name == "embedding" else args, dict(item.kwargs), desc=item.name)
+
+
+def function_error_inputs(name: str, device: str | torch.device) -> Iterator[tuple[Sample, Any]]:
+    """PyTorch's own bad calls of ``torch.nn.functional.<name>`` or ``torch.<name>``, with the exception's type."""
+    for info in _function_rows(name):
+        for error in info.error_inputs(device) if info.error_inputs_func else ():
+            item = error.sample_input
+            args = (item.input, *item.args)
+            reordered = args[1::-1] if name == "embedding" else args
+            yield Sample(reordered, dict(item.kwargs), desc=error.error_regex), error.error_type
+
+
+def module_inputs(name: str, device: str | torch.device, dtype: torch.dtype) -> Iterator[ModuleCase]:
+    """PyTorch's own sample constructions and calls of ``torch.nn.<name>``; none where it has no row."""
+    for info in _import("common_modules").module_db:
+        if info.module_cls.__name__ == name:
+            for item in info.module_inputs_func(info, device, dtype, requires_grad=True, training=True):
+                call, inputs = item.constructor_input, item.forward_input
+                if inputs is not None and not inputs.kwargs:
+                    yield ModuleCase(item.desc, tuple(call.args), dict(call.kwargs), tuple(inputs.args))
+
+
+def _function_rows(name: str) -> list[Any]:
+    rows = _import("common_methods_invocations").op_db
+    return [info for info in rows if info.name in (name, f"nn.functional.{name}")]
+
+
 @functools.cache
-def _database() -> ModuleType:
-    """Import the database, and undo what its import does to the process.
+def _import(name: str) -> ModuleType:
+    """Import a part of the database, and undo what its import does to the process.
 
     ``torch.testing._internal.common_utils`` forbids setting ``torch.backends`` flags from then on; here that would be
     a surprise at a distance.
     """
-    from torch.testing._internal import common_optimizers
-
+    module = importlib.import_module(f"torch.testing._internal.{name}")
     torch.backends.__allow_nonbracketed_mutation_flag = True
-    return common_optimizers
+    return module
+
+
+def _database() -> ModuleType:
+    return _import("common_optimizers")
 
 
 def _info(name: str) -> Any:

@@ -1,0 +1,280 @@
+"""Pooling by the mean of each window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as pad_constant
+
+from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype
+from reimpl.functional._windows import (
+    Size,
+    Windows,
+    adaptive_bounds,
+    check_floating,
+    check_two_or_three,
+    left_out,
+    one,
+    plan_windows,
+)
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    r"""Mean of each window, :math:`y_{ij} = \frac{1}{m_{ij}} \sum_{k,l} x_{is + k - p,\; js + l - p}`.
+
+    Args:
+        input: shape :math:`(N, C, H, W)` or :math:`(C, H, W)`, a floating-point dtype or int64.
+        kernel_size, stride, padding: a number or a pair (rows, columns); ``stride`` defaults to ``kernel_size``, and
+            the padding, at most half the kernel, holds zeros.
+        ceil_mode: let a last window begin inside the input and reach over its edge.
+        count_include_pad: whether :math:`m` counts the elements of the padding.
+        divisor_override: take this number for every :math:`m`.
+
+    Returns:
+        the means, ``channels_last`` where ``input`` is.
+
+    Raises:
+        RuntimeError: shapes or options do not fit; the text is PyTorch's.
+        IndexError: ``input`` has fewer than three dimensions.
+        NotImplementedError: the dtype is none of the above.
+
+    Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.avg_pool2d`.
+    """
+    if divisor_override == 0:
+        raise RuntimeError("divisor must be not zero")
+    windows = plan_windows("avg_pool2d", input, kernel_size, stride, padding, 1, ceil_mode)
+    if input.dtype != torch.int64:
+        check_floating("avg_pool2d", input)
+    output: Tensor = call(_AvgPool, _windowed_means, input, windows, count_include_pad, divisor_override)
+    return output.contiguous(memory_format=memory_format_of(input))
+
+
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    r"""Mean of each window, :math:`y_i = \frac{1}{m_i} \sum_k x_{is + k - p}`; see :func:`avg_pool2d`.
+
+    Args:
+        input: shape :math:`(N, C, L)` or :math:`(C, L)`.
+
+    Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.avg_pool1d`.
+    """
+    check_two_or_three("avg_pool1d", input)
+    kernel = one("avg_pool1d", "kernel_size", kernel_size)
+    step = kernel if left_out(stride) else one("avg_pool1d", "stride", stride)
+    pad = one("avg_pool1d", "padding", padding)
+    plane = input.unsqueeze(-2)
+    return avg_pool2d(plane, (1, kernel), (1, step), (0, pad), ceil_mode, count_include_pad).squeeze(-2)
+
+
+def adaptive_avg_pool1d(input: Tensor, output_size: Size) -> Tensor:
+    r"""Mean over windows that cover the input, as in :func:`adaptive_avg_pool2d`, to length ``output_size``.
+
+    Args:
+        input: shape :math:`(N, C, L)` or :math:`(C, L)`.
+
+    Source: F9. PyTorch: :func:`torch.nn.functional.adaptive_avg_pool1d`.
+    """
+    check_two_or_three("adaptive_avg_pool1d", input)
+    length = one("adaptive_avg_pool1d", "output_size", output_size)
+    return adaptive_avg_pool2d(input.unsqueeze(-2), (1, length)).squeeze(-2)
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    r"""Mean over a grid of windows that cover the input: window :math:`i` of :math:`m` over :math:`h` rows holds the
+    rows from :math:`\lfloor i h/m \rfloor` up to, without it, :math:`\lceil (i + 1) h/m \rceil`.
+
+    Args:
+        input: shape :math:`(N, C, H, W)` or :math:`(C, H, W)`.
+        output_size: rows and columns of the result, one number for both, ``None`` for the input's; 1 is global
+            average pooling.
+
+    Raises:
+        ValueError, RuntimeError: shapes or sizes do not fit; the text is PyTorch's.
+        NotImplementedError: the dtype is not floating-point.
+
+    Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.adaptive_avg_pool2d`.
+    """
+    wanted: Sequence[int | None] = (
+        (output_size, output_size) if output_size is None or isinstance(output_size, int) else output_size
+    )
+    if not isinstance(output_size, int) and input.dim() <= len(wanted):
+        raise ValueError(f"Input dimension should be at least {len(wanted) + 1}")
+    if len(wanted) != 2:
+        raise RuntimeError("adaptive_avg_pool2d: output_size must be 2")
+    if input.dim() not in (3, 4):
+        raise RuntimeError(f"adaptive_avg_pool2d(): Expected 3D or 4D tensor, but got {list(input.shape)}")
+    sizes = [n if size is None else size for n, size in zip(input.shape[-2:], wanted, strict=True)]
+    if min(sizes) < 0:
+        raise RuntimeError(
+            "adaptive_avg_pool2d: elements of output_size must be greater than or equal to 0 "
+            f"but received {{{sizes[0]}, {sizes[1]}}}"
+        )
+    for d in (input.dim() - 2, input.dim() - 1):
+        if input.shape[d] == 0:
+            raise RuntimeError(
+                "adaptive_avg_pool2d(): Expected input to have non-zero size for non-batch dimensions, "
+                f"but input has sizes {list(input.shape)} with dimension {d} being empty"
+            )
+    check_floating("adaptive_avg_pool2d", input)
+    output: Tensor = call(_AdaptiveAvgPool2d, _means, input, (sizes[0], sizes[1]))
+    return output.contiguous(memory_format=memory_format_of(input))
+
+
+def _window_sums(input: Tensor, dim: int, kernel: int, stride: int, windows: int) -> Tensor:
+    """Sums over the windows along one dimension, one tap after the other; the input is padded already."""
+    every = (slice(None),) * dim + (slice(None, None, stride),)
+    span = (windows - 1) * stride + 1
+
+    def tap(k: int) -> Tensor:
+        elements = input.narrow(dim, k, span)
+        return elements if stride == 1 else elements[every]
+
+    total = tap(0)
+    for k in range(1, kernel):
+        total = total + tap(k)
+    return total
+
+
+def _spread(grad: Tensor, dim: int, kernel: int, stride: int) -> Tensor:
+    """The transposed map of :func:`_window_sums`: each window's number added to every element of the window."""
+    windows = grad.shape[dim]
+    if kernel <= stride:
+        return _blocks(grad, dim, kernel, stride).narrow(dim, 0, (windows - 1) * stride + kernel)
+    apart = _blocks(grad, dim, 1, stride).narrow(dim, 0, (windows - 1) * stride + 1)
+    padded = pad_constant(apart, (0, 0) * (grad.dim() - 1 - dim) + (kernel - 1, kernel - 1))
+    return _window_sums(padded, dim, kernel, 1, (windows - 1) * stride + kernel)
+
+
+def _blocks(grad: Tensor, dim: int, count: int, length: int) -> Tensor:
+    """Each number ``count`` times, followed by zeros up to ``length``."""
+    block = grad.unsqueeze(dim + 1).expand(*grad.shape[: dim + 1], count, *grad.shape[dim + 1 :])
+    filled = pad_constant(block, (0, 0) * (grad.dim() - 1 - dim) + (0, length - count))
+    return filled.reshape(*grad.shape[:dim], grad.shape[dim] * length, *grad.shape[dim + 1 :])
+
+
+def _divisors(
+    windows: Windows, plane: tuple[int, int], include_pad: bool, override: int | None, like: Tensor
+) -> Tensor | int:
+    """What the sum over each window is divided by."""
+    if override is not None:
+        return override
+    counts = []
+    for size, kernel, stride, pad, length in zip(
+        plane, windows.kernel, windows.stride, windows.padding, windows.output, strict=True
+    ):
+        starts = [i * stride - pad for i in range(length)]
+        edge, first = (size + pad, -pad) if include_pad else (size, 0)
+        inside = [min(start + kernel, edge) - max(start, first) for start in starts]
+        counts.append(torch.tensor(inside, dtype=like.dtype, device=like.device))
+    return counts[0].unsqueeze(1) * counts[1]
+
+
+def _windowed_means(input: Tensor, windows: Windows, include_pad: bool, override: int | None) -> Tensor:
+    plane = (input.shape[-2], input.shape[-1])
+    x = input.to(opmath_dtype(input.dtype))
+    overhang = windows.overhang(plane)
+    sums = pad_constant(x, overhang) if any(overhang) else x
+    for i, dim in enumerate((input.dim() - 2, input.dim() - 1)):
+        sums = _window_sums(sums, dim, windows.kernel[i], windows.stride[i], windows.output[i])
+    divisors = _divisors(windows, plane, include_pad, override, x)
+    if x.is_floating_point():
+        return (sums / divisors).to(input.dtype)
+    return torch.div(sums, divisors, rounding_mode="trunc")
+
+
+class _AvgPool(torch.autograd.Function):
+    r"""Each element gets the gradients of the windows that hold it, each divided by :math:`m`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, windows: Windows, include_pad: bool, override: int | None) -> Tensor:
+        return _windowed_means(input, windows, include_pad, override)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, *ctx.options = inputs
+        ctx.plane = (input.shape[-2], input.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        windows, include_pad, override = ctx.options
+        spread = grad.to(opmath_dtype(grad.dtype))
+        spread = spread / _divisors(windows, ctx.plane, include_pad, override, spread)
+        for i, dim in enumerate((grad.dim() - 2, grad.dim() - 1)):
+            spread = _spread(spread, dim, windows.kernel[i], windows.stride[i])
+            # From the padded plane back to the plane: cut off what lies outside, and add what no window reached.
+            before, size = windows.padding[i], ctx.plane[i]
+            after = size - (spread.shape[dim] - before)
+            spread = pad_constant(spread, (0, 0) * (grad.dim() - 1 - dim) + (-before, after))
+        return spread.to(grad.dtype), None, None, None
+
+
+def _adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
+    """Sums over the adaptive windows along one dimension.
+
+    The relation "element h lies in window i" reads the same from both sides, so that the transposed map is this
+    function with the two lengths exchanged.
+    """
+    length = input.shape[dim]
+    if windows == 0 or length == 1:
+        return input.narrow(dim, 0, min(length, windows)).expand(*input.shape[:dim], windows, *input.shape[dim:][1:])
+    if windows == 1:
+        return input.sum(dim, keepdim=True)
+    parts = (adaptive_bounds(i, windows, length) for i in range(windows))
+    return torch.stack([input.narrow(dim, start, end - start).sum(dim) for start, end in parts], dim)
+
+
+def _counts(length: int, windows: int, like: Tensor) -> Tensor:
+    ends = (adaptive_bounds(i, windows, length) for i in range(windows))
+    return torch.tensor([end - start for start, end in ends], dtype=like.dtype, device=like.device)
+
+
+def _areas(plane: tuple[int, int], sizes: tuple[int, int], like: Tensor) -> Tensor:
+    return _counts(plane[0], sizes[0], like).unsqueeze(1) * _counts(plane[1], sizes[1], like)
+
+
+def _means(input: Tensor, sizes: tuple[int, int]) -> Tensor:
+    x = input.to(opmath_dtype(input.dtype))
+    rows, columns = input.dim() - 2, input.dim() - 1
+    sums = _adaptive_sums(_adaptive_sums(x, rows, sizes[0]), columns, sizes[1])
+    return (sums / _areas((input.shape[-2], input.shape[-1]), sizes, x)).to(input.dtype)
+
+
+class _AdaptiveAvgPool2d(torch.autograd.Function):
+    r"""Each element gets the gradients of the windows that hold it, each divided by its window's area."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, sizes: tuple[int, int]) -> Tensor:
+        return _means(input, sizes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, ctx.sizes = inputs
+        ctx.plane = (input.shape[-2], input.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        g = grad.to(opmath_dtype(grad.dtype))
+        g = g / _areas(ctx.plane, ctx.sizes, g)
+        spread = _adaptive_sums(_adaptive_sums(g, g.dim() - 2, ctx.plane[0]), g.dim() - 1, ctx.plane[1])
+        return spread.to(grad.dtype), None

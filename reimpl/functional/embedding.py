@@ -1,0 +1,197 @@
+"""Rows of a table by their numbers, and the skip-gram loss of word vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype
+from reimpl.functional._reduction import reduced, resolve
+from reimpl.functional._targets import values_are_readable
+from reimpl.functional.activation import logistic, minus_log_sigmoid
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    r"""Rows of a table, :math:`y_n = W_{i_n}`; the gradients of equal numbers are added up in their row.
+
+    Args:
+        input: numbers :math:`i`, any shape, int64 or int32.
+        weight: the table, shape :math:`(V, D)`.
+        padding_idx: a row that counts as a constant; negative numbers count from the end.
+        max_norm: first shrink the rows that are asked for to this norm, in place.
+        norm_type: the exponent of that norm.
+        scale_grad_by_freq: divide each gradient by how often its number is in ``input``.
+        sparse: give the gradient as a sparse tensor, for optimizers that take one.
+
+    Returns:
+        the shape of ``input`` with :math:`D` behind it.
+
+    Raises:
+        AssertionError: ``padding_idx`` is no row.
+        RuntimeError: ``weight`` is no matrix, or ``input`` holds no integers.
+        IndexError: a number is no row (checked on the CPU; on CUDA a device assertion).
+        NotImplementedError: ``sparse`` or ``scale_grad_by_freq`` in forward mode or a compiler, where the gradient is
+            that of a composition.
+
+    Source: F15; N4. PyTorch: :func:`torch.nn.functional.embedding`.
+    """
+    row = _padding_row(padding_idx, weight)
+    if weight.dim() != 2:
+        raise RuntimeError("'weight' must be 2-D")
+    if input.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(
+            "Expected tensor for argument #1 'indices' to have one of the following scalar types: Long, Int; "
+            f"but got {input.type()} instead (while checking arguments for embedding)"
+        )
+    if values_are_readable(input) and ((input < 0) | (input >= weight.shape[0])).any():
+        raise IndexError("index out of range in self")
+    if max_norm is not None:
+        _shrink_rows(weight, input, max_norm, norm_type)
+    differentiated = weight.requires_grad and torch.is_grad_enabled()
+    if (differentiated and torch.compiler.is_compiling()) or forward_ad._current_level >= 0:
+        for name, option in (("sparse", sparse), ("scale_grad_by_freq", scale_grad_by_freq)):
+            if option:
+                raise NotImplementedError(f"embedding: {name}=True is not supported in forward mode and by compilers")
+    indices = input.long()
+    return call(_Embedding, _rows, weight, indices, row, scale_grad_by_freq, sparse)  # type: ignore[no-any-return]
+
+
+def skip_gram_loss(center: Tensor, context: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
+    r"""Skip-gram with negative sampling: a word's vector against one true and :math:`K` drawn context words.
+
+    .. math::
+        \ell_n = -\log \sigma(v_n \cdot u_n) - \sum_{k=1}^K \log \sigma(-v_n \cdot \tilde u_{nk})
+
+    The first errors of the scores are :math:`\sigma(v_n \cdot u_n) - 1` and :math:`\sigma(v_n \cdot \tilde u_{nk})`.
+
+    Args:
+        center: :math:`v`, shape :math:`(N, D)`.
+        context: :math:`u`, shape :math:`(N, D)`.
+        negative: :math:`\tilde u`, shape :math:`(N, K, D)`.
+        reduction: ``"none"``, ``"mean"`` (over :math:`N`) or ``"sum"``.
+
+    Raises:
+        ValueError: a shape does not fit, or ``reduction`` is unknown.
+
+    Source: F15, X1; N4 (word vectors of SCDV), Mikolov et al. (2013). PyTorch has none.
+    """
+    reduction = resolve(reduction)
+    if center.dim() != 2:
+        raise ValueError(f"center must have shape (N, D), got {list(center.shape)}")
+    if context.shape != center.shape:
+        raise ValueError(f"context must have the shape of center, {list(center.shape)}, got {list(context.shape)}")
+    if negative.dim() != 3 or (negative.shape[0], negative.shape[2]) != tuple(center.shape):
+        n, d = center.shape
+        raise ValueError(f"negative must have shape ({n}, K, {d}), got {list(negative.shape)}")
+    center, context, negative = autocast_to_float32(center, context, negative)
+    dtype = torch.promote_types(torch.promote_types(center.dtype, context.dtype), negative.dtype)
+    wide = opmath_dtype(dtype)
+    losses = call(_SkipGram, _skip_gram, center.to(wide), context.to(wide), negative.to(wide))
+    return reduced(losses, reduction, dtype)
+
+
+def _padding_row(padding_idx: int | None, weight: Tensor) -> int | None:
+    if padding_idx is None:
+        return None
+    rows = weight.size(0)
+    if not -rows <= padding_idx < rows:
+        raise AssertionError("Padding_idx must be within num_embeddings")
+    return padding_idx % rows
+
+
+@torch.no_grad()
+def _shrink_rows(weight: Tensor, input: Tensor, max_norm: float, norm_type: float) -> None:
+    """Scale the rows of a norm over ``max_norm`` down to it."""
+    wanted = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+    wanted[input.reshape(-1).long()] = True
+    wide = weight.to(opmath_dtype(weight.dtype)).abs()
+    norms = wide.amax(1) if norm_type == float("inf") else wide.pow(norm_type).sum(1).pow(1 / norm_type)
+    # PyTorch's guard against a norm of 0.
+    scale = torch.where(wanted & (norms > max_norm), max_norm / (norms + 1e-7), 1)
+    weight.copy_(weight * scale.to(weight.dtype).unsqueeze(1))
+
+
+def _rows(weight: Tensor, indices: Tensor, padding_row: int | None, by_frequency: bool, sparse: bool) -> Tensor:
+    rows = weight.index_select(0, indices.reshape(-1)).reshape(*indices.shape, weight.shape[1])
+    if padding_row is None:
+        return rows
+    return torch.where((indices == padding_row).unsqueeze(-1), rows.detach(), rows)
+
+
+class _Embedding(torch.autograd.Function):
+    r""":math:`\bar W_v = \sum_{n: i_n = v} \bar y_n`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, indices: Tensor, padding_row: int | None, by_frequency: bool, sparse: bool) -> Tensor:
+        return weight.index_select(0, indices.reshape(-1)).reshape(*indices.shape, weight.shape[1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, indices, ctx.padding_row, ctx.by_frequency, ctx.sparse = inputs
+        ctx.rows = weight.shape[0]
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        indices, grad = indices.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        if ctx.by_frequency:
+            counts = torch.zeros(ctx.rows, dtype=grad.dtype, device=grad.device)
+            grad = grad / counts.index_add(0, indices, torch.ones_like(grad[:, 0]))[indices].unsqueeze(1)
+        if ctx.sparse:
+            kept = slice(None) if ctx.padding_row is None else indices != ctx.padding_row
+            numbers, size = indices[kept].unsqueeze(0), (ctx.rows, grad.shape[1])
+            table = torch.sparse_coo_tensor(numbers, grad[kept], size, check_invariants=False)
+        else:
+            if ctx.padding_row is not None:
+                grad = torch.where((indices == ctx.padding_row).unsqueeze(1), 0, grad)
+            wide = grad.to(opmath_dtype(grad.dtype))
+            table = wide.new_zeros(ctx.rows, grad.shape[1]).index_add(0, indices, wide).to(grad.dtype)
+        return table, None, None, None, None
+
+
+def _scores(center: Tensor, context: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    return (center * context).sum(1), (negative @ center.unsqueeze(2)).squeeze(2)
+
+
+def _skip_gram(center: Tensor, context: Tensor, negative: Tensor) -> Tensor:
+    true, drawn = _scores(center, context, negative)
+    return minus_log_sigmoid(true) + minus_log_sigmoid(-drawn).sum(1)
+
+
+class _SkipGram(torch.autograd.Function):
+    r"""With :math:`\delta = \sigma(v \cdot u) - 1` and :math:`\delta_k = \sigma(v \cdot \tilde u_k)`:
+    :math:`\bar v = \delta u + \sum_k \delta_k \tilde u_k`, :math:`\bar u = \delta v`,
+    :math:`\bar{\tilde u}_k = \delta_k v`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(center: Tensor, context: Tensor, negative: Tensor) -> Tensor:
+        return _skip_gram(center, context, negative)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        center, context, negative = ctx.saved_tensors
+        true, drawn = _scores(center, context, negative)
+        true_error = (-logistic(-true) * grad).unsqueeze(1)
+        drawn_errors = (logistic(drawn) * grad.unsqueeze(1)).unsqueeze(2)
+        grad_center = true_error * context + (drawn_errors * negative).sum(1)
+        return grad_center, true_error * center, drawn_errors * center.unsqueeze(1)

@@ -1,0 +1,298 @@
+"""Pooling by the largest element of each window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as pad_constant
+
+from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype, scalar_type_name
+from reimpl.functional._windows import (
+    Size,
+    Windows,
+    adaptive_bounds,
+    as_tuple,
+    check_floating,
+    check_reach,
+    check_two_or_three,
+    left_out,
+    one,
+    plan_windows,
+    window_count,
+)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    r"""Largest element of each window, :math:`y_{ij} = \max_{k,l} x_{is + kd - p,\; js + ld - p}`.
+
+    Of equal elements the first in row-major order counts (and gets the gradient); of several NaN the last.
+
+    Args:
+        input: shape :math:`(N, C, H, W)` or :math:`(C, H, W)`.
+        kernel_size, stride, padding, dilation: a number or a pair (rows, columns); ``stride`` defaults to
+            ``kernel_size``, and the padding, at most half the kernel, is never chosen.
+        ceil_mode: let a last window begin inside the input and reach over its edge.
+        return_indices: return also where each maximum stands, as ``row * W + column``.
+
+    Returns:
+        the maxima, or (maxima, int64 indices); ``channels_last`` where ``input`` is.
+
+    Raises:
+        RuntimeError: shapes or options do not fit; the text is PyTorch's.
+        NotImplementedError: the dtype is boolean or complex.
+
+    Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.max_pool2d`.
+    """
+    windows = plan_windows("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
+    _refuse_windows_of_padding(input, windows)
+    if input.dtype == torch.bool or input.is_complex():
+        raise NotImplementedError(f"\"max_pool2d\" not implemented for '{scalar_type_name(input.dtype)}'")
+    return _pool(input, windows, return_indices)
+
+
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    r"""Largest element of each window, :math:`y_i = \max_k x_{is + kd - p}`; see :func:`max_pool2d`.
+
+    Args:
+        input: shape :math:`(N, C, L)` or :math:`(C, L)`; integers only with ``return_indices``, as in PyTorch.
+        kernel_size, stride, padding, dilation: a number; ``stride`` defaults to ``kernel_size``.
+        ceil_mode, return_indices: see :func:`max_pool2d`.
+
+    Raises:
+        RuntimeError: shapes or options do not fit; the text is PyTorch's.
+        NotImplementedError: the dtype is not floating-point.
+
+    Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.max_pool1d`.
+    """
+    if return_indices:
+        check_two_or_three("max_pool1d", input)
+        kernel = one("max_pool1d", "kernel_size", kernel_size)
+        step = kernel if left_out(stride) else one("max_pool1d", "stride", stride)
+        pad, dil = one("max_pool1d", "padding", padding), one("max_pool1d", "dilation", dilation)
+        values, places = max_pool2d(input.unsqueeze(-2), (1, kernel), (1, step), (0, pad), (1, dil), ceil_mode, True)
+        return values.squeeze(-2), places.squeeze(-2)
+    windows = _plan_line(input, kernel_size, stride, padding, dilation, ceil_mode)
+    check_floating("max_pool1d_impl", input)
+    return _pool(input.unsqueeze(-2), windows, False).squeeze(-2)
+
+
+def adaptive_max_pool2d(input: Tensor, output_size: int | Sequence[int | None], return_indices: bool = False) -> Any:
+    r"""Largest element of each window of a grid that covers the input, as in :func:`adaptive_avg_pool2d`.
+
+    Args:
+        input: shape :math:`(N, C, H, W)` or :math:`(C, H, W)`.
+        output_size: rows and columns of the result, one number for both, ``None`` for the input's.
+        return_indices: return also where each maximum stands, as ``row * W + column``.
+
+    Raises:
+        ValueError, RuntimeError: shapes or sizes do not fit; the text is PyTorch's.
+        NotImplementedError: the dtype is not floating-point.
+
+    Source: F9. PyTorch: :func:`torch.nn.functional.adaptive_max_pool2d`.
+    """
+    if not isinstance(output_size, int) and input.dim() <= len(output_size):
+        raise ValueError(f"Input dimension should be at least {len(output_size) + 1}")
+    wanted: Sequence[int | None] = (output_size, output_size) if isinstance(output_size, int) else output_size
+    if input.dim() not in (3, 4):
+        raise RuntimeError(f"adaptive_max_pool2d(): Expected 3D or 4D tensor, but got: {list(input.shape)}")
+    for d in range(input.dim() - 3, input.dim()):
+        if input.shape[d] == 0:
+            raise RuntimeError(
+                "adaptive_max_pool2d(): Expected input to have non-zero size for non-batch dimensions, "
+                f"but input has sizes {list(input.shape)} with dimension {d} being empty"
+            )
+    if len(wanted) != 2:
+        raise RuntimeError("adaptive_max_pool2d(): internal error: output_size.size() must be 2")
+    rows, columns = (n if size is None else size for n, size in zip(input.shape[-2:], wanted, strict=True))
+    shape = [*input.shape[:-2], rows, columns]
+    if min(rows, columns) < 0:
+        raise RuntimeError(f"Trying to create tensor with negative dimension {min(shape)}: {shape}")
+    check_floating("adaptive_max_pool2d", input)
+    return _pool(input, _Grid((rows, columns)), return_indices)
+
+
+def _plan_line(
+    input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool
+) -> Windows:
+    """The windows of ``max_pool1d``, as rows of one; its checks have words of their own."""
+    if input.dim() not in (2, 3) or 0 in input.shape[-2:]:
+        raise RuntimeError(
+            "max_pool1d: Expected 2D or 3D (batch mode) tensor with optional 0 dim batch size for input, "
+            f"but got:{list(input.shape)}"
+        )
+    numbers: dict[str, int] = {}
+    options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    for name, option in options.items():
+        given = kernel_size if name == "stride" and left_out(stride) else option
+        values = as_tuple(given)
+        if len(values) != 1:
+            kinds = {
+                "stride": "None, an int, list of ints, or tuple of ints",
+                "padding": "an int, list of ints, or tuple of ints",
+            }.get(name, "an int, list of ints or tuple of ints")
+            raise RuntimeError(f"max_pool1d() {name} must be {kinds} of size 1 but got size {len(values)}")
+        numbers[name] = values[0]
+    for name in ("kernel_size", "stride"):
+        if numbers[name] <= 0:
+            raise RuntimeError(f"max_pool1d() {name} must be greater than zero, but got {numbers[name]}")
+    kernel, step, pad, dil = numbers.values()
+    if pad < 0:
+        raise RuntimeError(f"max_pool1d() padding must be non-negative, but got {pad}")
+    if pad > kernel // 2:
+        raise RuntimeError(
+            "max_pool1d() padding should be at most half of kernel size, "
+            f"but got padding={pad} and kernel_size={kernel}"
+        )
+    if dil <= 0:
+        raise RuntimeError(f"max_pool1d() dilation must be greater than zero, but got {dil}")
+    reach = dil * (kernel - 1) + 1
+    check_reach(reach, kernel, dil)
+    length = window_count(input.shape[-1], reach, step, pad, ceil_mode)
+    if length <= 0:
+        raise RuntimeError(f"max_pool1d() Invalid computed output size: {length}")
+    return Windows((1, kernel), (1, step), (0, pad), (1, dil), (1, length))
+
+
+def _refuse_windows_of_padding(input: Tensor, windows: Windows) -> None:
+    for size, kernel, stride, pad, dilation in zip(
+        input.shape[-2:], windows.kernel, windows.stride, windows.padding, windows.dilation, strict=True
+    ):
+        if any(start % dilation >= size for start in range(-pad, 0, stride)):
+            raise RuntimeError(
+                f"pad={pad}, kernel_size={kernel} and dilation={dilation} over an input of size {size} "
+                "leave a window in the padding alone, and every window must hold an element of the input"
+            )
+
+
+def _pool(input: Tensor, windows: Windows | _Grid, return_indices: bool) -> Any:
+    values, indices = call(_MaxPool, _composition, input, windows)
+    layout = memory_format_of(input)
+    values = values.contiguous(memory_format=layout)
+    return (values, indices.contiguous(memory_format=layout)) if return_indices else values
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Adaptive windows: numbers of rows and columns."""
+
+    output: tuple[int, int]
+
+
+def _search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
+    """Maxima and their places."""
+    if isinstance(windows, _Grid):
+        return _search_grid(input, windows)
+    return _search_taps(input, windows)
+
+
+def _search_taps(input: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """One kernel tap after the other."""
+    (o_h, o_w), (s_h, s_w), (d_h, d_w) = windows.output, windows.stride, windows.dilation
+    height, width = input.shape[-2:]
+    lowest = -torch.inf if input.is_floating_point() else torch.iinfo(input.dtype).min
+    k_h, k_w = windows.kernel
+    padded = pad_constant(input, windows.overhang((height, width)), value=lowest)
+    best = input.new_full((), lowest).expand(*input.shape[:-2], o_h, o_w)
+    # The number, from 1, of the last tap that was better than those before it: bytes where they suffice.
+    winner = torch.zeros_like(best, dtype=torch.uint8 if k_h * k_w < 256 else torch.int64)
+    for k in range(k_h * k_w):
+        i, j = divmod(k, k_w)
+        tap = padded[..., i * d_h : i * d_h + (o_h - 1) * s_h + 1 : s_h, :]
+        tap = tap[..., j * d_w : j * d_w + (o_w - 1) * s_w + 1 : s_w]
+        better = (tap > best) | (tap != tap)
+        best = torch.maximum(best, tap)
+        winner = torch.maximum(winner, better.to(winner.dtype) * (k + 1))
+    return best, _places_of(winner, windows, width)
+
+
+def _places_of(winner: Tensor, windows: Windows, width: int) -> Tensor:
+    """Where the winning taps stand in the plane, ``row * width + column``."""
+    (d_h, d_w), (k_h, k_w) = windows.dilation, windows.kernel
+    rows, columns = (
+        torch.arange(n, device=winner.device) * s - p
+        for n, s, p in zip(windows.output, windows.stride, windows.padding, strict=True)
+    )
+    taps = [0, *(i * d_h * width + j * d_w for i in range(k_h) for j in range(k_w))]
+    corner = rows.unsqueeze(1) * width + columns
+    places = torch.tensor(taps, device=winner.device)[winner.long()] + corner
+    if max(windows.padding) == 0:
+        return places
+    # A window of nothing but the lowest value keeps the place where it enters the input.
+    entry = [
+        start - (start < 0) * start.div(d, rounding_mode="floor") * d for start, d in ((rows, d_h), (columns, d_w))
+    ]
+    return places + (winner == 0) * (entry[0].unsqueeze(1) * width + entry[1] - corner)
+
+
+def _search_grid(input: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    """Each window gathered, the short ones filled up with their last row and column."""
+    width = input.shape[-1]
+    if 0 in grid.output:
+        empty = input.new_empty((*input.shape[:-2], *grid.output))
+        return empty, empty.to(torch.int64)
+    lines = []
+    for length, count in zip(input.shape[-2:], grid.output, strict=True):
+        bounds = [adaptive_bounds(i, count, length) for i in range(count)]
+        longest = max(end - start for start, end in bounds)
+        members = [[min(start + j, end - 1) for j in range(longest)] for start, end in bounds]
+        lines.append(torch.tensor(members, device=input.device))
+    rows, columns = lines
+    places = rows[:, None, :, None] * width + columns[None, :, None, :]
+    gathered = input.flatten(-2)[..., places.flatten(2)]
+    # The first of the largest, but the last NaN.
+    unordered = gathered != gathered
+    last = gathered.shape[-1] - 1 - unordered.flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
+    winners = torch.where(unordered.any(-1, keepdim=True), last, gathered.argmax(-1, keepdim=True))
+    chosen = places.flatten(2).expand(gathered.shape).gather(-1, winners)
+    return gathered.gather(-1, winners).squeeze(-1), chosen.squeeze(-1)
+
+
+def _composition(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
+    _, places = _search(input.detach(), windows)
+    values = input.flatten(-2).gather(-1, places.flatten(-2))
+    return values.unflatten(-1, windows.output), places
+
+
+class _MaxPool(torch.autograd.Function):
+    r"""The gradient of each maximum goes to where it stood."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
+        return _search(input, windows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.plane = inputs[0].shape[-2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        height, width = ctx.plane
+        outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
+        flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
+        spread = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)
+        return spread.reshape(*outer, height, width).to(grad.dtype), None

@@ -128,7 +128,7 @@ LOSSES: tuple[FunctionTechnique, ...] = (
         name="half_squared_error",
         ids=("F4", "F18"),
         source="N3",
-        formula=r"E = \tfrac12 \sum_i (x_i - t_i)^2",
+        formula=r"E = \frac{1}{2} \sum_i (x_i - t_i)^2",
         ours=ours.half_squared_error,
         torch=None,
         composition=_half_mse,

@@ -44,8 +44,8 @@ FUSED_IN_TORCH = ("SGD", "Adam", "AdamW", "Adagrad")
 _FUSED_LIMIT, _UNFUSED_LIMIT = 1.05, 0.5
 _SMALL_LIMITS = {"SGD": 0.3, **dict.fromkeys(FUSED_IN_TORCH[1:], 0.15)}
 _SMALL_LIMIT = 0.1
-#: Where PyTorch's own loop already moves little, so much of an in-place pass over the same bytes is enough.
-_MEMORY_SLACK = 1.15
+#: PyTorch's own loop already moves little (ASGD before t0): so much of an in-place pass over the same bytes is enough.
+_MOVES_LITTLE, _MEMORY_SLACK = ("ASGD",), 1.15
 #: Of an in-place add's speed, how much a step over large tensors has to reach.
 _MEMORY_SHARE = 0.87
 _DEFAULT_LIMIT = 1.05
@@ -58,6 +58,12 @@ def limit_of(workload: str, optimizer: str) -> float:
     if workload == "1,000 x 64":
         return _SMALL_LIMITS.get(optimizer, _SMALL_LIMIT)
     return _FUSED_LIMIT if optimizer in FUSED_IN_TORCH else _UNFUSED_LIMIT
+
+
+def _assert_fast(outcome: Outcome) -> None:
+    times, share = outcome.times, outcome.times.share_of_memory_speed
+    enough = times.optimizer in _MOVES_LITTLE and share is not None and share >= 1 / _MEMORY_SLACK
+    assert outcome.met or enough, f"{times.optimizer}: {outcome.ratio:.2f} of {outcome.baseline}'s time"
 
 
 def _memory(workload: str, optimizer: str, names: tuple[str, str], device: torch.device) -> dict[str, int | None]:
@@ -81,7 +87,7 @@ def test_ratio(device: torch.device, workload: str, optimizer: str, report_outco
     times = time_steps(optimizer, workload, device, rounds=60, ours=("fused",), max_seconds=8)
     outcome = _outcome(times, device, limit_of(workload, optimizer))
     report_outcome(outcome)
-    assert outcome.met, f"{optimizer} over {workload}: {outcome.ratio:.2f} of {outcome.baseline}'s time"
+    _assert_fast(outcome)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -89,13 +95,13 @@ def test_ratio(device: torch.device, workload: str, optimizer: str, report_outco
 def test_large_ratio(
     device: torch.device, workload: str, optimizer: str, report_outcome: Callable[[Outcome], None]
 ) -> None:
-    times = time_steps(optimizer, workload, device, rounds=12, ours=("fused",), max_seconds=20)
+    times = time_steps(optimizer, workload, device, rounds=12, ours=("fused",), max_seconds=10)
     share = times.share_of_memory_speed
     assert share is not None
     outcome = _outcome(times, device, limit_of(workload, optimizer))
     report_outcome(outcome)
     if device.type == "cpu":
-        assert outcome.met or share >= 1 / _MEMORY_SLACK, f"{outcome.ratio:.2f} of {outcome.baseline}'s time"
+        _assert_fast(outcome)
         assert share >= _MEMORY_SHARE, f"{share:.0%} of the memory's speed"
 
 

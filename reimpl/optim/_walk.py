@@ -139,27 +139,31 @@ class Walker:
         """Whether dictionary ``i`` holds the objects ``values[starts[i] : starts[i + 1]]``, in order, and no more."""
         return bool(self._code.same_values(self._api, dictionaries, starts, values))
 
-    def same_places(self, handles: Any, bodies: Any, storages: Any, places: Any) -> bool:
-        """Whether the tensors have these bodies, and lie there."""
-        return bool(self._code.same_places(self._api, handles, bodies, storages, places))
+    def same_places(self, where: Any, first: int) -> bool:
+        """Whether tensors, from the one numbered ``first`` on, are as ``where`` has it.
+
+        Its rows are their handles, bodies, those bodies' storages, and places.
+        """
+        return bool(self._code.same_places(self._api, where, first))
 
     def marks(self, count: int) -> Any:
         """Room for what ``count`` parameters and their gradients look like."""
         return np.zeros((2, count, _BODY_WORDS - int(self._api[self._code.FORM]) // 8), dtype=np.int64)
 
     def read_gradients(
-        self, handles: Any, starts: Any, forms: Any, dtype: int, keys: int, room: Any, marks: Any
+        self, params: Any, starts: Any, forms: Any, dtype: int, keys: int, room: Any, marks: Any
     ) -> bool:
-        """Write to ``room[0]`` the gradients' addresses, 0 for none, 1 for an empty one.
+        """Write to ``room[0]`` the gradients' addresses, 0 for none, 1 for an empty one, and versions' to ``room[2]``.
 
-        ``False`` where one is not a plain tensor of the dtype, sizes and strides given (sizes, then strides, of tensor
-        ``i`` in ``forms[starts[i] : starts[i + 1]]``). ``marks`` is kept from call to call.
+        ``False`` where a parameter is not as ``params`` has it (rows as in ``same_places``), or it or its gradient is
+        not a plain tensor of the dtype, sizes and strides given (sizes, then strides, of tensor ``i`` in
+        ``forms[starts[i] : starts[i + 1]]``). ``marks`` is kept from call to call.
         """
-        return bool(self._code.read_gradients(self._api, handles, starts, forms, dtype, keys, room, marks))
+        return bool(self._code.read_gradients(self._api, params, starts, forms, dtype, keys, room, marks))
 
-    def count_change(self, bodies: Any, active: Any) -> None:
-        """``torch.autograd.graph.increment_version`` of the tensors with these bodies whose ``active`` is not 0."""
-        self._code.count_change(self._api, bodies, active)
+    def count_change(self, versions: Any, active: Any) -> None:
+        """``torch.autograd.graph.increment_version`` where ``active`` is not 0."""
+        self._code.count_change(self._api, versions, active)
 
 
 def find_walker() -> Walker | None:

@@ -91,14 +91,19 @@ def same_values(api: Any, dictionaries: Any, starts: Any, values: Any) -> Any:
     return True
 
 
-@njit("boolean(int64[::1], int64[::1], int64[::1], int64[::1], int64[::1])", cache=True)
-def same_places(api: Any, tensors: Any, bodies: Any, storages: Any, places: Any) -> Any:
-    """Whether the tensors have the same bodies (``TensorImpl``) as before, and those lie where they lay."""
+@njit("boolean(int64[::1], int64[:, ::1], int64)", cache=True)
+def same_places(api: Any, where: Any, first: Any) -> Any:
+    """Whether tensors from the one numbered ``first`` on are as ``where`` has it.
+
+    Its rows are their handles, the bodies (``TensorImpl``) that they had, those bodies' storages, and the places where
+    they lay.
+    """
+    tensors, bodies, storages, places = where[0], where[1], where[2], where[3]
     n = len(tensors)
-    for i in range(n):
+    for i in range(first, n):
         if word(tensors[i]) != bodies[i]:
             return False
-    for i in range(n):
+    for i in range(first, n):
         ahead = min(i + AHEAD, n - 1)
         prefetch(bodies[ahead])
         prefetch(bodies[ahead] + 128)
@@ -118,27 +123,30 @@ def known(api: Any, body: Any, mark: Any) -> Any:
 
 
 @njit(
-    "boolean(int64[::1], int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1], int64[:, :, ::1])", cache=True
+    "boolean(int64[::1], int64[:, ::1], int64[::1], int64[::1], int64, int64, int64[:, ::1], int64[:, :, ::1])",
+    cache=True,
 )
-def read_gradients(
-    api: Any, tensors: Any, starts: Any, forms: Any, dtype: Any, keys: Any, room: Any, marks: Any
-) -> Any:
-    """Write the gradients' addresses to ``room[0]``, 0 where there is none.
+def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, keys: Any, room: Any, marks: Any) -> Any:
+    """Write the gradients' addresses to ``room[0]``, 0 where there is none, and the version counters' to ``room[2]``.
 
-    ``marks[0, i]`` and ``marks[1, i]`` keep what the bodies of parameter ``i`` and of its gradient looked like when
-    they were last asked for their form; what looks the same has the same.
+    ``params`` holds the parameters' handles, bodies, storages and places. ``marks[0, i]`` and ``marks[1, i]`` keep what
+    the bodies of parameter ``i`` and of its gradient looked like when they were last asked for their form; what looks
+    the same has the same.
 
     Returns:
-        ``False`` where a parameter or its gradient is of another kind than expected: a subclass with operators of its
-        own, a lazy negation, another dtype, other sizes or strides.
+        ``False`` where a parameter is not where it was, or it or its gradient is of another kind than expected: a
+        subclass with operators of its own, a lazy negation, another dtype, other sizes or strides.
     """
+    tensors, own, storages, places = params[0], params[1], params[2], params[3]
+    handles, bodies, versions = room[0], room[1], room[2]
     n = len(tensors)
-    handles, bodies = room[0], room[1]
     for i in range(n):
         body = word(tensors[i])
-        if word(body + api[KEYS]) != keys:
+        if body != own[i] or word(body + api[KEYS]) != keys:
             return False
+        prefetch(storages[i])
         bodies[i] = word(body + api[META])
+        versions[i] = word(body + api[VERSION])
     for i in range(n):
         # a tensor without autograd's part has no gradient
         handles[i] = bodies[i] + api[GRAD] if bodies[i] != 0 else 0
@@ -153,10 +161,12 @@ def read_gradients(
     for i in range(n):
         gradient = handles[i]
         handles[i] = 0
+        if ask(api, DATA_PTR, tensors[i]) != places[i]:
+            return False
         if bodies[i] == api[UNDEFINED]:
             continue
         for j, tensor in enumerate((tensors[i], gradient)):
-            body = word(tensor)
+            body = own[i] if j == 0 else bodies[i]
             if not known(api, body, marks[j, i]):
                 if not has_form(api, tensor, dtype, forms, starts[i], starts[i + 1]):
                     return False
@@ -165,15 +175,13 @@ def read_gradients(
         handles[i] = ask(api, DATA_PTR, gradient)
         if handles[i] == 0:  # an empty tensor has no address, and 0 says that there is no gradient
             handles[i] = 1
+        prefetch(versions[i])
     return True
 
 
 @njit("void(int64[::1], int64[::1], int64[::1])", cache=True)
-def count_change(api: Any, bodies: Any, active: Any) -> None:
+def count_change(api: Any, versions: Any, active: Any) -> None:
     """Add one to the version, by which autograd sees that a tensor was changed, where ``active`` is not 0."""
-    n = len(bodies)
-    for i in range(n):
-        prefetch(word(bodies[min(i + AHEAD, n - 1)] + api[VERSION]))
-        counter = word(bodies[i] + api[VERSION])
-        if active[i] != 0 and counter != 0:  # tensors made in inference mode have none
-            carray(pointer(counter + api[COUNT]), (1,), np.uint32)[0] += np.uint32(1)
+    for i in range(len(versions)):
+        if active[i] != 0 and versions[i] != 0:  # tensors made in inference mode have none
+            carray(pointer(versions[i] + api[COUNT]), (1,), np.uint32)[0] += np.uint32(1)

@@ -72,7 +72,10 @@ class Watch:
         self.kinds = [(p.shape, p.stride()) for p in params]
 
     def holds(self) -> bool:
-        """Whether the state is the same objects as before, and all tensors lie where they lay."""
+        """Whether the state is the same objects as before, and all tensors lie where they lay.
+
+        To be asked after ``gradients``, which may have looked at the parameters already.
+        """
         return self.states.hold() and [t.data_ptr() for t in self.tensors] == self.places.tolist()
 
     def gradients(self, row: Any) -> list[Tensor] | None:
@@ -114,32 +117,36 @@ class CompiledWatch(Watch):
     def __init__(self, params: list[Tensor], states: Sequence[Mapping[str, Any]], walker: Walker) -> None:
         super().__init__(params, states, walker)
         self.walker = walker
-        self.handles = walker.handles(self.tensors)
-        self.bodies = _array([t._cdata for t in self.tensors])
-        self.storage_bodies = _array([s._cdata for s in self.storages])
+        bodies, storages = [t._cdata for t in self.tensors], [s._cdata for s in self.storages]
+        self.where = np.stack([walker.handles(self.tensors), _array(bodies), _array(storages), self.places])
         forms = [[*p.shape, *p.stride()] for p in params]
+        self.room = np.zeros((3, len(params)), dtype=np.int64)
         self.form = (
-            self.handles[: len(params)],
+            np.ascontiguousarray(self.where[:, : len(params)]),
             _starts(list(map(len, forms))),
             _array(list(chain.from_iterable(forms))),
             *walker.kind(params[0]),
-            np.zeros((2, len(params)), dtype=np.int64),
+            self.room,
             walker.marks(len(params)),
         )
+        self.read = False
+        """Whether the gradients were last read in compiled loops, which found the parameters in their places."""
 
     def holds(self) -> bool:
-        return self.states.hold() and self.walker.same_places(
-            self.handles, self.bodies, self.storage_bodies, self.places
-        )
+        return self.states.hold() and self.walker.same_places(self.where, len(self.params) if self.read else 0)
 
     def gradients(self, row: Any) -> list[Tensor] | None:
-        if not self.walker.read_gradients(*self.form):
+        self.read = self.walker.read_gradients(*self.form)
+        if not self.read:
             return super().gradients(row)
-        row[:] = self.form[5][0]
+        row[:] = self.room[0]
         return []
 
     def count_change(self, row: Any) -> None:
-        self.walker.count_change(self.bodies[: len(self.params)], row)
+        if self.read:
+            self.walker.count_change(self.room[2], row)
+        else:
+            super().count_change(row)
 
 
 def watch(params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> Watch:
@@ -166,16 +173,16 @@ def _agrees(walker: Walker) -> bool:
     rows = [np.zeros(len(params), dtype=np.int64) for _ in watches]
 
     def alike(holds: bool, readable: bool) -> bool:
-        read = walker.read_gradients(*watches[1].form)
-        if read:
-            for each, row in zip(watches, rows, strict=True):
-                each.gradients(row)
-                versions = [p._version for p in params]
-                each.count_change(row)
-                if [p._version - v for p, v in zip(params, versions, strict=True)] != [int(x != 0) for x in row]:
-                    return False
-        same = [each.holds() for each in watches] == [holds, holds]
-        return same and read == readable and bool((rows[0] == rows[1]).all())
+        for each, row in zip(watches, rows, strict=True):
+            each.gradients(row)
+        if not (watches[1].read == readable and [each.holds() for each in watches] == [holds, holds]):
+            return False
+        for each, row in zip(watches, rows, strict=True):
+            versions = [p._version for p in params]
+            each.count_change(row)
+            if [p._version - v for p, v in zip(params, versions, strict=True)] != [int(x != 0) for x in row]:
+                return False
+        return not readable or bool((rows[0] == rows[1]).all())
 
     if not alike(holds=True, readable=True):
         return False
@@ -190,4 +197,4 @@ def _agrees(walker: Walker) -> bool:
         return False
     params[2].grad = None
     params[1].data = torch.zeros(3, device="cpu")
-    return alike(holds=False, readable=True)
+    return alike(holds=False, readable=False)

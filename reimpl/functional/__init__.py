@@ -1,7 +1,7 @@
 """Layers and losses as autograd Functions behind PyTorch's signatures (:mod:`torch.nn.functional`)."""
 
 from reimpl.functional.activation import relu, sigmoid
-from reimpl.functional.conv import conv2d
+from reimpl.functional.conv import conv1d, conv2d
 from reimpl.functional.linear import linear
 from reimpl.functional.loss import cross_entropy
 from reimpl.functional.normalization import batch_norm
@@ -11,6 +11,7 @@ from reimpl.functional.softmax import log_softmax, softmax
 __all__ = [
     "adaptive_avg_pool2d",
     "batch_norm",
+    "conv1d",
     "conv2d",
     "cross_entropy",
     "linear",

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import reimpl.functional as F
-from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.declarations import FUNCTIONS
 from reimpl.testing import FunctionTechnique, Sample, seeded_generator
 
 pytestmark = [

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
-from parity_tests.declarations.functional import FUNCTIONS
+from parity_tests.declarations import FUNCTIONS
 from parity_tests.oracle import functional as oracle
 from reimpl.testing import (
     REAL_DTYPES,
@@ -120,6 +120,7 @@ PLANTED: tuple[tuple[str, str, Callable[..., Tensor]], ...] = (
     ("log_softmax", "log of a sum that lost the small", lambda x, dim: F.softmax(x, dim).log()),
     ("cross_entropy", "smoothing left out", lambda *a, label_smoothing=0.0, **k: F.cross_entropy(*a, **k)),
     ("conv2d", "kernel mirrored", lambda x, w, b=None, **k: F.conv2d(x, w.flip(-1), b, **k)),
+    ("conv1d", "bias twice", lambda x, w, b=None, **k: F.conv1d(x, w, None if b is None else 2 * b, **k)),
     ("max_pool2d", "zeros in the padding", lambda x, *a, **k: F.max_pool2d(x, *a, **k).clamp_min(0)),
     ("adaptive_avg_pool2d", "an element of 1e-5 more", lambda x, size: F.adaptive_avg_pool2d(x, size) * (1 + 1e-5)),
     ("batch_norm", "another eps", lambda *a, eps=1e-5, **k: F.batch_norm(*a, eps=eps * 1.5, **k)),

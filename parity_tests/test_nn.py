@@ -33,6 +33,10 @@ CASES: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
     ("Conv2d", (4, 2, 3), {"padding": (2, 1), "padding_mode": "reflect", "stride": (1, 2)}),
     ("Conv2d", (4, 2, 3), {"padding": 1, "padding_mode": "replicate", "dtype": torch.bfloat16}),
     ("Conv2d", (4, 2, 1), {"padding": "valid"}),
+    ("Conv1d", (4, 6, 3), {}),
+    ("Conv1d", (4, 6, (3,), 2, (1,)), {"bias": False, "groups": 2}),
+    ("Conv1d", (4, 6, 2), {"padding": "same", "dilation": 3, "padding_mode": "reflect"}),
+    ("Conv1d", (4, 2, 3), {"padding": 2, "padding_mode": "circular", "dtype": torch.float64}),
     ("MaxPool2d", (2,), {}),
     ("MaxPool2d", (3, 2, 1), {"dilation": (1, 1), "ceil_mode": True, "return_indices": True}),
     ("AdaptiveAvgPool2d", (1,), {}),
@@ -103,7 +107,7 @@ def test_copies_pickles_and_moves(name: str, args: tuple[Any, ...], kwargs: dict
 def inputs(name: str) -> tuple[Tensor, ...]:
     if name == "CrossEntropyLoss":
         return torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
-    shape = {"Linear": (6, 5), "BatchNorm1d": (6, 4)}.get(name, (2, 4, 6, 7))
+    shape = {"Linear": (6, 5), "BatchNorm1d": (6, 4), "Conv1d": (2, 4, 7)}.get(name, (2, 4, 6, 7))
     return (torch.randn(shape, dtype=torch.float64),)
 
 

@@ -124,7 +124,8 @@ def _by_rows(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     def product(part: slice) -> Tensor:
         rows = _window_rows(input[part], kernel, output, geometry)
         values = rows @ filters if offset is None else torch.baddbmm(offset, rows, filters)
-        return values.transpose(0, 1).reshape(-1, *output, weight.shape[0])
+        samples = values.shape[1] // prod(output)
+        return values.transpose(0, 1).reshape(samples, *output, weight.shape[0])
 
     return _over_parts(product, input.shape[0], row_bytes, input.device).permute(0, 3, 1, 2)
 
@@ -142,8 +143,8 @@ def _by_views(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
     def product(part: slice) -> Tensor:
         planes = pad_constant(input[part].permute(0, 2, 3, 1).to(dtype), (0, 0, left, right, top, bottom))
         count = planes.shape[0]
-        pixels = pad_constant(planes.reshape(count * height, width, -1), (0, 0, 0, 0, 0, beyond))
-        matrix = pixels.reshape(-1, groups, channels).transpose(0, 1)
+        pixels = pad_constant(planes.reshape(count * height, width, groups * channels), (0, 0, 0, 0, 0, beyond))
+        matrix = pixels.reshape((count * height + beyond) * width, groups, channels).transpose(0, 1)
         total = None
         for k in range(k_h):
             for j in range(k_w):

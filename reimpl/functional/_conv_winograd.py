@@ -3,12 +3,14 @@ r"""Winograd's minimal filtering :math:`F(2 \times 2, 3 \times 3)` and its gradi
 .. math::
     y = A^\top \left[(G w G^\top) \odot (B^\top x B)\right] A
 
-for each tile :math:`x` of 4 x 4 inputs, which overlap by 2 and give 2 x 2 outputs; the products over the channels become
+for each tile :math:`x` of 4 x 4 inputs, which overlap by 2 and give 2 x 2 outputs; the products over channels become
 16 matrix products, with 16 multiplications where the plain sum takes 36. The sums before and after cost accuracy: in
 one dimension the rows of :math:`|A^\top|`, :math:`|G|` and :math:`|B^\top|` add up to at most 3, 3/2 and 2.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,7 +28,9 @@ def winograd(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     products = _channels_apart(tiles, groups) @ _kernel(weight.to(dtype), groups)
     values = _channels_together(products, tiles.shape[2:5])
     # (2, 2, N, tiles down, tiles across, O) to (N, rows, columns, O)
-    plane = _inverse(_inverse(values, 0), 1).permute(2, 3, 0, 4, 1, 5).flatten(1, 2).flatten(2, 3)
+    plane = _inverse(_inverse(values, 0), 1).permute(2, 3, 0, 4, 1, 5)
+    count, down, _, across, _, outputs = plane.shape
+    plane = plane.reshape(count, 2 * down, 2 * across, outputs)
     plane = plane.narrow(1, 0, rows).narrow(2, 0, columns)
     if bias is not None:
         plane = plane + bias.to(dtype)
@@ -34,13 +38,13 @@ def winograd(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def winograd_weight(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor:
-    r"""The adjoint in :math:`w`: :math:`\bar w = G^\top [(A \bar y A^\top) \odot (B^\top x B)]\, G`, summed over tiles."""
+    r"""The adjoint in :math:`w`: :math:`\bar w = G^\top [(A \bar y A^\top) \odot (B^\top x B)]\, G`, over all tiles."""
     groups, dtype = geometry.groups, opmath_dtype(input.dtype)
     tiles = _input_tiles(input.to(dtype), geometry)
     errors = _error_tiles(grad.to(dtype), tiles.shape[3], tiles.shape[4])
     products = _channels_apart(errors, groups).transpose(-1, -2) @ _channels_apart(tiles, groups)
     outputs, channels = products.shape[-2:]
-    kernel = _kernel_adjoint(_kernel_adjoint(products.unflatten(0, (4, 4)), 0), 1)
+    kernel = _kernel_adjoint(_kernel_adjoint(products.reshape(4, 4, groups, outputs, channels), 0), 1)
     weight = kernel.permute(2, 3, 4, 0, 1).reshape(groups * outputs, channels, 3, 3)
     return weight.to(grad.dtype).contiguous()
 
@@ -70,7 +74,7 @@ def _error_tiles(grad: Tensor, down: int, across: int) -> Tensor:
     r""":math:`A \bar y A^\top` of every tile: (4, 4, N, tiles down, tiles across, O)."""
     rows, columns = grad.shape[2:]
     errors = pad_constant(grad.permute(0, 2, 3, 1), (0, 0, 0, 2 * across - columns, 0, 2 * down - rows))
-    errors = errors.unflatten(2, (across, 2)).unflatten(1, (down, 2)).permute(2, 4, 0, 1, 3, 5)
+    errors = errors.reshape(grad.shape[0], down, 2, across, 2, grad.shape[1]).permute(2, 4, 0, 1, 3, 5)
     return _inverse_adjoint(_inverse_adjoint(errors, 0), 1)
 
 
@@ -82,7 +86,7 @@ def _inverse_adjoint(errors: Tensor, dim: int) -> Tensor:
 def _kernel(weight: Tensor, groups: int) -> Tensor:
     r""":math:`G w G^\top` as matrices (16, groups, C/groups, O/groups)."""
     split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], 3, 3).permute(3, 4, 0, 2, 1)
-    return _kernel_rows(_kernel_rows(split, 0), 1).flatten(0, 1)
+    return _kernel_rows(_kernel_rows(split, 0), 1).reshape(16, *split.shape[2:])
 
 
 def _kernel_rows(weight: Tensor, dim: int) -> Tensor:
@@ -99,10 +103,10 @@ def _kernel_adjoint(products: Tensor, dim: int) -> Tensor:
 
 def _channels_apart(tiles: Tensor, groups: int) -> Tensor:
     """(4, 4, N, down, across, C) as matrices (16, groups, tiles, C/groups)."""
-    matrices = tiles.reshape(16, -1, groups, tiles.shape[-1] // groups)
+    matrices = tiles.reshape(16, prod(tiles.shape[2:5]), groups, tiles.shape[-1] // groups)
     return matrices.transpose(1, 2)
 
 
 def _channels_together(products: Tensor, tiles: torch.Size) -> Tensor:
     """(16, groups, tiles, O/groups) as (4, 4, N, down, across, O)."""
-    return products.transpose(1, 2).flatten(2).reshape(4, 4, *tiles, -1)
+    return products.transpose(1, 2).reshape(4, 4, *tiles, products.shape[1] * products.shape[3])

@@ -25,7 +25,7 @@ from reimpl import functional, init
 from reimpl.nn import utils
 from reimpl.nn.activation import LogSoftmax, ReLU, Sigmoid, Softmax
 from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d
-from reimpl.nn.conv import Conv2d
+from reimpl.nn.conv import Conv1d, Conv2d
 from reimpl.nn.linear import Linear
 from reimpl.nn.loss import CrossEntropyLoss
 from reimpl.nn.pooling import AdaptiveAvgPool2d, MaxPool2d
@@ -34,6 +34,7 @@ REIMPLEMENTED = (
     "AdaptiveAvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
+    "Conv1d",
     "Conv2d",
     "CrossEntropyLoss",
     "Linear",
@@ -50,6 +51,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "Buffer",
+    "Conv1d",
     "Conv2d",
     "CrossEntropyLoss",
     "Flatten",

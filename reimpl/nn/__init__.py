@@ -26,6 +26,7 @@ from reimpl.nn import utils
 from reimpl.nn.activation import LogSoftmax, ReLU, Sigmoid, Softmax
 from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d
 from reimpl.nn.conv import Conv1d, Conv2d
+from reimpl.nn.convert import Conversion, convert, revert
 from reimpl.nn.linear import Linear
 from reimpl.nn.loss import CrossEntropyLoss
 from reimpl.nn.pooling import AdaptiveAvgPool2d, MaxPool2d
@@ -53,6 +54,7 @@ __all__ = [
     "Buffer",
     "Conv1d",
     "Conv2d",
+    "Conversion",
     "CrossEntropyLoss",
     "Flatten",
     "Identity",
@@ -70,8 +72,10 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "Unflatten",
+    "convert",
     "functional",
     "init",
+    "revert",
     "utils",
 ]
 

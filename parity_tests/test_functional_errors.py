@@ -129,7 +129,9 @@ def _error_calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "batch_norm", (randn(2, 3, requires_grad=True), randn(3, requires_grad=True), r.abs()), {}
 
 
-@pytest.mark.parametrize("name", [technique.name for technique in FUNCTIONS if technique.name != "sigmoid"])
+@pytest.mark.parametrize(
+    "name", [row.name for row in FUNCTIONS if hasattr(torch_functional, row.name) and row.name != "sigmoid"]
+)
 def test_refuses_what_pytorch_refuses_in_its_words(name: str) -> None:
     checked = 0
     for function, args, kwargs in _error_calls():

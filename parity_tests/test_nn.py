@@ -46,6 +46,9 @@ CASES: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
     ("BatchNorm2d", (4,), {"affine": False}),
     ("BatchNorm2d", (4,), {"track_running_stats": False}),
     ("BatchNorm2d", (4,), {"bias": False, "momentum": 0.5}),
+    ("BatchNorm3d", (4,), {"momentum": None}),
+    ("BatchNorm3d", (4,), {"affine": False, "track_running_stats": False}),
+    ("SyncBatchNorm", (4,), {"eps": 1e-4}),
 )
 
 each_case = pytest.mark.parametrize(
@@ -107,7 +110,9 @@ def test_copies_pickles_and_moves(name: str, args: tuple[Any, ...], kwargs: dict
 def inputs(name: str) -> tuple[Tensor, ...]:
     if name == "CrossEntropyLoss":
         return torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
-    shape = {"Linear": (6, 5), "BatchNorm1d": (6, 4), "Conv1d": (2, 4, 7)}.get(name, (2, 4, 6, 7))
+    shape = {"Linear": (6, 5), "BatchNorm1d": (6, 4), "Conv1d": (2, 4, 7), "BatchNorm3d": (2, 4, 3, 2, 3)}.get(
+        name, (2, 4, 6, 7)
+    )
     return (torch.randn(shape, dtype=torch.float64),)
 
 
@@ -208,7 +213,10 @@ def test_conv2d_refuses_unknown_padding(option: str, words: str) -> None:
             namespace.Conv2d(4, 6, 3, **{option: "x"})
 
 
-@pytest.mark.parametrize(("name", "shape"), [("BatchNorm1d", (2, 3, 4, 5)), ("BatchNorm2d", (2, 3))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("BatchNorm1d", (2, 3, 4, 5)), ("BatchNorm2d", (2, 3)), ("BatchNorm3d", (2, 3)), ("SyncBatchNorm", (3,))],
+)
 def test_batch_norm_refuses_other_dimensions(name: str, shape: tuple[int, ...]) -> None:
     messages = []
     for namespace in (nn, torch.nn):

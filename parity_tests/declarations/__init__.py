@@ -2,11 +2,12 @@
 
 from parity_tests.declarations.functional import FUNCTIONS as _FUNCTIONS
 from parity_tests.declarations.functional_conv import FUNCTIONS as _CONVOLUTIONS
+from parity_tests.declarations.functional_norm import FUNCTIONS as _NORMS
 from parity_tests.declarations.init import INITS
 from parity_tests.declarations.optim import OPTIMIZERS as _ELEMENTWISE
 from parity_tests.declarations.optim_reducing import OPTIMIZERS as _REDUCING
 from parity_tests.declarations.optim_rest import OPTIMIZERS as _REST
 
-FUNCTIONS = (*_FUNCTIONS, *_CONVOLUTIONS)
+FUNCTIONS = (*_FUNCTIONS, *_CONVOLUTIONS, *_NORMS)
 OPTIMIZERS = (*_ELEMENTWISE, *_REST, *_REDUCING)
 __all__ = ["FUNCTIONS", "INITS", "OPTIMIZERS"]

@@ -24,7 +24,7 @@ from torch.nn import (
 from reimpl import functional, init
 from reimpl.nn import utils
 from reimpl.nn.activation import LogSoftmax, ReLU, Sigmoid, Softmax
-from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d
+from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from reimpl.nn.conv import Conv1d, Conv2d
 from reimpl.nn.convert import Conversion, convert, revert
 from reimpl.nn.linear import Linear
@@ -35,6 +35,7 @@ REIMPLEMENTED = (
     "AdaptiveAvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNorm3d",
     "Conv1d",
     "Conv2d",
     "CrossEntropyLoss",
@@ -44,6 +45,7 @@ REIMPLEMENTED = (
     "ReLU",
     "Sigmoid",
     "Softmax",
+    "SyncBatchNorm",
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "AdaptiveAvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNorm3d",
     "Buffer",
     "Conv1d",
     "Conv2d",
@@ -71,6 +74,7 @@ __all__ = [
     "Sequential",
     "Sigmoid",
     "Softmax",
+    "SyncBatchNorm",
     "Unflatten",
     "convert",
     "functional",

@@ -2,6 +2,7 @@
 
 from reimpl.functional.activation import relu, sigmoid
 from reimpl.functional.conv import conv1d, conv2d
+from reimpl.functional.kernels import use_kernels
 from reimpl.functional.linear import linear
 from reimpl.functional.linear_activation import linear_activation
 from reimpl.functional.loss import cross_entropy
@@ -25,4 +26,5 @@ __all__ = [
     "sigmoid",
     "softmax",
     "sync_batch_norm",
+    "use_kernels",
 ]

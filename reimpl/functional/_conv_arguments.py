@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -208,3 +209,29 @@ def _check_reach(input: Tensor, weight: Tensor, geometry: Geometry) -> None:
 
 def _tensor_type(tensor: Tensor) -> str:
     return tensor.type() if tensor.device.type in ("cpu", "cuda") else scalar_type_name(tensor.dtype)
+
+
+def phases(
+    dim: int, errors: int, size: int, taps: int, geometry: Geometry
+) -> Iterator[tuple[int, int, tuple[int, int, int], tuple[int, int], int]]:
+    """Along one dimension, the pixels of each residue by the stride, and the convolution that gives their gradients.
+
+    A pixel ``h`` lies under tap ``k`` of output ``i`` where ``h + p = i s + k d``. For the pixels ``h = a + m s`` those
+    are the taps ``k ≡ k0 (mod s/gcd(s, d))``, and ``i`` falls by ``d/gcd(s, d)`` from one to the next.
+
+    Yields:
+        first pixel ``a``, how many pixels, first, number and step of the mirrored kernel's taps, padding of the
+        gradients, and their dilation.
+    """
+    stride, dilation, before = geometry.stride[dim], geometry.dilation[dim], geometry.padding[2 * dim]
+    common = gcd(stride, dilation)
+    step, jump = stride // common, dilation // common
+    for a in range(min(stride, size)):
+        first = next((k for k in range(min(step, taps)) if (a + before - k * dilation) % stride == 0), None)
+        if first is None:
+            continue
+        count, met = -(-(size - a) // stride), -(-(taps - first) // step)
+        leading = jump * (met - 1) - (a + before - first * dilation) // stride
+        padding = leading, count - errors - leading + jump * (met - 1)
+        # the kernel is mirrored, so that its tap k stands at taps - 1 - k
+        yield a, count, ((taps - 1 - first) % step, met, step), padding, jump

@@ -12,15 +12,17 @@ pixel's place by the stride, with the kernel's taps that reach such a pixel, mir
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import gcd, prod
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._conv_arguments import Geometry
+from reimpl.functional._conv_arguments import Geometry, phases
 from reimpl.functional._conv_winograd import winograd, winograd_weight
 from reimpl.functional._dispatch import is_batched, opmath_dtype
+from reimpl.functional.kernels import kernels_for
 
 # Measured: 1-4 MB of rows a product is fastest on CPU caches; CUDA wants few, large products.
 _ROW_BYTES_CPU = 2 << 20
@@ -32,6 +34,9 @@ _VIEWS_WASTE, _VIEWS_CHANNELS = 1.15, 64
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``C(x, w) + b``: the output, channels last in memory."""
+    kernels = _compiled(geometry, input, weight, bias)
+    if kernels and kernels.worth_it(input, weight, _output(input, weight, geometry), geometry.groups):
+        return kernels.convolve(input, weight, bias, geometry)  # type: ignore[no-any-return]
     algorithm = geometry.algorithm or _choose(input, weight, geometry)
     if algorithm == "winograd":
         return winograd(input, weight, bias, geometry)
@@ -42,13 +47,16 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
     """``T(g, w)``: each output's gradient spread over its window; ``size`` is the input's height and width."""
+    kernels = _compiled(geometry, grad, weight)
+    if kernels and kernels.worth_it(grad, weight.transpose(0, 1), (grad.shape[2], grad.shape[3]), geometry.groups):
+        return kernels.convolve_input(grad, weight, size, geometry)  # type: ignore[no-any-return]
     groups, (outputs, channels, k_h, k_w) = geometry.groups, weight.shape
     mirrored = weight.reshape(groups, outputs // groups, channels, k_h, k_w).transpose(1, 2).flip(3, 4)
     mirrored = mirrored.reshape(groups * channels, outputs // groups, k_h, k_w)
-    phases = [list(_phases(d, grad.shape[2 + d], size[d], weight.shape[2 + d], geometry)) for d in (0, 1)]
+    parts = [list(phases(d, grad.shape[2 + d], size[d], weight.shape[2 + d], geometry)) for d in (0, 1)]
     spread = None
-    for first, rows, rows_taps, rows_padding, rows_step in phases[0]:
-        for left, columns, columns_taps, columns_padding, columns_step in phases[1]:
+    for first, rows, rows_taps, rows_padding, rows_step in parts[0]:
+        for left, columns, columns_taps, columns_padding, columns_step in parts[1]:
             taps = _every(_every(mirrored, 2, *rows_taps), 3, *columns_taps)
             part = Geometry(
                 (1, 1), (*rows_padding, *columns_padding), (rows_step, columns_step), groups, geometry.algorithm
@@ -69,6 +77,9 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
         return winograd_weight(grad, input, geometry)
     groups, output, dtype = geometry.groups, (grad.shape[2], grad.shape[3]), opmath_dtype(grad.dtype)
     channels = input.shape[1] // groups
+    kernels = _compiled(geometry, grad, input)
+    if kernels and kernels.worth_it_for_weight(grad, input, size, groups):
+        return kernels.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
     total = None
     for part in _parts(input.shape[0], prod(output) * prod(size) * input.shape[1] * dtype.itemsize, input.device):
         rows = _window_rows(input[part].to(dtype), size, output, geometry)
@@ -80,38 +91,21 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
     return weight.to(grad.dtype).contiguous()
 
 
+def _compiled(geometry: Geometry, *tensors: Tensor | None) -> Any:
+    """The module of compiled convolutions, where it is wanted and does for these tensors."""
+    return kernels_for("_conv_numba", *tensors) if geometry.algorithm is None else None
+
+
+def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
+    return geometry.output(input.shape[2], input.shape[3], weight.shape[2], weight.shape[3])
+
+
 def _choose(input: Tensor, weight: Tensor, geometry: Geometry) -> str:
     if geometry.stride != (1, 1) or weight.shape[1] < _VIEWS_CHANNELS:
         return "im2col"
     padded = geometry.padded(input.shape[2], input.shape[3])
     output = geometry.output(input.shape[2], input.shape[3], weight.shape[2], weight.shape[3])
     return "views" if prod(padded) <= _VIEWS_WASTE * prod(output) else "im2col"
-
-
-def _phases(
-    dim: int, errors: int, size: int, taps: int, geometry: Geometry
-) -> Iterator[tuple[int, int, tuple[int, int, int], tuple[int, int], int]]:
-    """Along one dimension, the pixels of each residue by the stride, and the convolution that gives their gradients.
-
-    A pixel ``h`` lies under tap ``k`` of output ``i`` where ``h + p = i s + k d``. For the pixels ``h = a + m s`` those
-    are the taps ``k ≡ k0 (mod s/gcd(s, d))``, and ``i`` falls by ``d/gcd(s, d)`` from one to the next.
-
-    Yields:
-        first pixel ``a``, how many pixels, first, number and step of the mirrored kernel's taps, padding of the
-        gradients, and their dilation.
-    """
-    stride, dilation, before = geometry.stride[dim], geometry.dilation[dim], geometry.padding[2 * dim]
-    common = gcd(stride, dilation)
-    step, jump = stride // common, dilation // common
-    for a in range(min(stride, size)):
-        first = next((k for k in range(min(step, taps)) if (a + before - k * dilation) % stride == 0), None)
-        if first is None:
-            continue
-        count, met = -(-(size - a) // stride), -(-(taps - first) // step)
-        leading = jump * (met - 1) - (a + before - first * dilation) // stride
-        padding = leading, count - errors - leading + jump * (met - 1)
-        # the kernel is mirrored, so that its tap k stands at taps - 1 - k
-        yield a, count, ((taps - 1 - first) % step, met, step), padding, jump
 
 
 def _by_rows(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

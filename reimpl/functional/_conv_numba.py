@@ -1,0 +1,356 @@
+"""Convolutions by compiled kernels: where each pixel, tap and tile lies in memory, and the calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from reimpl.functional import _numba_tiles
+from reimpl.functional._conv_arguments import Geometry, phases
+from reimpl.functional._dispatch import memory_format_of
+from reimpl.functional._numba_tiles import LANES, ROWS, WIDTH
+from reimpl.optim import _kernel_cache, _numba_ops, _threads
+
+# Fewer multiplications than this are done before the tables are looked up; and outputs of a group that would leave
+# most lanes of a register idle.
+_LEAST_WORK, _LEAST_OUTPUTS = 1 << 18, LANES // 2
+# Measured: pixels that are multiplied with a panel of the kernel before the next panel is fetched.
+_PIXELS_PER_TASK, _PIXELS_PER_CHUNK, _ROW_TILES_PER_TASK = 128, 1024, 4
+_SLACK = 4 * WIDTH
+
+Array = Any
+
+
+def _load() -> ModuleType:
+    source = Path(__file__).with_name("_conv_numba_kernels.py").read_text()
+    versions = (numba.__version__, np.__version__, *(Path(m.__file__).read_text() for m in (_numba_tiles, _numba_ops)))
+    try:
+        return _kernel_cache.load(source, versions)
+    except Exception:
+        # compiled code that cannot be read back (cut short, or damaged) is made anew; a real fault comes up again
+        _kernel_cache.forget(source, versions)
+        return _kernel_cache.load(source, versions)
+
+
+_KERNELS = _load()
+
+
+def worth_it(input: Tensor, weight: Tensor, output: tuple[int, int], groups: int) -> bool:
+    """Whether there is enough to do, in a shape that fills the registers; for gradients the two swap their parts."""
+    work = input.shape[0] * weight.numel() * output[0] * output[1]
+    return work >= _LEAST_WORK and (groups == 1 or min(weight.shape[0] // groups, weight.shape[1]) >= _LEAST_OUTPUTS)
+
+
+def worth_it_for_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], groups: int) -> bool:
+    """The same for the gradient of the kernel."""
+    work = grad.numel() * input.shape[1] // groups * kernel[0] * kernel[1]
+    return work >= _LEAST_WORK and (groups == 1 or min(grad.shape[1], input.shape[1]) // groups >= _LEAST_OUTPUTS)
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """``C(x, w) + b``, in the layout that PyTorch would give it."""
+    size, kernel = (input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3])
+    output = geometry.output(*size, *kernel)
+    result = input.new_empty(input.shape[0], weight.shape[0], *output)
+    result = result.contiguous(memory_format=memory_format_of(input, weight))
+    groups = geometry.groups
+    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    _multiply(input, split, False, bias, result, _forward_plan(size, kernel, geometry))
+    return result
+
+
+def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
+    """``T(g, w)``: the gradient of the input, of height and width ``size``."""
+    groups, kernel = geometry.groups, (weight.shape[2], weight.shape[3])
+    result = grad.new_empty(grad.shape[0], groups * weight.shape[1], *size)
+    result = result.contiguous(memory_format=memory_format_of(grad, weight))
+    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).transpose(1, 2)
+    _multiply(grad, split, True, None, result, _input_plan((grad.shape[2], grad.shape[3]), size, kernel, geometry))
+    return result
+
+
+def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
+    """``W(g, x)``: the gradient of a kernel of height and width ``kernel``."""
+    count, outputs = grad.shape[:2]
+    size, groups, channels = (input.shape[2], input.shape[3]), geometry.groups, input.shape[1]
+    plan = _weight_plan(count, size, kernel, channels, outputs, geometry)
+    images, errors = _packed(input, plan.image), _packed(grad, _identity(grad.shape[2] * grad.shape[3]))
+    result = grad.new_empty(outputs, channels // groups, *kernel)
+    group_outputs = outputs // groups
+    row_tiles = -(-group_outputs // ROWS)
+    threads = torch.get_num_threads()
+    rows_per_task = max(1, min(_ROW_TILES_PER_TASK, row_tiles * groups // threads))
+    tasks = -(-row_tiles // rows_per_task)
+    sums = grad.new_zeros(groups * row_tiles * ROWS, len(plan.spans), plan.span_bytes // 4)
+    counter = np.zeros(1, np.int64)
+    task = np.array(
+        [
+            *(counter.ctypes.data, tasks, rows_per_task, row_tiles),
+            *(errors.data_ptr(), outputs * 4, images.data_ptr(), geometry.stride[1] * channels * 4),
+            *(plan.runs.ctypes.data, len(plan.runs), plan.runs_per_chunk),
+            *(groups, group_outputs, channels // groups, len(plan.spans), plan.spans.ctypes.data, plan.span_bytes),
+            *(sums.data_ptr(), sums.stride(0) * 4, result.data_ptr(), kernel[0] * kernel[1]),
+        ],
+        np.int64,
+    )
+    _threads.run(_KERNELS.convolve_weight.address, task.ctypes.data, min(threads, tasks * groups))
+    return result
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A buffer with room for padding and the channels of a pixel together; in pixels.
+
+    ``places`` says where each pixel of the image goes, ``width`` how many a row of the buffer has.
+    """
+
+    places: Array
+    pixels: int
+    width: int
+
+    @property
+    def dense(self) -> bool:
+        """Whether the buffer is the image, with nothing around it."""
+        return bool(self.pixels == len(self.places))
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Tiles of pixels with the same taps, for a number of images: tables in pixels and taps.
+
+    ``inputs`` and ``outputs`` place the pixels of each tile in the two buffers, and ``runs`` (offset in pixels, first
+    tap, number of taps that follow each other in memory) from ``first`` on, ``count`` of them, are its taps.
+    """
+
+    image: _Image
+    taps: int
+    inputs: Array
+    outputs: Array
+    first: Array
+    count: Array
+    runs: Array
+    size: int
+
+
+@dataclass(frozen=True)
+class _WeightPlan:
+    image: _Image
+    runs: Array
+    runs_per_chunk: int
+    spans: Array
+    span_bytes: int
+
+
+@lru_cache(maxsize=256)
+def _identity(pixels: int) -> _Image:
+    return _Image(np.arange(pixels, dtype=np.int64), pixels, pixels)
+
+
+def _image(size: tuple[int, int], low: tuple[int, int], high: tuple[int, int]) -> tuple[_Image, int]:
+    """A buffer from pixel ``low`` to before ``high`` that holds all of the image, and where its pixel (0, 0) is."""
+    top, left = (max(0, -n) for n in low)
+    height, width = (max(n, h) + before for n, h, before in zip(size, high, (top, left), strict=True))
+    rows, columns = np.arange(size[0]) + top, np.arange(size[1]) + left
+    return _Image((rows[:, None] * width + columns).reshape(-1), height * width, width), top * width + left
+
+
+# pixels of the output, the first input pixel under each (row, column), and the taps: index, row and column offset
+_Class = tuple[Array, Array, Array, list[tuple[int, int, int]]]
+
+
+def _tiles(size: tuple[int, int], classes: list[_Class], taps: int, output: int, images: int, merge: bool) -> _Tiles:
+    met = [c for c in classes if c[3]]
+    low = tuple(min([0, *(int(c[1 + d].min()) for c in met)]) for d in (0, 1))
+    high = tuple(max([0, *(int(c[1 + d].max()) + max(tap[1 + d] for tap in c[3]) + 1 for c in met)]) for d in (0, 1))
+    image, origin = _image(size, (low[0], low[1]), (high[0], high[1]))
+    inputs, outputs, first, count, runs = [], [], [], [], []
+    batch = np.arange(images)[:, None]
+    for pixels, rows, columns, class_taps in classes:
+        offset = rows * image.width + columns + origin if class_taps else np.zeros_like(pixels)
+        a = (batch * image.pixels + offset).reshape(-1)
+        c = (batch * output + pixels).reshape(-1)
+        short = -len(a) % ROWS
+        # what fills up the last tile is computed twice and written beside the result
+        inputs.append(np.append(a, np.repeat(a[-1:], short)))
+        outputs.append(np.append(c, np.repeat(images * output, short)))
+        n_tiles, own = (len(a) + short) // ROWS, _runs(class_taps, image.width, merge)
+        first += [len(runs)] * n_tiles
+        count += [len(own)] * n_tiles
+        runs += own
+    table = np.array(runs or [(0, 0, 0)], np.int64)
+    arrays = (np.concatenate(inputs), np.concatenate(outputs), np.array(first), np.array(count), table)
+    return _Tiles(image, taps, *arrays, images)
+
+
+def _runs(taps: list[tuple[int, int, int]], width: int, merge: bool) -> list[tuple[int, int, int]]:
+    """Offset, first tap and number of taps, with those put together that follow each other in both memories."""
+    runs: list[tuple[int, int, int]] = []
+    for tap, row, column in taps:
+        offset = row * width + column
+        if merge and runs and runs[-1][0] + runs[-1][2] == offset and runs[-1][1] + runs[-1][2] == tap:
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((offset, tap, 1))
+    return runs
+
+
+def _images_per_task(pixels: int) -> int:
+    return max(1, _PIXELS_PER_TASK // pixels)
+
+
+@lru_cache(maxsize=256)
+def _forward_plan(size: tuple[int, int], kernel: tuple[int, int], geometry: Geometry) -> _Tiles:
+    output = geometry.output(*size, *kernel)
+    (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
+    rows, columns = np.divmod(np.arange(output[0] * output[1]), output[1])
+    taps = [(k * kernel[1] + j, k * d_h, j * d_w) for k in range(kernel[0]) for j in range(kernel[1])]
+    pixels = output[0] * output[1]
+    whole: _Class = (np.arange(pixels), rows * s_h - top, columns * s_w - left, taps)
+    return _tiles(size, [whole], len(taps), pixels, _images_per_task(pixels), geometry.groups == 1)
+
+
+@lru_cache(maxsize=256)
+def _input_plan(errors: tuple[int, int], size: tuple[int, int], kernel: tuple[int, int], geometry: Geometry) -> _Tiles:
+    parts = [list(phases(d, errors[d], size[d], kernel[d], geometry)) for d in (0, 1)]
+    classes: list[_Class] = []
+    idle = np.ones(size, bool)
+    for first, rows, (row_tap, n_rows, row_step), (top, _), down in parts[0]:
+        for left, columns, (column_tap, n_columns, column_step), (before, _), across in parts[1]:
+            i, j = np.arange(rows)[:, None], np.arange(columns)[None]
+            h, w = first + i * geometry.stride[0], left + j * geometry.stride[1]
+            idle[h, w] = False
+            taps = [
+                ((row_tap + k * row_step) * kernel[1] + column_tap + m * column_step, k * down, m * across)
+                for k in range(n_rows)
+                for m in range(n_columns)
+            ]
+            flat = ((h * size[1] + w).reshape(-1), (i - top + 0 * j).reshape(-1), (j - before + 0 * i).reshape(-1))
+            classes.append((*flat, taps))
+    if idle.any():
+        untouched = np.flatnonzero(idle)
+        classes.append((untouched, np.zeros_like(untouched), np.zeros_like(untouched), []))
+    pixels = size[0] * size[1]
+    return _tiles(errors, classes, kernel[0] * kernel[1], pixels, _images_per_task(pixels), geometry.groups == 1)
+
+
+@lru_cache(maxsize=256)
+def _weight_plan(
+    count: int, size: tuple[int, int], kernel: tuple[int, int], channels: int, outputs: int, geometry: Geometry
+) -> _WeightPlan:
+    rows, columns = geometry.output(*size, *kernel)
+    (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
+    reach = geometry.reach(*kernel)
+    image, origin = _image(
+        size, (-top, -left), ((rows - 1) * s_h - top + reach[0], (columns - 1) * s_w - left + reach[1])
+    )
+    n, i = np.divmod(np.arange(count * rows), rows)
+    first = n * image.pixels + (i * s_h - top) * image.width - left + origin
+    runs = np.stack(
+        [np.arange(count * rows) * columns * outputs * 4, first * channels * 4, np.full(count * rows, columns)], 1
+    )
+    # taps of a row that lie side by side are one span
+    together = kernel[1] if d_w == 1 and geometry.groups == 1 else 1
+    own = channels // geometry.groups
+    spans = [
+        ((k * d_h * image.width + j * d_w) * channels * 4, together * own, k * kernel[1] + j)
+        for k in range(kernel[0])
+        for j in range(0, kernel[1], together)
+    ]
+    width = -(-together * own // WIDTH) * WIDTH * 4
+    table = np.ascontiguousarray(runs, np.int64)
+    return _WeightPlan(image, table, max(1, _PIXELS_PER_CHUNK // columns), np.array(spans, np.int64), width)
+
+
+def _strides(tensor: Tensor) -> tuple[Tensor, int, int, int]:
+    """The tensor, or a copy whose pixels are evenly spaced, and the bytes from image to image, channel and pixel."""
+    n, c, h, w = tensor.stride()
+    if not ((h == tensor.shape[3] * w or tensor.shape[2] == 1) and (w == 1 or c == 1)):
+        tensor = tensor.contiguous()
+        n, c, h, w = tensor.stride()
+    return tensor, n * 4, c * 4, (w if tensor.shape[3] > 1 else h) * 4
+
+
+def _packed(tensor: Tensor, image: _Image) -> Tensor:
+    """All images in buffers of the plan's form, one behind the other; the tensor itself where it is that already."""
+    count, channels = tensor.shape[:2]
+    if image.dense and channels % WIDTH == 0 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    tensor, n, c, p = _strides(tensor)
+    make = tensor.new_empty if image.dense else tensor.new_zeros
+    buffer = make(count * image.pixels * channels + _SLACK)
+    table = image.places * (channels * 4)
+    counter = np.zeros(1, np.int64)
+    task = np.array(
+        [
+            *(counter.ctypes.data, count, tensor.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
+            *(buffer.data_ptr(), image.pixels * channels * 4),
+        ],
+        np.int64,
+    )
+    _threads.run(_KERNELS.pack_batch.address, task.ctypes.data, min(torch.get_num_threads(), count))
+    return buffer
+
+
+def _panels(weight: Tensor, mirror: bool, threads: int) -> tuple[Tensor, int]:
+    """(groups, outputs, channels, f_h, f_w) in panels of WIDTH outputs, and their number in a group."""
+    groups, outputs, channels, k_h, k_w = weight.shape
+    g, o, c, h, w = weight.stride()
+    if h != k_w * w and k_h > 1:
+        weight = weight.contiguous()
+        g, o, c, h, w = weight.stride()
+    panels = -(-outputs // WIDTH)
+    buffer = weight.new_empty(groups * panels * k_h * k_w * channels * WIDTH)
+    counter = np.zeros(1, np.int64)
+    tap = w if k_w > 1 else h
+    task = np.array(
+        [
+            *(counter.ctypes.data, panels, groups, outputs, channels, k_h * k_w),
+            *(weight.data_ptr(), g * 4, o * 4, c * 4, tap * 4, buffer.data_ptr(), int(mirror), 0),
+        ],
+        np.int64,
+    )
+    _threads.run(_KERNELS.pack_weight.address, task.ctypes.data, min(threads, groups * panels))
+    return buffer, panels
+
+
+def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, result: Tensor, plan: _Tiles) -> None:
+    """All tiles of all images with all panels of ``weight`` (groups, outputs, channels, f_h, f_w), into ``result``."""
+    threads, (groups, outputs, own) = torch.get_num_threads(), weight.shape[:3]
+    buffer, panels = _panels(weight, mirror, threads)
+    input, s_image, s_channel, s_pixel = _strides(input)
+    count, channels = input.shape[:2]
+    row = groups * panels * WIDTH * 4
+    offsets = input.new_zeros(groups, panels * WIDTH)
+    if bias is not None:
+        offsets[:, :outputs] = bias.view(groups, outputs)
+    _, t_image, t_channel, t_pixel = _strides(result)
+    out_pixels = result.shape[2] * result.shape[3]
+    image_bytes, tasks = plan.image.pixels * channels * 4, -(-count // plan.size)
+    used = min(threads, tasks)
+    result_offset = plan.size * image_bytes + _SLACK
+    scratch_bytes = -(-(result_offset + (plan.size * out_pixels + 1) * row + 4096) // 64) * 64
+    scratch = input.new_zeros(used, scratch_bytes // 4)
+    places, a_table, c_table = plan.image.places * (channels * 4), plan.inputs * (channels * 4), plan.outputs * row
+    runs = plan.runs * np.array([channels * 4, own * WIDTH * 4, own])
+    counters = np.zeros(2, np.int64)
+    task = np.array(
+        [
+            *(counters.ctypes.data, tasks, plan.size, count, counters.ctypes.data + 8),
+            *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(places), places.ctypes.data, image_bytes),
+            *(scratch.data_ptr(), scratch_bytes, result_offset),
+            *(len(plan.first), a_table.ctypes.data, c_table.ctypes.data),
+            *(plan.first.ctypes.data, plan.count.ctypes.data, runs.ctypes.data),
+            *(buffer.data_ptr(), plan.taps * own * WIDTH * 4, panels, groups, own * 4, offsets.data_ptr()),
+            *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, 0),
+        ],
+        np.int64,
+    )
+    _threads.run(_KERNELS.convolve.address, task.ctypes.data, used)

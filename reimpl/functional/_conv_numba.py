@@ -22,8 +22,12 @@ from reimpl.optim import _kernel_cache, _numba_ops, _threads
 # Fewer multiplications than this are done before the tables are looked up; and outputs of a group that would leave
 # most lanes of a register idle.
 _LEAST_WORK, _LEAST_OUTPUTS = 1 << 18, LANES // 2
-# Measured: pixels that are multiplied with a panel of the kernel before the next panel is fetched.
-_PIXELS_PER_TASK, _PIXELS_PER_CHUNK, _ROW_TILES_PER_TASK = 128, 1024, 4
+# Measured: pixels summed up before the next tile, and tiles of outputs to a task.
+_PIXELS_PER_CHUNK, _ROW_TILES_PER_TASK = 1024, 4
+# A row of fewer pixels makes runs so short that their bookkeeping shows.
+_SHORT_ROW = 16
+# The buffers of one task are to stay in a core's second-level cache.
+_TASK_BYTES, _MOST_IMAGES = 768 << 10, 16
 _SLACK = 4 * WIDTH
 
 Array = Any
@@ -63,7 +67,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     result = result.contiguous(memory_format=memory_format_of(input, weight))
     groups = geometry.groups
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    _multiply(input, split, False, bias, result, _forward_plan(size, kernel, geometry))
+    _multiply(input, split, False, bias, result, _forward_plan(size, kernel, input.shape[1], weight.shape[0], geometry))
     return result
 
 
@@ -73,7 +77,9 @@ def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry
     result = grad.new_empty(grad.shape[0], groups * weight.shape[1], *size)
     result = result.contiguous(memory_format=memory_format_of(grad, weight))
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).transpose(1, 2)
-    _multiply(grad, split, True, None, result, _input_plan((grad.shape[2], grad.shape[3]), size, kernel, geometry))
+    errors = (grad.shape[2], grad.shape[3])
+    plan = _input_plan(errors, size, kernel, grad.shape[1], result.shape[1], geometry)
+    _multiply(grad, split, True, None, result, plan)
     return result
 
 
@@ -82,7 +88,8 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     count, outputs = grad.shape[:2]
     size, groups, channels = (input.shape[2], input.shape[3]), geometry.groups, input.shape[1]
     plan = _weight_plan(count, size, kernel, channels, outputs, geometry)
-    images, errors = _packed(input, plan.image), _packed(grad, _identity(grad.shape[2] * grad.shape[3]))
+    errors = _packed(grad, _identity(grad.shape[2] * grad.shape[3]), plan.by_pixel)
+    images = _packed(input, plan.image, plan.by_pixel)
     result = grad.new_empty(outputs, channels // groups, *kernel)
     group_outputs = outputs // groups
     row_tiles = -(-group_outputs // ROWS)
@@ -94,8 +101,8 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     task = np.array(
         [
             *(counter.ctypes.data, tasks, rows_per_task, row_tiles),
-            *(errors.data_ptr(), outputs * 4, images.data_ptr(), geometry.stride[1] * channels * 4),
-            *(plan.runs.ctypes.data, len(plan.runs), plan.runs_per_chunk),
+            *(errors.data_ptr(), outputs * 4, images.data_ptr(), plan.step),
+            *(plan.runs.ctypes.data, plan.most_runs, plan.runs_per_chunk),
             *(groups, group_outputs, channels // groups, len(plan.spans), plan.spans.ctypes.data, plan.span_bytes),
             *(sums.data_ptr(), sums.stride(0) * 4, result.data_ptr(), kernel[0] * kernel[1]),
         ],
@@ -142,8 +149,18 @@ class _Tiles:
 
 @dataclass(frozen=True)
 class _WeightPlan:
+    """Runs of pixels (bytes into the gradients, bytes into the images, length), for spans of taps side by side.
+
+    A span is (bytes into the images, numbers, first tap, first run, number of runs). ``by_pixel`` says that the buffers
+    hold all images of one pixel together, else all pixels of one image; ``step`` is from one pixel of a run to the next
+    in the images, in bytes.
+    """
+
     image: _Image
+    by_pixel: bool
+    step: int
     runs: Array
+    most_runs: int
     runs_per_chunk: int
     spans: Array
     span_bytes: int
@@ -166,9 +183,44 @@ def _image(size: tuple[int, int], low: tuple[int, int], high: tuple[int, int]) -
 _Class = tuple[Array, Array, Array, list[tuple[int, int, int]]]
 
 
-def _tiles(size: tuple[int, int], classes: list[_Class], taps: int, output: int, images: int, merge: bool) -> _Tiles:
+def _tiles(
+    size: tuple[int, int], classes: list[_Class], taps: int, output: int, channels: int, outputs: int, merge: bool
+) -> _Tiles:
+    """The cheapest tiles: with the padding multiplied or left out, over as many images as the cache holds."""
+    best, least = None, np.inf
+    inner = [part for whole in classes for part in _without_padding(size, whole)]
+    for chosen in (classes, inner):
+        for images in range(1, _MOST_IMAGES + 1):
+            tiles = _tiles_of(size, chosen, taps, output, images, merge)
+            if images > 1 and 4 * images * (tiles.image.pixels * channels + output * outputs) > _TASK_BYTES:
+                break
+            lengths = np.append(0, np.cumsum(tiles.runs[:, 2]))
+            work = (lengths[tiles.first + tiles.count] - lengths[tiles.first]).sum() / images
+            if work < 0.99 * least:
+                best, least = tiles, work
+    assert best is not None
+    return best
+
+
+def _without_padding(size: tuple[int, int], whole: _Class) -> list[_Class]:
+    """A class split by which of its taps see the image."""
+    pixels, rows, columns, taps = whole
+    inside = np.ones((len(pixels), len(taps)), bool)
+    for t, (_, down, across) in enumerate(taps):
+        h, w = rows + down, columns + across
+        inside[:, t] = (h >= 0) & (h < size[0]) & (w >= 0) & (w < size[1])
+    parts = []
+    kinds, kind = np.unique(inside, axis=0, return_inverse=True)
+    for k, mask in enumerate(kinds):
+        own = np.flatnonzero(kind.reshape(-1) == k)
+        met = [tap for tap, seen in zip(taps, mask, strict=True) if seen]
+        parts.append((pixels[own], rows[own], columns[own], met))
+    return parts
+
+
+def _tiles_of(size: tuple[int, int], classes: list[_Class], taps: int, output: int, images: int, merge: bool) -> _Tiles:
     met = [c for c in classes if c[3]]
-    low = tuple(min([0, *(int(c[1 + d].min()) for c in met)]) for d in (0, 1))
+    low = tuple(min([0, *(int((c[1 + d].min()) + min(tap[1 + d] for tap in c[3])) for c in met)]) for d in (0, 1))
     high = tuple(max([0, *(int(c[1 + d].max()) + max(tap[1 + d] for tap in c[3]) + 1 for c in met)]) for d in (0, 1))
     image, origin = _image(size, (low[0], low[1]), (high[0], high[1]))
     inputs, outputs, first, count, runs = [], [], [], [], []
@@ -202,23 +254,28 @@ def _runs(taps: list[tuple[int, int, int]], width: int, merge: bool) -> list[tup
     return runs
 
 
-def _images_per_task(pixels: int) -> int:
-    return max(1, _PIXELS_PER_TASK // pixels)
-
-
 @lru_cache(maxsize=256)
-def _forward_plan(size: tuple[int, int], kernel: tuple[int, int], geometry: Geometry) -> _Tiles:
+def _forward_plan(
+    size: tuple[int, int], kernel: tuple[int, int], channels: int, outputs: int, geometry: Geometry
+) -> _Tiles:
     output = geometry.output(*size, *kernel)
     (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
     rows, columns = np.divmod(np.arange(output[0] * output[1]), output[1])
     taps = [(k * kernel[1] + j, k * d_h, j * d_w) for k in range(kernel[0]) for j in range(kernel[1])]
     pixels = output[0] * output[1]
     whole: _Class = (np.arange(pixels), rows * s_h - top, columns * s_w - left, taps)
-    return _tiles(size, [whole], len(taps), pixels, _images_per_task(pixels), geometry.groups == 1)
+    return _tiles(size, [whole], len(taps), pixels, channels, outputs, geometry.groups == 1)
 
 
 @lru_cache(maxsize=256)
-def _input_plan(errors: tuple[int, int], size: tuple[int, int], kernel: tuple[int, int], geometry: Geometry) -> _Tiles:
+def _input_plan(
+    errors: tuple[int, int],
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    channels: int,
+    outputs: int,
+    geometry: Geometry,
+) -> _Tiles:
     parts = [list(phases(d, errors[d], size[d], kernel[d], geometry)) for d in (0, 1)]
     classes: list[_Class] = []
     idle = np.ones(size, bool)
@@ -238,35 +295,63 @@ def _input_plan(errors: tuple[int, int], size: tuple[int, int], kernel: tuple[in
         untouched = np.flatnonzero(idle)
         classes.append((untouched, np.zeros_like(untouched), np.zeros_like(untouched), []))
     pixels = size[0] * size[1]
-    return _tiles(errors, classes, kernel[0] * kernel[1], pixels, _images_per_task(pixels), geometry.groups == 1)
+    return _tiles(errors, classes, kernel[0] * kernel[1], pixels, channels, outputs, geometry.groups == 1)
 
 
 @lru_cache(maxsize=256)
 def _weight_plan(
     count: int, size: tuple[int, int], kernel: tuple[int, int], channels: int, outputs: int, geometry: Geometry
 ) -> _WeightPlan:
+    columns = geometry.output(*size, *kernel)[1]
+    by_pixel = columns < _SHORT_ROW and count >= _SHORT_ROW and channels // geometry.groups >= LANES
+    return (_runs_by_pixel if by_pixel else _runs_by_row)(count, size, kernel, channels, outputs, geometry)
+
+
+def _runs_by_row(
+    count: int, size: tuple[int, int], kernel: tuple[int, int], channels: int, outputs: int, geometry: Geometry
+) -> _WeightPlan:
+    """A run is a row of one image; taps of a row that lie side by side are one span."""
     rows, columns = geometry.output(*size, *kernel)
     (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
     reach = geometry.reach(*kernel)
-    image, origin = _image(
-        size, (-top, -left), ((rows - 1) * s_h - top + reach[0], (columns - 1) * s_w - left + reach[1])
-    )
+    high = (rows - 1) * s_h - top + reach[0], (columns - 1) * s_w - left + reach[1]
+    image, origin = _image(size, (-top, -left), high)
     n, i = np.divmod(np.arange(count * rows), rows)
     first = n * image.pixels + (i * s_h - top) * image.width - left + origin
-    runs = np.stack(
-        [np.arange(count * rows) * columns * outputs * 4, first * channels * 4, np.full(count * rows, columns)], 1
-    )
-    # taps of a row that lie side by side are one span
+    errors = np.arange(count * rows) * columns
+    runs = np.stack([errors * (outputs * 4), first * (channels * 4), np.full(count * rows, columns)], 1)
     together = kernel[1] if d_w == 1 and geometry.groups == 1 else 1
     own = channels // geometry.groups
     spans = [
-        ((k * d_h * image.width + j * d_w) * channels * 4, together * own, k * kernel[1] + j)
+        ((k * d_h * image.width + j * d_w) * channels * 4, together * own, k * kernel[1] + j, 0, len(runs))
         for k in range(kernel[0])
         for j in range(0, kernel[1], together)
     ]
-    width = -(-together * own // WIDTH) * WIDTH * 4
-    table = np.ascontiguousarray(runs, np.int64)
-    return _WeightPlan(image, table, max(1, _PIXELS_PER_CHUNK // columns), np.array(spans, np.int64), width)
+    width, per_chunk = -(-together * own // WIDTH) * WIDTH * 4, max(1, _PIXELS_PER_CHUNK // columns)
+    table, step = np.ascontiguousarray(runs, np.int64), s_w * channels * 4
+    return _WeightPlan(image, False, step, table, len(runs), per_chunk, np.array(spans, np.int64), width)
+
+
+def _runs_by_pixel(
+    count: int, size: tuple[int, int], kernel: tuple[int, int], channels: int, outputs: int, geometry: Geometry
+) -> _WeightPlan:
+    """A run is one pixel of all images; each tap is a span, and skips the pixels that it sees in the padding."""
+    rows, columns = geometry.output(*size, *kernel)
+    (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
+    i, j = np.divmod(np.arange(rows * columns), columns)
+    runs, spans, own, width = [], [], channels // geometry.groups, 4 * WIDTH
+    for k in range(kernel[0]):
+        for m in range(kernel[1]):
+            h, w = i * s_h - top + k * d_h, j * s_w - left + m * d_w
+            inside = np.flatnonzero((h >= 0) & (h < size[0]) & (w >= 0) & (w < size[1]))
+            seen = (h * size[1] + w)[inside]
+            spans.append((0, own, k * kernel[1] + m, sum(map(len, runs)), len(inside)))
+            runs.append(np.stack([inside * (count * outputs * 4), seen * (count * channels * 4), 0 * seen + count], 1))
+    table, most = np.ascontiguousarray(np.concatenate(runs), np.int64), max(map(len, runs))
+    return _WeightPlan(
+        _identity(size[0] * size[1]), True, channels * 4, table, most, max(1, _PIXELS_PER_CHUNK // count),
+        np.array(spans, np.int64), -(-own // WIDTH) * width,
+    )  # fmt: skip
 
 
 def _strides(tensor: Tensor) -> tuple[Tensor, int, int, int]:
@@ -278,20 +363,25 @@ def _strides(tensor: Tensor) -> tuple[Tensor, int, int, int]:
     return tensor, n * 4, c * 4, (w if tensor.shape[3] > 1 else h) * 4
 
 
-def _packed(tensor: Tensor, image: _Image) -> Tensor:
-    """All images in buffers of the plan's form, one behind the other; the tensor itself where it is that already."""
+def _packed(tensor: Tensor, image: _Image, by_pixel: bool) -> Tensor:
+    """All images in buffers of the plan's form, one behind the other or pixel by pixel; the tensor where it is that."""
     count, channels = tensor.shape[:2]
-    if image.dense and channels % WIDTH == 0 and tensor.is_contiguous(memory_format=torch.channels_last):
+    if (
+        not by_pixel
+        and image.dense
+        and channels % WIDTH == 0
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
         return tensor
     tensor, n, c, p = _strides(tensor)
     make = tensor.new_empty if image.dense else tensor.new_zeros
     buffer = make(count * image.pixels * channels + _SLACK)
-    table = image.places * (channels * 4)
+    table = image.places * (channels * 4 * (count if by_pixel else 1))
     counter = np.zeros(1, np.int64)
     task = np.array(
         [
             *(counter.ctypes.data, count, tensor.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
-            *(buffer.data_ptr(), image.pixels * channels * 4),
+            *(buffer.data_ptr(), channels * 4 * (1 if by_pixel else image.pixels)),
         ],
         np.int64,
     )
@@ -299,36 +389,37 @@ def _packed(tensor: Tensor, image: _Image) -> Tensor:
     return buffer
 
 
-def _panels(weight: Tensor, mirror: bool, threads: int) -> tuple[Tensor, int]:
-    """(groups, outputs, channels, f_h, f_w) in panels of WIDTH outputs, and their number in a group."""
+def _panels(weight: Tensor, mirror: bool, threads: int) -> tuple[Tensor, int, int]:
+    """(groups, outputs, channels, f_h, f_w) in panels, their number in a group, and the outputs of each."""
     groups, outputs, channels, k_h, k_w = weight.shape
     g, o, c, h, w = weight.stride()
     if h != k_w * w and k_h > 1:
         weight = weight.contiguous()
         g, o, c, h, w = weight.stride()
-    panels = -(-outputs // WIDTH)
-    buffer = weight.new_empty(groups * panels * k_h * k_w * channels * WIDTH)
+    width = WIDTH if outputs > LANES else LANES
+    panels = -(-outputs // width)
+    buffer = weight.new_empty(groups * panels * k_h * k_w * channels * width)
     counter = np.zeros(1, np.int64)
     tap = w if k_w > 1 else h
     task = np.array(
         [
             *(counter.ctypes.data, panels, groups, outputs, channels, k_h * k_w),
-            *(weight.data_ptr(), g * 4, o * 4, c * 4, tap * 4, buffer.data_ptr(), int(mirror), 0),
+            *(weight.data_ptr(), g * 4, o * 4, c * 4, tap * 4, buffer.data_ptr(), int(mirror), width),
         ],
         np.int64,
     )
     _threads.run(_KERNELS.pack_weight.address, task.ctypes.data, min(threads, groups * panels))
-    return buffer, panels
+    return buffer, panels, width
 
 
 def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, result: Tensor, plan: _Tiles) -> None:
     """All tiles of all images with all panels of ``weight`` (groups, outputs, channels, f_h, f_w), into ``result``."""
     threads, (groups, outputs, own) = torch.get_num_threads(), weight.shape[:3]
-    buffer, panels = _panels(weight, mirror, threads)
+    buffer, panels, width = _panels(weight, mirror, threads)
     input, s_image, s_channel, s_pixel = _strides(input)
     count, channels = input.shape[:2]
-    row = groups * panels * WIDTH * 4
-    offsets = input.new_zeros(groups, panels * WIDTH)
+    row = groups * panels * width * 4
+    offsets = input.new_zeros(groups, panels * width)
     if bias is not None:
         offsets[:, :outputs] = bias.view(groups, outputs)
     _, t_image, t_channel, t_pixel = _strides(result)
@@ -339,7 +430,7 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     scratch_bytes = -(-(result_offset + (plan.size * out_pixels + 1) * row + 4096) // 64) * 64
     scratch = input.new_zeros(used, scratch_bytes // 4)
     places, a_table, c_table = plan.image.places * (channels * 4), plan.inputs * (channels * 4), plan.outputs * row
-    runs = plan.runs * np.array([channels * 4, own * WIDTH * 4, own])
+    runs = plan.runs * np.array([channels * 4, own * width * 4, own])
     counters = np.zeros(2, np.int64)
     task = np.array(
         [
@@ -348,8 +439,8 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
             *(scratch.data_ptr(), scratch_bytes, result_offset),
             *(len(plan.first), a_table.ctypes.data, c_table.ctypes.data),
             *(plan.first.ctypes.data, plan.count.ctypes.data, runs.ctypes.data),
-            *(buffer.data_ptr(), plan.taps * own * WIDTH * 4, panels, groups, own * 4, offsets.data_ptr()),
-            *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, 0),
+            *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets.data_ptr()),
+            *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width),
         ],
         np.int64,
     )

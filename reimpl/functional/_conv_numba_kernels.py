@@ -17,9 +17,11 @@ from reimpl.functional._numba_tiles import (
     LANES,
     ROWS,
     WIDTH,
+    accumulate_narrow_tile,
     accumulate_tile,
     move_number,
     move_vector,
+    multiply_narrow_tile,
     multiply_tile,
     transpose_block,
     untranspose_block,
@@ -92,32 +94,45 @@ def pack_batch(task: Any) -> None:
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def pack_weight(task: Any) -> None:
-    """Lay the kernel out in panels of WIDTH outputs: (groups, panels, taps, channels, WIDTH), zeros past the last."""
+    """Lay the kernel out in panels of outputs: (groups, panels, taps, channels, outputs), zeros past the last."""
     w = carray(task, (14,), np.int64)
     counter, panels_per_group, groups, outputs, channels, taps = w[0], w[1], w[2], w[3], w[4], w[5]
     source, group_step, output_step, channel_step, tap_step = w[6], w[7], w[8], w[9], w[10]
-    target, mirror = w[11], w[12]
-    panel = taps * channels * WIDTH * 4
+    target, mirror, panel_width = w[11], w[12], w[13]
+    panel = taps * channels * panel_width * 4
     while True:
         i = take(counter)
         if i >= panels_per_group * groups:
             return
-        g, first = i // panels_per_group, i % panels_per_group * WIDTH
-        width = min(WIDTH, outputs - first)
+        g, first = i // panels_per_group, i % panels_per_group * panel_width
+        width = min(panel_width, outputs - first)
         start = source + g * group_step + first * output_step
-        numbers = carray(pointer(target + i * panel), (taps, channels, WIDTH), np.float32)
+        numbers = carray(pointer(target + i * panel), (taps, channels, panel_width), np.float32)
         for o in range(width):
             for c in range(channels):
                 for k in range(taps):
                     tap = taps - 1 - k if mirror else k
                     move_number(
                         start + o * output_step + c * channel_step + tap * tap_step,
-                        target + i * panel + ((k * channels + c) * WIDTH + o) * 4,
+                        target + i * panel + ((k * channels + c) * panel_width + o) * 4,
                     )
         for k in range(taps):
             for c in range(channels):
-                for o in range(width, WIDTH):
+                for o in range(width, panel_width):
                     numbers[k, c, o] = 0.0
+
+
+@njit(error_model="numpy")
+def multiply_panel(
+    wide: Any, a: Any, a_table: Any, b: Any, runs: Any, first: Any, count: Any, bias: Any, c: Any, c_table: Any
+) -> None:
+    """All tiles with one panel of the kernel."""
+    for t in range(len(first)):
+        own, rows_a, rows_c = runs + first[t] * 24, a_table + t * ROWS * 8, c_table + t * ROWS * 8
+        if wide:
+            multiply_tile(a, rows_a, b, own, count[t], WIDTH * 4, bias, c, rows_c)
+        else:
+            multiply_narrow_tile(a, rows_a, b, own, count[t], LANES * 4, bias, c, rows_c)
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
@@ -132,8 +147,9 @@ def convolve(task: Any) -> None:
     n_tiles, a_table, c_table, run_first, run_count, runs = w[16], w[17], w[18], w[19], w[20], w[21]
     weight, panel, panels, groups, group_step, bias = w[22], w[23], w[24], w[25], w[26], w[27]
     row_step, target, t_image, t_channel, t_pixel, outputs, out_pixels = w[28], w[29], w[30], w[31], w[32], w[33], w[34]
-    first_run = carray(pointer(run_first), (n_tiles,), np.int64)
-    number_of_runs = carray(pointer(run_count), (n_tiles,), np.int64)
+    panel_width = w[35]
+    first = carray(pointer(run_first), (n_tiles,), np.int64)
+    number = carray(pointer(run_count), (n_tiles,), np.int64)
     local = scratch + take(slots) * scratch_step
     result = local + result_offset
     while True:
@@ -144,26 +160,16 @@ def convolve(task: Any) -> None:
         for n in range(images):
             image = source + (i * per_task + n) * s_image
             pack_image(image, s_channel, s_pixel, channels, pixels, local + n * image_bytes, table)
-        for g in range(groups):
-            for o in range(panels):
-                columns = (g * panels + o) * WIDTH * 4
-                b = weight + (g * panels + o) * panel
-                for t in range(n_tiles):
-                    multiply_tile(
-                        local + g * group_step,
-                        a_table + t * ROWS * 8,
-                        b,
-                        runs + first_run[t] * 24,
-                        number_of_runs[t],
-                        WIDTH * 4,
-                        bias + columns,
-                        result + columns,
-                        c_table + t * ROWS * 8,
-                    )
+        for p in range(groups * panels):
+            a, columns = local + p // panels * group_step, p * panel_width * 4
+            multiply_panel(
+                panel_width == WIDTH, a, a_table, weight + p * panel, runs, first, number,
+                bias + columns, result + columns, c_table,
+            )  # fmt: skip
         for n in range(images):
             for g in range(groups):
                 unpack_image(
-                    result + n * out_pixels * row_step + g * panels * WIDTH * 4,
+                    result + n * out_pixels * row_step + g * panels * panel_width * 4,
                     row_step,
                     outputs,
                     out_pixels,
@@ -181,7 +187,8 @@ def convolve_weight(task: Any) -> None:
     errors, a_step, images, b_step, runs, n_runs, per_chunk = w[4], w[5], w[6], w[7], w[8], w[9], w[10]
     groups, group_outputs, channels, n_spans, spans, span_bytes = w[11], w[12], w[13], w[14], w[15], w[16]
     sums, sums_step, target, taps = w[17], w[18], w[19], w[20]
-    span = carray(pointer(spans), (n_spans, 3), np.int64)  # offset in the image, numbers, first tap
+    # offset in the image, numbers, first tap, first run, number of runs
+    span = carray(pointer(spans), (n_spans, 5), np.int64)
     while True:
         i = take(counter)
         if i >= tasks * groups:
@@ -190,20 +197,18 @@ def convolve_weight(task: Any) -> None:
         last = min(first + rows_per_task, row_tiles)
         own = sums + (g * row_tiles + first) * ROWS * sums_step
         for chunk in range(0, n_runs, per_chunk):
-            length = min(per_chunk, n_runs - chunk)
             for s in range(n_spans):
+                length = min(per_chunk, span[s, 4] - chunk)
+                own_runs = runs + (span[s, 3] + chunk) * 24
                 for x in range(0, span[s, 1], WIDTH):
+                    b = images + g * channels * 4 + span[s, 0] + 4 * x
                     for r in range(first, last):
-                        accumulate_tile(
-                            errors + (g * group_outputs + r * ROWS) * 4,
-                            images + g * channels * 4 + span[s, 0] + 4 * x,
-                            runs + chunk * 24,
-                            length,
-                            a_step,
-                            b_step,
-                            own + (r - first) * ROWS * sums_step + s * span_bytes + 4 * x,
-                            sums_step,
-                        )
+                        a = errors + (g * group_outputs + r * ROWS) * 4
+                        c = own + (r - first) * ROWS * sums_step + s * span_bytes + 4 * x
+                        if span[s, 1] - x > LANES:
+                            accumulate_tile(a, b, own_runs, length, a_step, b_step, c, sums_step)
+                        else:
+                            accumulate_narrow_tile(a, b, own_runs, length, a_step, b_step, c, sums_step)
         for o in range(first * ROWS, min(last * ROWS, group_outputs)):
             row = sums + (g * row_tiles * ROWS + o) * sums_step
             place = target + (g * group_outputs + o) * channels * taps * 4

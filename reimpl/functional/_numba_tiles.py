@@ -90,9 +90,11 @@ class _Loop:
         pass
 
 
-def _sums(builder: Any, rows: list[Any], b_base: Any, runs: Any, n_runs: Any, a_step: Any, b_step: Any) -> list[Any]:
+def _sums(
+    builder: Any, vectors: int, rows: list[Any], b_base: Any, runs: Any, n_runs: Any, a_step: Any, b_step: Any
+) -> list[Any]:
     """Sums over runs (offset of a, offset of b, length) of a[row] times the vectors of b."""
-    fma, vectors = _fma(builder), WIDTH // LANES
+    fma = _fma(builder)
     zero = ir.Constant(_VECTOR, [0.0] * LANES)
     outer = _Loop(builder, n_runs, [zero] * (len(rows) * vectors))
     with outer as totals:
@@ -109,6 +111,22 @@ def _sums(builder: Any, rows: list[Any], b_base: Any, runs: Any, n_runs: Any, a_
         return outer.close(results[2:])
 
 
+def _multiply(vectors: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a_base, a_table, b_base, runs, n_runs, b_step, bias, c_base, c_table = args
+        rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in range(ROWS)]
+        sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step)
+        start = [_load(builder, _VECTOR, _plus(builder, bias, 4 * LANES * v)) for v in range(vectors)]
+        for j in range(ROWS):
+            target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
+            for v in range(vectors):
+                place = _at(builder, _VECTOR, _plus(builder, target, 4 * LANES * v))
+                builder.store(builder.fadd(sums[vectors * j + v], start[v]), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 9), codegen
+
+
 @intrinsic
 def multiply_tile(
     typingctx: Any,
@@ -123,21 +141,41 @@ def multiply_tile(
     c_table: Any,
 ) -> Any:
     """c[row] = bias + Σ a[row + t] b[t] over all runs: ROWS rows at addresses from tables, WIDTH columns."""
+    return _multiply(WIDTH // LANES)
 
+
+@intrinsic
+def multiply_narrow_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_table: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    b_step: Any,
+    bias: Any,
+    c_base: Any,
+    c_table: Any,
+) -> Any:
+    """:func:`multiply_tile` of LANES columns."""
+    return _multiply(1)
+
+
+def _accumulate(vectors: int) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a_base, a_table, b_base, runs, n_runs, b_step, bias, c_base, c_table = args
-        rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in range(ROWS)]
-        sums = _sums(builder, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step)
-        vectors = WIDTH // LANES
-        start = [_load(builder, _VECTOR, _plus(builder, bias, 4 * LANES * v)) for v in range(vectors)]
+        a_base, b_base, runs, n_runs, a_step, b_step, c_base, c_step = args
+        rows = [_plus(builder, a_base, 4 * j) for j in range(ROWS)]
+        sums = _sums(builder, vectors, rows, b_base, runs, n_runs, a_step, b_step)
+        target = c_base
         for j in range(ROWS):
-            target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
             for v in range(vectors):
-                place = _at(builder, _VECTOR, _plus(builder, target, 4 * LANES * v))
-                builder.store(builder.fadd(sums[vectors * j + v], start[v]), place, align=4)
+                address = _plus(builder, target, 4 * LANES * v)
+                value = builder.fadd(_load(builder, _VECTOR, address), sums[vectors * j + v])
+                builder.store(value, _at(builder, _VECTOR, address), align=4)
+            target = builder.add(target, c_step)
         return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 9), codegen
+    return types.void(*(types.int64,) * 8), codegen
 
 
 @intrinsic
@@ -153,21 +191,23 @@ def accumulate_tile(
     c_step: Any,
 ) -> Any:
     """c[row] += Σ a[t a_step + row] b[t b_step] over all runs: ROWS neighbouring rows, WIDTH columns."""
+    return _accumulate(WIDTH // LANES)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a_base, b_base, runs, n_runs, a_step, b_step, c_base, c_step = args
-        rows = [_plus(builder, a_base, 4 * j) for j in range(ROWS)]
-        sums = _sums(builder, rows, b_base, runs, n_runs, a_step, b_step)
-        vectors, target = WIDTH // LANES, c_base
-        for j in range(ROWS):
-            for v in range(vectors):
-                address = _plus(builder, target, 4 * LANES * v)
-                value = builder.fadd(_load(builder, _VECTOR, address), sums[vectors * j + v])
-                builder.store(value, _at(builder, _VECTOR, address), align=4)
-            target = builder.add(target, c_step)
-        return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 8), codegen
+@intrinsic
+def accumulate_narrow_tile(
+    typingctx: Any,
+    a_base: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    a_step: Any,
+    b_step: Any,
+    c_base: Any,
+    c_step: Any,
+) -> Any:
+    """:func:`accumulate_tile` of LANES columns."""
+    return _accumulate(1)
 
 
 @intrinsic

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from reimpl.functional import _numba_tiles
 from reimpl.functional._conv_arguments import Geometry, phases
 from reimpl.functional._dispatch import memory_format_of
+from reimpl.functional._numba_source import load, run
 from reimpl.functional._numba_tiles import LANES, ROWS, WIDTH
-from reimpl.optim import _kernel_cache, _numba_ops, _threads
 
 # Fewer multiplications than this are done before the tables are looked up; and outputs of a group that would leave
 # most lanes of a register idle.
@@ -33,18 +29,7 @@ _SLACK = 4 * WIDTH
 Array = Any
 
 
-def _load() -> ModuleType:
-    source = Path(__file__).with_name("_conv_numba_kernels.py").read_text()
-    versions = (numba.__version__, np.__version__, *(Path(m.__file__).read_text() for m in (_numba_tiles, _numba_ops)))
-    try:
-        return _kernel_cache.load(source, versions)
-    except Exception:
-        # compiled code that cannot be read back (cut short, or damaged) is made anew; a real fault comes up again
-        _kernel_cache.forget(source, versions)
-        return _kernel_cache.load(source, versions)
-
-
-_KERNELS = _load()
+_KERNELS = load("_conv_numba_kernels.py")
 
 
 def worth_it(input: Tensor, weight: Tensor, output: tuple[int, int], groups: int) -> bool:
@@ -97,18 +82,14 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     rows_per_task = max(1, min(_ROW_TILES_PER_TASK, row_tiles * groups // threads))
     tasks = -(-row_tiles // rows_per_task)
     sums = grad.new_zeros(groups * row_tiles * ROWS, len(plan.spans), plan.span_bytes // 4)
-    counter = np.zeros(1, np.int64)
-    task = np.array(
-        [
-            *(counter.ctypes.data, tasks, rows_per_task, row_tiles),
-            *(errors.data_ptr(), outputs * 4, images.data_ptr(), plan.step),
-            *(plan.runs.ctypes.data, plan.most_runs, plan.runs_per_chunk),
-            *(groups, group_outputs, channels // groups, len(plan.spans), plan.spans.ctypes.data, plan.span_bytes),
-            *(sums.data_ptr(), sums.stride(0) * 4, result.data_ptr(), kernel[0] * kernel[1]),
-        ],
-        np.int64,
-    )
-    _threads.run(_KERNELS.convolve_weight.address, task.ctypes.data, min(threads, tasks * groups))
+    words = [
+        *(tasks, rows_per_task, row_tiles),
+        *(errors.data_ptr(), outputs * 4, images.data_ptr(), plan.step),
+        *(plan.runs.ctypes.data, plan.most_runs, plan.runs_per_chunk),
+        *(groups, group_outputs, channels // groups, len(plan.spans), plan.spans.ctypes.data, plan.span_bytes),
+        *(sums.data_ptr(), sums.stride(0) * 4, result.data_ptr(), kernel[0] * kernel[1]),
+    ]
+    run(_KERNELS.convolve_weight, words, tasks * groups)
     return result
 
 
@@ -377,15 +358,11 @@ def _packed(tensor: Tensor, image: _Image, by_pixel: bool) -> Tensor:
     make = tensor.new_empty if image.dense else tensor.new_zeros
     buffer = make(count * image.pixels * channels + _SLACK)
     table = image.places * (channels * 4 * (count if by_pixel else 1))
-    counter = np.zeros(1, np.int64)
-    task = np.array(
-        [
-            *(counter.ctypes.data, count, tensor.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
-            *(buffer.data_ptr(), channels * 4 * (1 if by_pixel else image.pixels)),
-        ],
-        np.int64,
-    )
-    _threads.run(_KERNELS.pack_batch.address, task.ctypes.data, min(torch.get_num_threads(), count))
+    words = [
+        *(count, tensor.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
+        *(buffer.data_ptr(), channels * 4 * (1 if by_pixel else image.pixels)),
+    ]
+    run(_KERNELS.pack_batch, words, count)
     return buffer
 
 
@@ -399,16 +376,12 @@ def _panels(weight: Tensor, mirror: bool, threads: int) -> tuple[Tensor, int, in
     width = WIDTH if outputs > LANES else LANES
     panels = -(-outputs // width)
     buffer = weight.new_empty(groups * panels * k_h * k_w * channels * width)
-    counter = np.zeros(1, np.int64)
     tap = w if k_w > 1 else h
-    task = np.array(
-        [
-            *(counter.ctypes.data, panels, groups, outputs, channels, k_h * k_w),
-            *(weight.data_ptr(), g * 4, o * 4, c * 4, tap * 4, buffer.data_ptr(), int(mirror), width),
-        ],
-        np.int64,
-    )
-    _threads.run(_KERNELS.pack_weight.address, task.ctypes.data, min(threads, groups * panels))
+    words = [
+        *(panels, groups, outputs, channels, k_h * k_w),
+        *(weight.data_ptr(), g * 4, o * 4, c * 4, tap * 4, buffer.data_ptr(), int(mirror), width),
+    ]
+    run(_KERNELS.pack_weight, words, groups * panels)
     return buffer, panels, width
 
 
@@ -431,17 +404,13 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     scratch = input.new_zeros(used, scratch_bytes // 4)
     places, a_table, c_table = plan.image.places * (channels * 4), plan.inputs * (channels * 4), plan.outputs * row
     runs = plan.runs * np.array([channels * 4, own * width * 4, own])
-    counters = np.zeros(2, np.int64)
-    task = np.array(
-        [
-            *(counters.ctypes.data, tasks, plan.size, count, counters.ctypes.data + 8),
-            *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(places), places.ctypes.data, image_bytes),
-            *(scratch.data_ptr(), scratch_bytes, result_offset),
-            *(len(plan.first), a_table.ctypes.data, c_table.ctypes.data),
-            *(plan.first.ctypes.data, plan.count.ctypes.data, runs.ctypes.data),
-            *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets.data_ptr()),
-            *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width),
-        ],
-        np.int64,
-    )
-    _threads.run(_KERNELS.convolve.address, task.ctypes.data, used)
+    words = [
+        *(tasks, plan.size, count),
+        *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(places), places.ctypes.data, image_bytes),
+        *(scratch.data_ptr(), scratch_bytes, result_offset),
+        *(len(plan.first), a_table.ctypes.data, c_table.ctypes.data),
+        *(plan.first.ctypes.data, plan.count.ctypes.data, runs.ctypes.data),
+        *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets.data_ptr()),
+        *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width),
+    ]
+    run(_KERNELS.convolve, words, used)

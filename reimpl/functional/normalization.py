@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_disabled, call, memory_format_of, opmath_dtype, scalar_type_name
+from reimpl.functional.kernels import kernels_for
 
 
 def batch_norm(
@@ -267,6 +268,9 @@ class _BatchNormTraining(torch.autograd.Function):
     def forward(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        kernels = kernels_for("_norm_numba", input, weight, bias)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward(input, weight, bias, eps, relu)  # type: ignore[no-any-return]
         return _normalize_by_batch(input, weight, bias, eps, relu)
 
     @staticmethod
@@ -278,6 +282,14 @@ class _BatchNormTraining(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, rectified = ctx.saved_tensors
+        # what is itself differentiated must be made of differentiable operators
+        kernels = None if torch.is_grad_enabled() else kernels_for("_norm_numba", grad, *ctx.saved_tensors)
+        if kernels and kernels.worth_it(input):
+            wanted = ctx.needs_input_grad[0]
+            statistics = (weight, mean, var, grad_mean, grad_var)
+            grad_input, sum_g, sums = kernels.backward(grad, input, rectified, *statistics, ctx.eps, wanted)
+            chain = Chain(sum_g, sums, var, weight, ctx.eps)
+            return grad_input, like(chain.to_weight, weight), like(sum_g, ctx.bias_dtype), None, None
         dims, count = other_dims(input), prod(input.shape) // input.shape[1]
         g, centred = _unrectified(grad, rectified).to(mean.dtype), input.to(mean.dtype) - per_channel(mean, input)
         chain = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, ctx.eps)

@@ -72,8 +72,12 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     """``W(g, x)``: the gradient of a kernel of height and width ``kernel``."""
     count, outputs = grad.shape[:2]
     size, groups, channels = (input.shape[2], input.shape[3]), geometry.groups, input.shape[1]
-    plan = _weight_plan(count, size, kernel, channels, outputs, geometry)
-    errors = _packed(grad, _identity(grad.shape[2] * grad.shape[3]), plan.by_pixel)
+    # planes of gradients can be read where they are, if no tile reaches past the last of them
+    in_planes = grad.is_contiguous() and outputs // groups % ROWS == 0
+    plan = _weight_plan(count, size, kernel, channels, outputs, geometry, in_planes)
+    pixels = grad.shape[2] * grad.shape[3]
+    errors = grad if plan.errors_in_planes else _packed(grad, _identity(pixels), plan.by_pixel)
+    row, step = (pixels * 4, 4) if plan.errors_in_planes else (4, outputs * 4)
     images = _packed(input, plan.image, plan.by_pixel)
     result = grad.new_empty(outputs, channels // groups, *kernel)
     group_outputs = outputs // groups
@@ -84,10 +88,10 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     sums = grad.new_zeros(groups * row_tiles * ROWS, len(plan.spans), plan.span_bytes // 4)
     words = [
         *(tasks, rows_per_task, row_tiles),
-        *(errors.data_ptr(), outputs * 4, images.data_ptr(), plan.step),
+        *(errors.data_ptr(), step, images.data_ptr(), plan.step),
         *(plan.runs.ctypes.data, plan.most_runs, plan.runs_per_chunk),
         *(groups, group_outputs, channels // groups, len(plan.spans), plan.spans.ctypes.data, plan.span_bytes),
-        *(sums.data_ptr(), sums.stride(0) * 4, result.data_ptr(), kernel[0] * kernel[1]),
+        *(sums.data_ptr(), sums.stride(0) * 4, result.data_ptr(), kernel[0] * kernel[1], row),
     ]
     run(_KERNELS.convolve_weight, words, tasks * groups)
     return result
@@ -133,12 +137,13 @@ class _WeightPlan:
     """Runs of pixels (bytes into the gradients, bytes into the images, length), for spans of taps side by side.
 
     A span is (bytes into the images, numbers, first tap, first run, number of runs). ``by_pixel`` says that the buffers
-    hold all images of one pixel together, else all pixels of one image; ``step`` is from one pixel of a run to the next
-    in the images, in bytes.
+    hold all images of one pixel together, else all pixels of one image; ``errors_in_planes`` that the gradients stay
+    where they are, in planes; ``step`` is from one pixel of a run to the next in the images, in bytes.
     """
 
     image: _Image
     by_pixel: bool
+    errors_in_planes: bool
     step: int
     runs: Array
     most_runs: int
@@ -160,8 +165,10 @@ def _image(size: tuple[int, int], low: tuple[int, int], high: tuple[int, int]) -
     return _Image((rows[:, None] * width + columns).reshape(-1), height * width, width), top * width + left
 
 
-# pixels of the output, the first input pixel under each (row, column), and the taps: index, row and column offset
-_Class = tuple[Array, Array, Array, list[tuple[int, int, int]]]
+# index, row and column offset
+_Tap = tuple[int, int, int]
+# pixels of the output, row and column of the first input pixel under each, and the taps
+_Class = tuple[Array, Array, Array, list[_Tap]]
 
 
 def _tiles(
@@ -201,10 +208,15 @@ def _without_padding(size: tuple[int, int], whole: _Class) -> list[_Class]:
 
 def _tiles_of(size: tuple[int, int], classes: list[_Class], taps: int, output: int, images: int, merge: bool) -> _Tiles:
     met = [c for c in classes if c[3]]
-    low = tuple(min([0, *(int((c[1 + d].min()) + min(tap[1 + d] for tap in c[3])) for c in met)]) for d in (0, 1))
-    high = tuple(max([0, *(int(c[1 + d].max()) + max(tap[1 + d] for tap in c[3]) + 1 for c in met)]) for d in (0, 1))
+    low, high = [0, 0], [0, 0]
+    for _, *places, class_taps in met:
+        for d in (0, 1):
+            offsets = [tap[1 + d] for tap in class_taps]
+            low[d] = min(low[d], int(places[d].min()) + min(offsets))
+            high[d] = max(high[d], int(places[d].max()) + max(offsets) + 1)
     image, origin = _image(size, (low[0], low[1]), (high[0], high[1]))
-    inputs, outputs, first, count, runs = [], [], [], [], []
+    inputs, outputs, first, count = [], [], [], []
+    runs: list[_Tap] = []
     batch = np.arange(images)[:, None]
     for pixels, rows, columns, class_taps in classes:
         offset = rows * image.width + columns + origin if class_taps else np.zeros_like(pixels)
@@ -281,15 +293,29 @@ def _input_plan(
 
 @lru_cache(maxsize=256)
 def _weight_plan(
-    count: int, size: tuple[int, int], kernel: tuple[int, int], channels: int, outputs: int, geometry: Geometry
+    count: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    channels: int,
+    outputs: int,
+    geometry: Geometry,
+    in_planes: bool,
 ) -> _WeightPlan:
     columns = geometry.output(*size, *kernel)[1]
     by_pixel = columns < _SHORT_ROW and count >= _SHORT_ROW and channels // geometry.groups >= LANES
-    return (_runs_by_pixel if by_pixel else _runs_by_row)(count, size, kernel, channels, outputs, geometry)
+    if by_pixel:
+        return _runs_by_pixel(count, size, kernel, channels, outputs, geometry)
+    return _runs_by_row(count, size, kernel, channels, outputs, geometry, in_planes)
 
 
 def _runs_by_row(
-    count: int, size: tuple[int, int], kernel: tuple[int, int], channels: int, outputs: int, geometry: Geometry
+    count: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    channels: int,
+    outputs: int,
+    geometry: Geometry,
+    in_planes: bool,
 ) -> _WeightPlan:
     """A run is a row of one image; taps of a row that lie side by side are one span."""
     rows, columns = geometry.output(*size, *kernel)
@@ -299,8 +325,10 @@ def _runs_by_row(
     image, origin = _image(size, (-top, -left), high)
     n, i = np.divmod(np.arange(count * rows), rows)
     first = n * image.pixels + (i * s_h - top) * image.width - left + origin
-    errors = np.arange(count * rows) * columns
-    runs = np.stack([errors * (outputs * 4), first * (channels * 4), np.full(count * rows, columns)], 1)
+    errors = (n * (outputs if in_planes else 1) * rows + i) * columns
+    runs = np.stack(
+        [errors * (4 if in_planes else outputs * 4), first * (channels * 4), np.full(count * rows, columns)], 1
+    )
     together = kernel[1] if d_w == 1 and geometry.groups == 1 else 1
     own = channels // geometry.groups
     spans = [
@@ -310,7 +338,7 @@ def _runs_by_row(
     ]
     width, per_chunk = -(-together * own // WIDTH) * WIDTH * 4, max(1, _PIXELS_PER_CHUNK // columns)
     table, step = np.ascontiguousarray(runs, np.int64), s_w * channels * 4
-    return _WeightPlan(image, False, step, table, len(runs), per_chunk, np.array(spans, np.int64), width)
+    return _WeightPlan(image, False, in_planes, step, table, len(runs), per_chunk, np.array(spans, np.int64), width)
 
 
 def _runs_by_pixel(
@@ -320,17 +348,19 @@ def _runs_by_pixel(
     rows, columns = geometry.output(*size, *kernel)
     (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
     i, j = np.divmod(np.arange(rows * columns), columns)
-    runs, spans, own, width = [], [], channels // geometry.groups, 4 * WIDTH
+    runs: list[Array] = []
+    spans, own, width, so_far = [], channels // geometry.groups, 4 * WIDTH, 0
     for k in range(kernel[0]):
         for m in range(kernel[1]):
             h, w = i * s_h - top + k * d_h, j * s_w - left + m * d_w
             inside = np.flatnonzero((h >= 0) & (h < size[0]) & (w >= 0) & (w < size[1]))
             seen = (h * size[1] + w)[inside]
-            spans.append((0, own, k * kernel[1] + m, sum(map(len, runs)), len(inside)))
+            spans.append((0, own, k * kernel[1] + m, so_far, len(inside)))
+            so_far += len(inside)
             runs.append(np.stack([inside * (count * outputs * 4), seen * (count * channels * 4), 0 * seen + count], 1))
-    table, most = np.ascontiguousarray(np.concatenate(runs), np.int64), max(map(len, runs))
+    table, most = np.ascontiguousarray(np.concatenate(runs), np.int64), max(len(rows) for rows in runs)
     return _WeightPlan(
-        _identity(size[0] * size[1]), True, channels * 4, table, most, max(1, _PIXELS_PER_CHUNK // count),
+        _identity(size[0] * size[1]), True, False, channels * 4, table, most, max(1, _PIXELS_PER_CHUNK // count),
         np.array(spans, np.int64), -(-own // WIDTH) * width,
     )  # fmt: skip
 

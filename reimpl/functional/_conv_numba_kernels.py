@@ -186,7 +186,7 @@ def convolve_weight(task: Any) -> None:
     counter, tasks, rows_per_task, row_tiles = w[0], w[1], w[2], w[3]
     errors, a_step, images, b_step, runs, n_runs, per_chunk = w[4], w[5], w[6], w[7], w[8], w[9], w[10]
     groups, group_outputs, channels, n_spans, spans, span_bytes = w[11], w[12], w[13], w[14], w[15], w[16]
-    sums, sums_step, target, taps = w[17], w[18], w[19], w[20]
+    sums, sums_step, target, taps, a_row = w[17], w[18], w[19], w[20], w[21]
     # offset in the image, numbers, first tap, first run, number of runs
     span = carray(pointer(spans), (n_spans, 5), np.int64)
     while True:
@@ -203,12 +203,12 @@ def convolve_weight(task: Any) -> None:
                 for x in range(0, span[s, 1], WIDTH):
                     b = images + g * channels * 4 + span[s, 0] + 4 * x
                     for r in range(first, last):
-                        a = errors + (g * group_outputs + r * ROWS) * 4
+                        a = errors + (g * group_outputs + r * ROWS) * a_row
                         c = own + (r - first) * ROWS * sums_step + s * span_bytes + 4 * x
                         if span[s, 1] - x > LANES:
-                            accumulate_tile(a, b, own_runs, length, a_step, b_step, c, sums_step)
+                            accumulate_tile(a, a_row, b, own_runs, length, a_step, b_step, c, sums_step)
                         else:
-                            accumulate_narrow_tile(a, b, own_runs, length, a_step, b_step, c, sums_step)
+                            accumulate_narrow_tile(a, a_row, b, own_runs, length, a_step, b_step, c, sums_step)
         for o in range(first * ROWS, min(last * ROWS, group_outputs)):
             row = sums + (g * row_tiles * ROWS + o) * sums_step
             place = target + (g * group_outputs + o) * channels * taps * 4

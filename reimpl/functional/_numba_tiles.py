@@ -163,8 +163,8 @@ def multiply_narrow_tile(
 
 def _accumulate(vectors: int) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a_base, b_base, runs, n_runs, a_step, b_step, c_base, c_step = args
-        rows = [_plus(builder, a_base, 4 * j) for j in range(ROWS)]
+        a_base, a_row, b_base, runs, n_runs, a_step, b_step, c_base, c_step = args
+        rows = [builder.add(a_base, builder.mul(a_row, ir.Constant(_I64, j))) for j in range(ROWS)]
         sums = _sums(builder, vectors, rows, b_base, runs, n_runs, a_step, b_step)
         target = c_base
         for j in range(ROWS):
@@ -175,13 +175,14 @@ def _accumulate(vectors: int) -> Any:
             target = builder.add(target, c_step)
         return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 8), codegen
+    return types.void(*(types.int64,) * 9), codegen
 
 
 @intrinsic
 def accumulate_tile(
     typingctx: Any,
     a_base: Any,
+    a_row: Any,
     b_base: Any,
     runs: Any,
     n_runs: Any,
@@ -190,7 +191,7 @@ def accumulate_tile(
     c_base: Any,
     c_step: Any,
 ) -> Any:
-    """c[row] += Σ a[t a_step + row] b[t b_step] over all runs: ROWS neighbouring rows, WIDTH columns."""
+    """c[row] += Σ a[row a_row + t a_step] b[t b_step] over all runs: ROWS rows, WIDTH columns."""
     return _accumulate(WIDTH // LANES)
 
 
@@ -198,6 +199,7 @@ def accumulate_tile(
 def accumulate_narrow_tile(
     typingctx: Any,
     a_base: Any,
+    a_row: Any,
     b_base: Any,
     runs: Any,
     n_runs: Any,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reimpl.functional import _norm_plain
 from reimpl.functional._dispatch import autocast_disabled, call, memory_format_of, opmath_dtype, scalar_type_name
 from reimpl.functional.kernels import kernels_for
 
@@ -271,6 +272,8 @@ class _BatchNormTraining(torch.autograd.Function):
         kernels = kernels_for("_norm_numba", input, weight, bias)
         if kernels and kernels.worth_it(input):
             return kernels.forward(input, weight, bias, eps, relu)  # type: ignore[no-any-return]
+        if _norm_plain.plain(input, weight, bias) and input.is_contiguous():
+            return _norm_plain.normalize(input, weight, bias, eps, relu)
         return _normalize_by_batch(input, weight, bias, eps, relu)
 
     @staticmethod
@@ -283,7 +286,11 @@ class _BatchNormTraining(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, rectified = ctx.saved_tensors
         # what is itself differentiated must be made of differentiable operators
-        kernels = None if torch.is_grad_enabled() else kernels_for("_norm_numba", grad, *ctx.saved_tensors)
+        kernels = (
+            None
+            if torch.is_grad_enabled()
+            else kernels_for("_norm_numba", grad, grad_mean, grad_var, *ctx.saved_tensors)
+        )
         if kernels and kernels.worth_it(input):
             wanted = ctx.needs_input_grad[0]
             statistics = (weight, mean, var, grad_mean, grad_var)
@@ -292,17 +299,27 @@ class _BatchNormTraining(torch.autograd.Function):
             return grad_input, like(chain.to_weight, weight), like(sum_g, ctx.bias_dtype), None, None
         dims, count = other_dims(input), prod(input.shape) // input.shape[1]
         g, centred = _unrectified(grad, rectified).to(mean.dtype), input.to(mean.dtype) - per_channel(mean, input)
-        chain = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, ctx.eps)
+        products = g * centred
+        chain = Chain(g.sum(dims), products.sum(dims), var, weight, ctx.eps)
         grad_input = None
         if ctx.needs_input_grad[0]:
             to_mean, to_var = grad_mean + chain.to_mean, grad_var + chain.to_var
+        final = not torch.is_grad_enabled() and _norm_plain.plain(grad, grad_mean, grad_var, *ctx.saved_tensors)
+        if ctx.needs_input_grad[0] and final:
+            scale, slope, offset = chain.times_weight(chain.s), to_var * (2 / count), to_mean / count
+            grad_input = _norm_plain.gradient(g, centred, products, scale, slope, offset)
+        elif ctx.needs_input_grad[0]:
             grad_input = chain.to_input(g, centred, to_mean, to_var, count).to(input.dtype)
         return grad_input, like(chain.to_weight, weight), like(chain.sum_g, ctx.bias_dtype), None, None
 
 
 def _unrectified(grad: Tensor, rectified: Tensor | None) -> Tensor:
     """The gradient before the rectification whose output is ``rectified``, or of what was not rectified."""
-    return grad if rectified is None else torch.where(rectified <= 0, 0, grad)
+    if rectified is None:
+        return grad
+    if not torch.is_grad_enabled() and _norm_plain.plain(grad, rectified):
+        return _norm_plain.masked(grad, rectified)
+    return torch.where(rectified <= 0, 0, grad)
 
 
 def like(grad: Tensor, target: Tensor | torch.dtype | None) -> Tensor | None:

@@ -81,7 +81,9 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
     if kernels and kernels.worth_it_for_weight(grad, input, size, groups):
         return kernels.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
     total = None
-    for part in _parts(input.shape[0], prod(output) * prod(size) * input.shape[1] * dtype.itemsize, input.device):
+    row_bytes = prod(output) * prod(size) * input.shape[1] * dtype.itemsize
+    least = grad.shape[1] * channels * prod(size) * dtype.itemsize
+    for part in _parts(input.shape[0], row_bytes, input.device, least):
         rows = _window_rows(input[part].to(dtype), size, output, geometry)
         product = _error_rows(grad[part], groups, dtype).transpose(1, 2) @ rows
         total = product if total is None else total.add_(product)
@@ -121,7 +123,8 @@ def _by_rows(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
         samples = values.shape[1] // prod(output)
         return values.transpose(0, 1).reshape(samples, *output, weight.shape[0])
 
-    return _over_parts(product, input.shape[0], row_bytes, input.device).permute(0, 3, 1, 2)
+    least = weight.numel() * weight.element_size()
+    return _over_parts(product, input.shape[0], row_bytes, input.device, least).permute(0, 3, 1, 2)
 
 
 def _by_views(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -155,10 +158,12 @@ def _by_views(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
     return _over_parts(product, input.shape[0], row_bytes, input.device).permute(0, 3, 1, 2)
 
 
-def _over_parts(product: Callable[[slice], Tensor], count: int, row_bytes: int, device: torch.device) -> Tensor:
+def _over_parts(
+    product: Callable[[slice], Tensor], count: int, row_bytes: int, device: torch.device, least: int = 0
+) -> Tensor:
     """The products of all parts of the batch, one below the other."""
     whole = None
-    for part in _parts(count, row_bytes, device):
+    for part in _parts(count, row_bytes, device, least):
         values = product(part)
         if values.shape[0] == count:
             return values
@@ -205,9 +210,9 @@ def _window_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int]
     return windows.reshape(groups, count * output[0] * output[1], prod(kernel) * channels)
 
 
-def _parts(count: int, bytes_per_sample: int, device: torch.device) -> Iterator[slice]:
-    """Slices of the batch whose rows fit the device's budget."""
-    budget = _ROW_BYTES_CPU if device.type == "cpu" else _ROW_BYTES_OTHER
+def _parts(count: int, bytes_per_sample: int, device: torch.device, least: int = 0) -> Iterator[slice]:
+    """Slices of the batch whose rows fit the device's budget, or ``least`` bytes: the kernel is read once a slice."""
+    budget = max(least, _ROW_BYTES_CPU if device.type == "cpu" else _ROW_BYTES_OTHER)
     size = max(1, budget // max(1, bytes_per_sample))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

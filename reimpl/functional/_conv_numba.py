@@ -154,7 +154,9 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     used = min(threads, tasks)
     result_offset = plan.size * image_bytes + _SLACK
     scratch_bytes = -(-(result_offset + (plan.size * out_pixels + 1) * row + 4096) // 64) * 64
-    scratch = input.new_zeros(used, scratch_bytes // 4)
+    scratch = input.new_empty(used, scratch_bytes // 4)
+    if not plan.image.dense:
+        scratch[:, : result_offset // 4].zero_()
     places, a_table, c_table = plan.image.places * (channels * 4), plan.inputs * (channels * 4), plan.outputs * row
     runs = plan.runs * np.array([channels * 4, own * width * 4, own])
     words = [

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from reimpl.functional._plain import plain
 
 _enabled = False
-_PLAIN = {Tensor, Parameter}
 
 
 class use_kernels:
@@ -26,7 +26,8 @@ class use_kernels:
     Args:
         mode: on or off.
 
-    Convolutions (one algorithm of their own, unless ``algorithm=`` names another) have such kernels.
+    Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation in training, with
+    relu or not, have such kernels.
     """
 
     def __init__(self, mode: bool = True) -> None:
@@ -68,16 +69,8 @@ def kernels_for(name: str, *tensors: Tensor | None) -> Any:
     """The kernels of ``name`` where they are on and do for such tensors: plain, float32, on the CPU; else ``None``."""
     if not _enabled:
         return None
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    for t in tensors:
-        if t is not None and (
-            type(t) not in _PLAIN
-            or t.dtype is not torch.float32
-            or t.device.type != "cpu"
-            or wrapped(t)
-            or torch._C._functorch.is_legacy_batchedtensor(t)
-        ):
-            return None
-    if torch._C._len_torch_dispatch_stack() > 0:
+    fit = all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
+    # a dispatch mode wants to see operators
+    if not fit or not plain(*tensors) or torch._C._len_torch_dispatch_stack() > 0:
         return None
     return module(name)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reimpl.functional import _norm_plain
 from reimpl.functional._dispatch import autocast_disabled, call, memory_format_of, opmath_dtype, scalar_type_name
+from reimpl.functional._plain import masked, plain
 from reimpl.functional.kernels import kernels_for
 
 
@@ -272,7 +273,7 @@ class _BatchNormTraining(torch.autograd.Function):
         kernels = kernels_for("_norm_numba", input, weight, bias)
         if kernels and kernels.worth_it(input):
             return kernels.forward(input, weight, bias, eps, relu)  # type: ignore[no-any-return]
-        if _norm_plain.plain(input, weight, bias) and input.is_contiguous():
+        if plain(input, weight, bias) and input.is_contiguous():
             return _norm_plain.normalize(input, weight, bias, eps, relu)
         return _normalize_by_batch(input, weight, bias, eps, relu)
 
@@ -304,7 +305,7 @@ class _BatchNormTraining(torch.autograd.Function):
         grad_input = None
         if ctx.needs_input_grad[0]:
             to_mean, to_var = grad_mean + chain.to_mean, grad_var + chain.to_var
-        final = not torch.is_grad_enabled() and _norm_plain.plain(grad, grad_mean, grad_var, *ctx.saved_tensors)
+        final = not torch.is_grad_enabled() and plain(grad, grad_mean, grad_var, *ctx.saved_tensors)
         if ctx.needs_input_grad[0] and final:
             scale, slope, offset = chain.times_weight(chain.s), to_var * (2 / count), to_mean / count
             grad_input = _norm_plain.gradient(g, centred, products, scale, slope, offset)
@@ -317,8 +318,8 @@ def _unrectified(grad: Tensor, rectified: Tensor | None) -> Tensor:
     """The gradient before the rectification whose output is ``rectified``, or of what was not rectified."""
     if rectified is None:
         return grad
-    if not torch.is_grad_enabled() and _norm_plain.plain(grad, rectified):
-        return _norm_plain.masked(grad, rectified)
+    if not torch.is_grad_enabled() and plain(grad, rectified):
+        return masked(grad, rectified)
     return torch.where(rectified <= 0, 0, grad)
 
 

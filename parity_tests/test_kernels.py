@@ -23,8 +23,10 @@ from reimpl.functional.kernels import kernels_enabled, kernels_for
 from reimpl.testing import SEEDS, Verdict, combine, judge, random_tensor, seeded_generator, to_oracle
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+# PyTorch's word about what its forward mode imports.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 
-from reimpl.functional import _conv_numba, _norm_numba
+from reimpl.functional import _conv_numba, _norm_numba  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +166,7 @@ def test_random_geometries(threads: int) -> None:
         exact = with_gradients(torch_functional.conv2d, doubles, number, **options)
         for mine, other in zip(ours, exact, strict=True):
             # Sums of up to 2,000 products of size 1, each within half an eps of its part of the sum.
-            limit = 32 * torch.finfo(torch.float32).eps * float(other.abs().max().clamp_min(1))
+            limit = 32 * torch.finfo(torch.float32).eps * float(other.detach().abs().max().clamp_min(1))
             torch.testing.assert_close(
                 mine.double(), other, rtol=0, atol=limit, msg=f"{shape} {weight_shape} {options}"
             )

@@ -123,6 +123,12 @@ PLANTED: tuple[tuple[str, str, Callable[..., Tensor]], ...] = (
     ("conv1d", "bias twice", lambda x, w, b=None, **k: F.conv1d(x, w, None if b is None else 2 * b, **k)),
     ("max_pool2d", "zeros in the padding", lambda x, *a, **k: F.max_pool2d(x, *a, **k).clamp_min(0)),
     ("adaptive_avg_pool2d", "an element of 1e-5 more", lambda x, size: F.adaptive_avg_pool2d(x, size) * (1 + 1e-5)),
+    ("batch_norm_relu", "not rectified", lambda *a, **k: F.batch_norm(*a, **k)),
+    (
+        "linear_activation",
+        "bias twice",
+        lambda x, w, b=None, **k: F.linear_activation(x, w, None if b is None else 2 * b, **k),
+    ),
     ("batch_norm", "another eps", lambda *a, eps=1e-5, **k: F.batch_norm(*a, eps=eps * 1.5, **k)),
 )
 

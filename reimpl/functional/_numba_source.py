@@ -19,12 +19,7 @@ def load(name: str) -> ModuleType:
     source = Path(__file__).with_name(name).read_text()
     files = (_numba_tiles.__file__, _numba_ops.__file__)
     versions = (numba.__version__, np.__version__, *(Path(file).read_text() for file in files))
-    try:
-        return _kernel_cache.load(source, versions)
-    except Exception:
-        # compiled code that cannot be read back (cut short, or damaged) is made anew; a real fault comes up again
-        _kernel_cache.forget(source, versions)
-        return _kernel_cache.load(source, versions)
+    return _kernel_cache.load(source, versions)
 
 
 def run(kernel: Any, words: list[int], tasks: int) -> None:

@@ -77,6 +77,20 @@ def bad_calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "conv2d", (image, kernel), {"stride": (1, 2, 3)}
     yield "conv2d", (image, kernel), {"padding": (1, 2, 3)}
     yield "conv2d", (image, randn(0, 3, 3, 3)), {}
+    sequence, taps = randn(2, 3, 8), randn(4, 3, 3)
+    yield "conv1d", (randn(8), taps), {}
+    yield "conv1d", (randn(2, 3, 8, 8), taps), {}
+    yield "conv1d", (sequence, randn(4, 3)), {}
+    yield "conv1d", (sequence, randn(4, 3, 3, 3)), {}
+    yield "conv1d", (sequence, randn(4, 2, 3)), {}
+    yield "conv1d", (randn(2, 3, 2), taps), {}
+    yield "conv1d", (sequence, taps, randn(5)), {}
+    yield "conv1d", (sequence, taps), {"stride": (1, 2)}
+    yield "conv1d", (sequence, taps), {"padding": -1}
+    yield "conv1d", (sequence, taps), {"padding": "same", "stride": 2}
+    yield "conv1d", (randn(2, 3, 0), randn(4, 3, 1)), {"padding": 1}
+    yield "conv1d", (randn(2, 6, 8), randn(4, 2, 3)), {"groups": 3}
+    yield "conv2d", (randn(2, 3, 0, 4), randn(4, 3, 1, 1)), {"padding": 1}
     yield "max_pool2d", (randn(3, 3), 2), {}
     yield "max_pool2d", (image, 2), {"padding": 2}
     yield "max_pool2d", (image, 2), {"padding": -1}
@@ -128,7 +142,7 @@ def test_refuses_what_pytorch_refuses_in_its_words(name: str) -> None:
         ("linear", (torch.ones(2, 3), torch.ones(4, 5)), r"cannot be multiplied \(2x3 and 5x4\)"),
         ("linear", (torch.ones(2, 3), torch.ones(4, 3), torch.ones(5)), r"expanded size of the tensor \(4\)"),
         ("linear", (torch.ones(2, 3), torch.ones(4, 3).double()), "same dtype"),
-        ("conv2d", (torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3)), r"Expected 4D weight .* \[4, 3, 3\]"),
+        ("conv2d", (torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3)), r"Expected 3-dimensional input for .* \[4, 3, 3\]"),
         ("conv2d", (torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3).double()), "weight type .* should be the same"),
         ("conv2d", (torch.ones(2, 3, 8, 8), torch.ones(4, 3, 0, 0)), "at least 1 x 1"),
         ("max_pool2d", (torch.ones(2, 3, 8, 8), 0), "greater than zero|should not be zero"),

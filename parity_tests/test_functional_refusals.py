@@ -186,6 +186,10 @@ def test_refuses_what_pytorch_refuses_in_its_words(name: str) -> None:
 
 
 OWN_WORDS: tuple[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str], ...] = (
+    ("batch_norm_relu", (randn(2, 3), None, None), {}, RuntimeError, "running_mean must be defined in evaluation mode"),
+    ("batch_norm_relu", (randn(2, 3), rand(4), rand(4)), {}, RuntimeError, "should contain 3 elements not 4"),
+    ("linear_activation", (rand(2, 3), rand(4, 3), None, "gelu"), {}, ValueError, "must be one of .* got 'gelu'"),
+    ("linear_activation", (rand(2, 3), rand(3)), {}, RuntimeError, r"shape \(out, in\), but got weight of size \[3\]"),
     (
         "maxout",
         (randn(2, 5), 2),

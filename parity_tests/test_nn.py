@@ -58,6 +58,10 @@ CASES: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
     ("Conv2d", (4, 2, 3), {"padding": (2, 1), "padding_mode": "reflect", "stride": (1, 2)}),
     ("Conv2d", (4, 2, 3), {"padding": 1, "padding_mode": "replicate", "dtype": torch.bfloat16}),
     ("Conv2d", (4, 2, 1), {"padding": "valid"}),
+    ("Conv1d", (4, 6, 3), {}),
+    ("Conv1d", (4, 6, (3,), 2, (1,)), {"bias": False, "groups": 2}),
+    ("Conv1d", (4, 6, 2), {"padding": "same", "dilation": 3, "padding_mode": "reflect"}),
+    ("Conv1d", (4, 2, 3), {"padding": 2, "padding_mode": "circular", "dtype": torch.float64}),
     ("MaxPool2d", (2,), {}),
     ("MaxPool2d", (3, 2, 1), {"dilation": (1, 1), "ceil_mode": True, "return_indices": True}),
     ("AdaptiveAvgPool2d", (1,), {}),
@@ -67,6 +71,9 @@ CASES: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
     ("BatchNorm2d", (4,), {"affine": False}),
     ("BatchNorm2d", (4,), {"track_running_stats": False}),
     ("BatchNorm2d", (4,), {"bias": False, "momentum": 0.5}),
+    ("BatchNorm3d", (4,), {"momentum": None}),
+    ("BatchNorm3d", (4,), {"affine": False, "track_running_stats": False}),
+    ("SyncBatchNorm", (4,), {"eps": 1e-4}),
 )
 
 each_case = pytest.mark.parametrize(
@@ -132,9 +139,9 @@ def inputs(name: str) -> tuple[Tensor, ...]:
         return torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
     if name == "Embedding":
         return (torch.tensor([[0, 3], [1, 1]]),)
-    lines = dict.fromkeys(("MaxPool1d", "AvgPool1d", "AdaptiveAvgPool1d"), (4, 6, 7))
+    lines = {"Conv1d": (2, 4, 7), **dict.fromkeys(("MaxPool1d", "AvgPool1d", "AdaptiveAvgPool1d"), (4, 6, 7))}
     features = dict.fromkeys(("Linear", "RNNCell", "LSTMCell"), (6, 5))
-    shape = {**lines, **features, "BatchNorm1d": (6, 4)}.get(name, (2, 4, 6, 7))
+    shape = {**lines, **features, "BatchNorm1d": (6, 4), "BatchNorm3d": (2, 4, 3, 2, 3)}.get(name, (2, 4, 6, 7))
     return (torch.randn(shape, dtype=torch.float64),)
 
 
@@ -239,7 +246,10 @@ def test_conv2d_refuses_unknown_padding(option: str, words: str) -> None:
             namespace.Conv2d(4, 6, 3, **{option: "x"})
 
 
-@pytest.mark.parametrize(("name", "shape"), [("BatchNorm1d", (2, 3, 4, 5)), ("BatchNorm2d", (2, 3))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("BatchNorm1d", (2, 3, 4, 5)), ("BatchNorm2d", (2, 3)), ("BatchNorm3d", (2, 3)), ("SyncBatchNorm", (3,))],
+)
 def test_batch_norm_refuses_other_dimensions(name: str, shape: tuple[int, ...]) -> None:
     messages = []
     for namespace in (nn, torch.nn):

@@ -10,33 +10,31 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as ours
 import reimpl.nn
-from parity_tests.declarations.functional_samples import FORBIDDEN
-from parity_tests.declarations.functional_samples import Draw as _Draw
-from parity_tests.declarations.functional_samples import samples_from as _samples
+from parity_tests.declarations.functional_samples import FORBIDDEN, FORBIDDEN_TO_VARIANCES, Draw, samples_from
 from parity_tests.oracle import functional as oracle
 from reimpl.testing.declarations import FunctionTechnique, Sample
 
 
-def _linear(draw: _Draw) -> Iterator[Sample]:
+def _linear(draw: Draw) -> Iterator[Sample]:
     yield Sample((draw(4, 6), draw(3, 6), draw(3)), desc="matrix")
     yield Sample((draw(2, 3, 5), draw(4, 5)), desc="3-d, no bias")
     yield Sample((draw(7), draw(3, 7), draw(3)), desc="vector")
     yield Sample((draw(3, 5), draw(5)), desc="weight of one dimension")
 
 
-def _elementwise(draw: _Draw) -> Iterator[Sample]:
+def _elementwise(draw: Draw) -> Iterator[Sample]:
     yield Sample((draw(4, 5),), desc="matrix")
     yield Sample(((draw.constant(3, 2, 4) * 20).requires_grad_(),), desc="large values")
     yield Sample((draw(),), desc="0-d")
 
 
-def _along_dim(draw: _Draw) -> Iterator[Sample]:
+def _along_dim(draw: Draw) -> Iterator[Sample]:
     yield Sample((draw(4, 7),), {"dim": 1}, desc="rows")
     yield Sample((draw(3, 5, 4),), {"dim": 1}, desc="inner dimension")
     yield Sample(((draw.constant(3, 6) * 100).requires_grad_(),), {"dim": -1}, desc="large values")
 
 
-def _cross_entropy(draw: _Draw) -> Iterator[Sample]:
+def _cross_entropy(draw: Draw) -> Iterator[Sample]:
     yield Sample((draw(6, 5), draw.classes(5, 6)), desc="indices")
     yield Sample((draw(4), draw.classes(4)), desc="one sample")
     ignoring = draw.classes(5, 6)
@@ -52,7 +50,7 @@ def _cross_entropy(draw: _Draw) -> Iterator[Sample]:
     yield Sample((draw(3, 4, 2), draw(3, 4, 2)), {"reduction": "none"}, desc="probabilities, none")
 
 
-def _conv2d(draw: _Draw) -> Iterator[Sample]:
+def _conv2d(draw: Draw) -> Iterator[Sample]:
     yield Sample((draw(2, 3, 6, 5), draw(4, 3, 3, 3), draw(4)), {"padding": 1}, desc="3x3")
     yield Sample((draw(2, 2, 7, 6), draw(3, 2, 3, 2), draw(3)), {"stride": (2, 1), "padding": (1, 0)}, desc="strided")
     yield Sample(
@@ -64,7 +62,7 @@ def _conv2d(draw: _Draw) -> Iterator[Sample]:
     yield Sample((draw(2, 5, 3, 4), draw(4, 5, 1, 1), draw(4)), desc="1x1")
 
 
-def _batch_norm(draw: _Draw) -> Iterator[Sample]:
+def _batch_norm(draw: Draw) -> Iterator[Sample]:
     def shifted(*shape: int) -> Tensor:
         return (draw.constant(*shape) * 2 + 1).requires_grad_()
 
@@ -87,7 +85,7 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         ours=ours.linear,
         torch=torch_functional.linear,
         oracle=oracle.linear,
-        samples=_samples(_linear),
+        samples=samples_from(_linear),
         module=reimpl.nn.Linear,
         torch_module=torch.nn.Linear,
         forbidden=FORBIDDEN,
@@ -100,7 +98,7 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         ours=ours.relu,
         torch=torch_functional.relu,
         oracle=oracle.relu,
-        samples=_samples(_elementwise),
+        samples=samples_from(_elementwise),
         magnitude=oracle.relu_magnitude,
         module=reimpl.nn.ReLU,
         torch_module=torch.nn.ReLU,
@@ -114,7 +112,7 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         ours=ours.sigmoid,
         torch=torch.sigmoid,
         oracle=oracle.sigmoid,
-        samples=_samples(_elementwise),
+        samples=samples_from(_elementwise),
         magnitude=oracle.sigmoid_magnitude,
         module=reimpl.nn.Sigmoid,
         torch_module=torch.nn.Sigmoid,
@@ -128,7 +126,7 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         ours=ours.softmax,
         torch=torch_functional.softmax,
         oracle=oracle.softmax,
-        samples=_samples(_along_dim),
+        samples=samples_from(_along_dim),
         magnitude=oracle.softmax_magnitude,
         module=reimpl.nn.Softmax,
         torch_module=torch.nn.Softmax,
@@ -142,7 +140,7 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         ours=ours.log_softmax,
         torch=torch_functional.log_softmax,
         oracle=oracle.log_softmax,
-        samples=_samples(_along_dim),
+        samples=samples_from(_along_dim),
         magnitude=oracle.log_softmax_magnitude,
         module=reimpl.nn.LogSoftmax,
         torch_module=torch.nn.LogSoftmax,
@@ -156,7 +154,7 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         ours=ours.cross_entropy,
         torch=torch_functional.cross_entropy,
         oracle=oracle.cross_entropy,
-        samples=_samples(_cross_entropy),
+        samples=samples_from(_cross_entropy),
         magnitude=oracle.cross_entropy_magnitude,
         module=reimpl.nn.CrossEntropyLoss,
         torch_module=torch.nn.CrossEntropyLoss,
@@ -170,7 +168,7 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         ours=ours.conv2d,
         torch=torch_functional.conv2d,
         oracle=oracle.conv2d,
-        samples=_samples(_conv2d),
+        samples=samples_from(_conv2d),
         module=reimpl.nn.Conv2d,
         torch_module=torch.nn.Conv2d,
         forbidden=FORBIDDEN,
@@ -183,10 +181,10 @@ FUNCTIONS: tuple[FunctionTechnique, ...] = (
         ours=ours.batch_norm,
         torch=torch_functional.batch_norm,
         oracle=oracle.batch_norm,
-        samples=_samples(_batch_norm),
+        samples=samples_from(_batch_norm),
         magnitude=oracle.batch_norm_magnitude,
         module=reimpl.nn.BatchNorm2d,
         torch_module=torch.nn.BatchNorm2d,
-        forbidden=FORBIDDEN,
+        forbidden=FORBIDDEN_TO_VARIANCES,
     ),
 )

@@ -39,6 +39,9 @@ FORBIDDEN: tuple[str, ...] = (
     "torch.nn.modules.*.forward",
 )
 
+# A sum of squares is one reduction of several in a variance, and the whole of a penalty.
+FORBIDDEN_TO_VARIANCES = tuple(pattern for pattern in FORBIDDEN if pattern != "aten::*vector_norm*")
+
 Samples = Callable[[torch.device, torch.dtype, Generator], Iterator[Sample]]
 
 

@@ -15,19 +15,22 @@ from reimpl.functional.activation import (
 )
 from reimpl.functional.average_pooling import adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d
 from reimpl.functional.binary import binary_cross_entropy, binary_cross_entropy_with_logits, masked_multilabel_loss
-from reimpl.functional.conv import conv2d
+from reimpl.functional.conv import conv1d, conv2d
 from reimpl.functional.dropout import dropout
 from reimpl.functional.embedding import embedding, skip_gram_loss
 from reimpl.functional.filters import edge_filters
+from reimpl.functional.kernels import use_kernels
 from reimpl.functional.likelihood import cross_entropy_of_probabilities, nll_loss, zero_one_loss
 from reimpl.functional.linear import linear
+from reimpl.functional.linear_activation import linear_activation
 from reimpl.functional.loss import cross_entropy
 from reimpl.functional.max_pooling import adaptive_max_pool2d, max_pool1d, max_pool2d
-from reimpl.functional.normalization import batch_norm
+from reimpl.functional.normalization import batch_norm, batch_norm_relu
 from reimpl.functional.penalty import lp_penalty
 from reimpl.functional.recurrent import lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from reimpl.functional.regression import half_squared_error, mse_loss
 from reimpl.functional.softmax import log_softmax, softmax
+from reimpl.functional.sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -36,8 +39,10 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
+    "batch_norm_relu",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "conv1d",
     "conv2d",
     "cross_entropy",
     "cross_entropy_of_probabilities",
@@ -50,6 +55,7 @@ __all__ = [
     "leaky_relu",
     "leaky_relu_",
     "linear",
+    "linear_activation",
     "log_softmax",
     "lp_penalty",
     "lstm_cell",
@@ -67,7 +73,9 @@ __all__ = [
     "sigmoid_",
     "skip_gram_loss",
     "softmax",
+    "sync_batch_norm",
     "tanh",
     "tanh_",
+    "use_kernels",
     "zero_one_loss",
 ]

@@ -1,100 +1,89 @@
 """The three products of a convolution (output, gradient of the input, gradient of the weight) as matrix products.
 
-Each gathers the windows of the padded input into rows, ``(N·H'·W', f_h·f_w·C)``, and multiplies. Rows are laid out with
-the channels last, so that a window's row of ``f_w·C`` numbers is copied as one run, and made for a few samples at a
-time, so that they stay in the cache.
+``im2col`` gathers the windows of the padded input into rows, ``(N·H'·W', f_h·f_w·C)``, and multiplies once. Rows are
+laid out with the channels last, so that a window's row of ``f_w·C`` numbers is copied as one run, and made for a few
+samples at a time, so that they stay in the cache. ``views`` multiplies once for each kernel tap: the padded input as
+one matrix of ``C`` columns, read from a row further down, is the input as that tap sees it.
+
+The gradient of the input is itself a convolution of the output's gradient, at stride 1: one for each residue of a
+pixel's place by the stride, with the kernel's taps that reach such a pixel, mirrored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._conv_arguments import Geometry, phases
+from reimpl.functional._conv_winograd import winograd, winograd_weight
+from reimpl.functional._dispatch import is_batched, opmath_dtype
+from reimpl.functional.kernels import kernels_for
 
 # Measured: 1-4 MB of rows a product is fastest on CPU caches; CUDA wants few, large products.
 _ROW_BYTES_CPU = 2 << 20
 _ROW_BYTES_OTHER = 512 << 20
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Stride, padding (top, bottom, left, right), dilation and number of groups."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def padded(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the input with its padding."""
-        top, bottom, left, right = self.padding
-        return height + top + bottom, width + left + right
-
-    def reach(self, k_h: int, k_w: int) -> tuple[int, int]:
-        """Size of the dilated kernel."""
-        return self.dilation[0] * (k_h - 1) + 1, self.dilation[1] * (k_w - 1) + 1
-
-    def output(self, height: int, width: int, k_h: int, k_w: int) -> tuple[int, int]:
-        """Size of the output, floor((h + 2p - d(f - 1) - 1)/s) + 1."""
-        (rows, columns), (r_h, r_w) = self.padded(height, width), self.reach(k_h, k_w)
-        return (rows - r_h) // self.stride[0] + 1, (columns - r_w) // self.stride[1] + 1
-
-    def repeated(self, times: int) -> Geometry:
-        """The same with ``times`` as many groups."""
-        return replace(self, groups=self.groups * times)
+# Measured: products over views win while the pixels of the padding that they compute in vain are this few, and the
+# products of single taps are wide enough to run at the speed of large ones.
+_VIEWS_WASTE, _VIEWS_CHANNELS = 1.15, 64
 
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``C(x, w) + b``: the output, channels last in memory."""
-    count, groups, kernel = input.shape[0], geometry.groups, (weight.shape[2], weight.shape[3])
-    output = geometry.output(input.shape[2], input.shape[3], *kernel)
-    filters = _filters(weight, groups)
-    offset = None if bias is None else bias.reshape(groups, 1, -1)
-    row_bytes = prod(output) * prod(kernel) * input.shape[1] * input.element_size()
-
-    def product(part: slice) -> Tensor:
-        rows = _window_rows(input[part], kernel, output, geometry)
-        values = rows @ filters if offset is None else torch.baddbmm(offset, rows, filters)
-        return values.transpose(0, 1).reshape(-1, *output, weight.shape[0])
-
-    return _over_parts(product, count, row_bytes, input.device).permute(0, 3, 1, 2)
+    kernels = _compiled(geometry, input, weight, bias)
+    if kernels and kernels.worth_it(input, weight, _output(input, weight, geometry), geometry.groups):
+        return kernels.convolve(input, weight, bias, geometry)  # type: ignore[no-any-return]
+    algorithm = geometry.algorithm or _choose(input, weight, geometry)
+    if algorithm == "winograd":
+        return winograd(input, weight, bias, geometry)
+    if algorithm == "views" and geometry.stride == (1, 1) and not is_batched(input):
+        return _by_views(input, weight, bias, geometry)
+    return _by_rows(input, weight, bias, geometry)
 
 
 def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
     """``T(g, w)``: each output's gradient spread over its window; ``size`` is the input's height and width."""
-    groups, (k_h, k_w), (o_h, o_w) = geometry.groups, weight.shape[2:], grad.shape[2:]
-    (height, width), channels, dtype = geometry.padded(*size), weight.shape[1], opmath_dtype(grad.dtype)
-    (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
-    filters = _filters(weight, groups).transpose(1, 2).to(dtype)
-
-    def product(part: slice) -> Tensor:
-        errors = _error_rows(grad[part], groups, dtype)
-        samples = errors.shape[1] // (o_h * o_w)
-        rows = (errors @ filters).view(groups, samples, o_h, o_w, k_h, k_w, channels)
-        spread = rows.new_zeros(samples, height, width, groups, channels)
-        for i in range(k_h):
-            for j in range(k_w):
-                window = _every(_every(spread, 1, i * d_h, o_h, s_h), 2, j * d_w, o_w, s_w)
-                window += rows[:, :, :, :, i, j].permute(1, 2, 3, 0, 4)
-        inner = spread.narrow(1, top, size[0]).narrow(2, left, size[1])
-        return inner.reshape(samples, *size, groups * channels).to(grad.dtype)
-
-    row_bytes = o_h * o_w * k_h * k_w * groups * channels * dtype.itemsize
-    return _over_parts(product, grad.shape[0], row_bytes, grad.device).permute(0, 3, 1, 2)
+    kernels = _compiled(geometry, grad, weight)
+    if kernels and kernels.worth_it(grad, weight.transpose(0, 1), (grad.shape[2], grad.shape[3]), geometry.groups):
+        return kernels.convolve_input(grad, weight, size, geometry)  # type: ignore[no-any-return]
+    groups, (outputs, channels, k_h, k_w) = geometry.groups, weight.shape
+    mirrored = weight.reshape(groups, outputs // groups, channels, k_h, k_w).transpose(1, 2).flip(3, 4)
+    mirrored = mirrored.reshape(groups * channels, outputs // groups, k_h, k_w)
+    parts = [list(phases(d, grad.shape[2 + d], size[d], weight.shape[2 + d], geometry)) for d in (0, 1)]
+    spread = None
+    for first, rows, rows_taps, rows_padding, rows_step in parts[0]:
+        for left, columns, columns_taps, columns_padding, columns_step in parts[1]:
+            taps = _every(_every(mirrored, 2, *rows_taps), 3, *columns_taps)
+            part = Geometry(
+                (1, 1), (*rows_padding, *columns_padding), (rows_step, columns_step), groups, geometry.algorithm
+            )
+            values = convolve(grad, taps, None, part)
+            if values.shape[2:] == size:
+                return values
+            if spread is None:
+                spread = values.new_zeros(values.shape[0], *size, values.shape[1]).permute(0, 3, 1, 2)
+            target = _every(_every(spread, 2, first, rows, geometry.stride[0]), 3, left, columns, geometry.stride[1])
+            target.copy_(values)
+    return grad.new_zeros(grad.shape[0], groups * channels, *size) if spread is None else spread
 
 
 def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``: each window of the input weighted by its output's gradient; ``size`` is the kernel's."""
+    if geometry.algorithm == "winograd":
+        return winograd_weight(grad, input, geometry)
     groups, output, dtype = geometry.groups, (grad.shape[2], grad.shape[3]), opmath_dtype(grad.dtype)
     channels = input.shape[1] // groups
+    kernels = _compiled(geometry, grad, input)
+    if kernels and kernels.worth_it_for_weight(grad, input, size, groups):
+        return kernels.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
     total = None
-    for part in _parts(input.shape[0], prod(output) * prod(size) * input.shape[1] * dtype.itemsize, input.device):
+    row_bytes = prod(output) * prod(size) * input.shape[1] * dtype.itemsize
+    least = grad.shape[1] * channels * prod(size) * dtype.itemsize
+    for part in _parts(input.shape[0], row_bytes, input.device, least):
         rows = _window_rows(input[part].to(dtype), size, output, geometry)
         product = _error_rows(grad[part], groups, dtype).transpose(1, 2) @ rows
         total = product if total is None else total.add_(product)
@@ -104,10 +93,77 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
     return weight.to(grad.dtype).contiguous()
 
 
-def _over_parts(product: Callable[[slice], Tensor], count: int, row_bytes: int, device: torch.device) -> Tensor:
+def _compiled(geometry: Geometry, *tensors: Tensor | None) -> Any:
+    """The module of compiled convolutions, where it is wanted and does for these tensors."""
+    return kernels_for("_conv_numba", *tensors) if geometry.algorithm is None else None
+
+
+def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
+    return geometry.output(input.shape[2], input.shape[3], weight.shape[2], weight.shape[3])
+
+
+def _choose(input: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    if geometry.stride != (1, 1) or weight.shape[1] < _VIEWS_CHANNELS:
+        return "im2col"
+    padded = geometry.padded(input.shape[2], input.shape[3])
+    output = geometry.output(input.shape[2], input.shape[3], weight.shape[2], weight.shape[3])
+    return "views" if prod(padded) <= _VIEWS_WASTE * prod(output) else "im2col"
+
+
+def _by_rows(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    groups, kernel = geometry.groups, (weight.shape[2], weight.shape[3])
+    output = geometry.output(input.shape[2], input.shape[3], *kernel)
+    filters = _filters(weight, groups)
+    offset = None if bias is None else bias.reshape(groups, 1, -1)
+    row_bytes = prod(output) * prod(kernel) * input.shape[1] * input.element_size()
+
+    def product(part: slice) -> Tensor:
+        rows = _window_rows(input[part], kernel, output, geometry)
+        values = rows @ filters if offset is None else torch.baddbmm(offset, rows, filters)
+        samples = values.shape[1] // prod(output)
+        return values.transpose(0, 1).reshape(samples, *output, weight.shape[0])
+
+    least = weight.numel() * weight.element_size()
+    return _over_parts(product, input.shape[0], row_bytes, input.device, least).permute(0, 3, 1, 2)
+
+
+def _by_views(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    groups, (outputs, channels, k_h, k_w) = geometry.groups, weight.shape
+    (d_h, d_w), (top, bottom, left, right) = geometry.dilation, geometry.padding
+    height, width = geometry.padded(input.shape[2], input.shape[3])
+    rows, columns = geometry.output(input.shape[2], input.shape[3], k_h, k_w)
+    dtype = opmath_dtype(input.dtype)
+    filters = weight.reshape(groups, outputs // groups, channels, k_h, k_w).permute(3, 4, 0, 2, 1).to(dtype)
+    # the last tap of the last pixel looks past the end by the kernel's reach
+    beyond = (k_h - 1) * d_h + -(-(k_w - 1) * d_w // width)
+
+    def product(part: slice) -> Tensor:
+        planes = pad_constant(input[part].permute(0, 2, 3, 1).to(dtype), (0, 0, left, right, top, bottom))
+        count = planes.shape[0]
+        pixels = pad_constant(planes.reshape(count * height, width, groups * channels), (0, 0, 0, 0, 0, beyond))
+        matrix = pixels.reshape((count * height + beyond) * width, groups, channels).transpose(0, 1)
+        total = None
+        for k in range(k_h):
+            for j in range(k_w):
+                seen = matrix.narrow(1, k * d_h * width + j * d_w, count * height * width)
+                if total is None:
+                    total = torch.bmm(seen, filters[k, j])
+                else:
+                    total.baddbmm_(seen, filters[k, j])
+        assert total is not None
+        values = total.transpose(0, 1).reshape(count, height, width, outputs).narrow(1, 0, rows).narrow(2, 0, columns)
+        return values.to(input.dtype) if bias is None else (values + bias).to(input.dtype)
+
+    row_bytes = height * width * (groups * channels + outputs) * dtype.itemsize
+    return _over_parts(product, input.shape[0], row_bytes, input.device).permute(0, 3, 1, 2)
+
+
+def _over_parts(
+    product: Callable[[slice], Tensor], count: int, row_bytes: int, device: torch.device, least: int = 0
+) -> Tensor:
     """The products of all parts of the batch, one below the other."""
     whole = None
-    for part in _parts(count, row_bytes, device):
+    for part in _parts(count, row_bytes, device, least):
         values = product(part)
         if values.shape[0] == count:
             return values
@@ -151,12 +207,12 @@ def _window_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int]
         (groups, count, *output, *kernel, channels),
         (c * channels, n, h * s_h, w * s_w, h * d_h, w * d_w, c),
     )
-    return windows.reshape(groups, count * output[0] * output[1], kernel[0] * kernel[1] * channels)
+    return windows.reshape(groups, count * output[0] * output[1], prod(kernel) * channels)
 
 
-def _parts(count: int, bytes_per_sample: int, device: torch.device) -> Iterator[slice]:
-    """Slices of the batch whose rows fit the device's budget."""
-    budget = _ROW_BYTES_CPU if device.type == "cpu" else _ROW_BYTES_OTHER
+def _parts(count: int, bytes_per_sample: int, device: torch.device, least: int = 0) -> Iterator[slice]:
+    """Slices of the batch whose rows fit the device's budget, or ``least`` bytes: the kernel is read once a slice."""
+    budget = max(least, _ROW_BYTES_CPU if device.type == "cpu" else _ROW_BYTES_OTHER)
     size = max(1, budget // max(1, bytes_per_sample))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

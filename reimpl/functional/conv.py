@@ -1,4 +1,4 @@
-"""Convolution over planes: arguments, the autograd Functions and the plain composition."""
+"""Convolution over sequences and planes: the public functions, the autograd Functions and the plain composition."""
 
 from __future__ import annotations
 
@@ -9,15 +9,44 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._conv_kernels import Geometry, convolve, convolve_input, convolve_weight
-from reimpl.functional._dispatch import (
-    autocast_disabled,
-    autocast_to_lower,
-    call,
-    memory_format_of,
-    opmath_dtype,
-    scalar_type_name,
-)
+from reimpl.functional._conv_arguments import Geometry, check, check_dims, geometry_of
+from reimpl.functional._conv_kernels import convolve, convolve_input, convolve_weight
+from reimpl.functional._dispatch import autocast_disabled, autocast_to_lower, call, memory_format_of, opmath_dtype
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    algorithm: str | None = None,
+) -> Tensor:
+    r"""Convolution (cross-correlation) of sequences, :func:`conv2d` with one row.
+
+    .. math::
+        y_{n o j} = b_o + \sum_{c, l} w_{o c l}\, x_{n,\, c,\, j s + l d - p}
+
+    Args:
+        input: shape :math:`(N, C, L)` or :math:`(C, L)`.
+        weight: shape :math:`(O, C/\text{groups}, f)`.
+        bias: shape :math:`(O)`.
+        stride, padding, dilation, groups, algorithm: as :func:`conv2d`'s, numbers or sequences of one.
+
+    Returns:
+        shape :math:`(N, O, L')` or :math:`(O, L')`, contiguous; :math:`L' = \lfloor (L + 2p - d(f - 1) - 1)/s \rfloor
+        + 1`.
+
+    Raises:
+        RuntimeError: shapes, dtypes or options do not fit; the text is PyTorch's.
+        NotImplementedError: the tensors are boolean, or ``algorithm`` does not do this geometry.
+
+    Source: F7; N1, N4. PyTorch: :func:`torch.nn.functional.conv1d`.
+    """
+    return _convolution(1, input, weight, bias, stride, padding, dilation, groups, algorithm)
 
 
 def conv2d(
@@ -28,6 +57,8 @@ def conv2d(
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    algorithm: str | None = None,
 ) -> Tensor:
     r"""Convolution (cross-correlation) of planes.
 
@@ -45,121 +76,50 @@ def conv2d(
         padding: a number, a pair, ``"valid"`` (none) or ``"same"`` (output as large as the input; of an odd total the
             larger half goes below and to the right).
         groups: number of groups of channels that do not see each other.
+        algorithm: ``"im2col"`` gathers the windows into rows of one matrix product; ``"views"`` takes a product for
+            each kernel tap, over shifted views of the padded input, and copies nothing; ``"winograd"`` is the minimal
+            filtering F(2x2, 3x3), which multiplies 2.25 times less and rounds more. ``None`` takes one of the first
+            two, by shape, or compiled code under :func:`reimpl.functional.use_kernels`. The gradients follow.
 
     Returns:
         shape :math:`(N, O, H', W')` or :math:`(O, H', W')`, ``channels_last`` where ``input`` or ``weight`` is.
 
     Raises:
         RuntimeError: shapes, dtypes or options do not fit; the text is PyTorch's.
+        ValueError: no such algorithm.
+        NotImplementedError: the tensors are boolean, or ``algorithm`` does not do this geometry.
 
-    Source: F7; N1, N4. PyTorch: :func:`torch.nn.functional.conv2d`.
+    Source: F7; N1, N4; Winograd: Lavin and Gray, *Fast Algorithms for Convolutional Neural Networks*, 2015. PyTorch:
+    :func:`torch.nn.functional.conv2d`.
     """
-    input, weight, bias = autocast_to_lower(input, weight, bias)
-    if input.dim() not in (3, 4):
-        raise RuntimeError(
-            f"Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: {list(input.shape)}"
-        )
-    batch = input if input.dim() == 4 else input.unsqueeze(0)
-    geometry = _geometry(weight, stride, padding, dilation, groups)
-    _check(batch, weight, bias, geometry)
-    with autocast_disabled(input.device):
-        output: Tensor = call(_Conv2d, _composition, batch, weight, bias, geometry)
-    output = output.contiguous(memory_format=memory_format_of(batch, weight))
-    return output if input.dim() == 4 else output.squeeze(0)
+    return _convolution(2, input, weight, bias, stride, padding, dilation, groups, algorithm)
 
 
-def _geometry(
+def _convolution(
+    dims: int,
+    input: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
-) -> Geometry:
-    stride_, dilation_ = _pair("stride", stride), _pair("dilation", dilation)
-    if groups <= 0:
-        raise RuntimeError("non-positive groups is not supported")
-    if min(stride_) <= 0:
-        raise RuntimeError("non-positive stride is not supported")
-    if min(dilation_) <= 0:
-        raise RuntimeError("non-positive dilation is not supported")
-    if not isinstance(padding, str):
-        rows, columns = _pair("padding", padding)
-        if min(rows, columns) < 0:
-            raise RuntimeError("negative padding is not supported")
-        return Geometry(stride_, (rows, rows, columns, columns), dilation_, groups)
-    if padding == "valid":
-        return Geometry(stride_, (0, 0, 0, 0), dilation_, groups)
-    if padding != "same":
-        raise RuntimeError(f"Invalid padding string: '{padding}'")
-    if stride_ != (1, 1):
-        raise RuntimeError("padding='same' is not supported for strided convolutions")
-    totals = [d * (k - 1) for d, k in zip(dilation_, weight.shape[2:], strict=False)]
-    sides = [side for total in totals for side in (total // 2, total - total // 2)]
-    return Geometry(stride_, (sides[0], sides[1], sides[2], sides[3]), dilation_, groups)
-
-
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    values = tuple(value)
-    if len(values) == 1:
-        return values[0], values[0]
-    if len(values) != 2:
-        raise RuntimeError(
-            f"expected {name} to be a single integer value or a list of 2 values "
-            f"to match the convolution dimensions, but got {name}={list(values)}"
-        )
-    return values[0], values[1]
-
-
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-    size, groups = list(weight.shape), geometry.groups
-    if weight.dim() != 4:
-        raise RuntimeError(f"Expected 4D weight to conv2d, but got weight of size: {size}")
-    if weight.dtype != input.dtype:
-        raise RuntimeError(
-            f"Input type ({_tensor_type(input)}) and weight type ({_tensor_type(weight)}) should be the same"
-        )
-    if bias is not None and bias.dtype != input.dtype:
-        names = [scalar_type_name(t.dtype).lower() for t in (input, bias)]
-        raise RuntimeError(f"Input type ({names[0]}) and bias type ({names[1]}) should be the same")
-    if size[0] < groups:
-        raise RuntimeError(
-            f"Given groups={groups}, expected weight to be at least {groups} at dimension 0, "
-            f"but got weight of size {size} instead"
-        )
-    if size[0] % groups:
-        raise RuntimeError(
-            f"Given groups={groups}, expected weight to be divisible by {groups} at dimension 0, "
-            f"but got weight of size [{size}] instead"
-        )
-    if input.shape[1] != size[1] * groups:
-        raise RuntimeError(
-            f"Given groups={groups}, weight of size {size}, expected input{list(input.shape)} "
-            f"to have {size[1] * groups} channels, but got {input.shape[1]} channels instead"
-        )
-    if bias is not None and tuple(bias.shape) != (size[0],):
-        raise RuntimeError(
-            f"Given weight of size {size}, expected bias to be 1-dimensional with {size[0]} elements, "
-            f"but got bias of size {list(bias.shape)} instead"
-        )
-    _check_reach(input, weight, geometry)
-
-
-def _check_reach(input: Tensor, weight: Tensor, geometry: Geometry) -> None:
-    if 0 in weight.shape[2:]:
-        raise RuntimeError(f"Expected a kernel of at least 1 x 1, but got weight of size {list(weight.shape)}")
-    padded = geometry.padded(input.shape[2], input.shape[3])
-    reach = geometry.reach(weight.shape[2], weight.shape[3])
-    if padded[0] < reach[0] or padded[1] < reach[1]:
-        raise RuntimeError(
-            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). "
-            f"Kernel size: ({reach[0]} x {reach[1]}). Kernel size can't be greater than actual input size"
-        )
-
-
-def _tensor_type(tensor: Tensor) -> str:
-    return tensor.type() if tensor.device.type in ("cpu", "cuda") else scalar_type_name(tensor.dtype)
+    algorithm: str | None,
+) -> Tensor:
+    input, weight, bias = autocast_to_lower(input, weight, bias)
+    check_dims(input, weight, dims)
+    geometry = geometry_of(weight, stride, padding, dilation, groups, algorithm)
+    batch = input if input.dim() == dims + 2 else input.unsqueeze(0)
+    check(batch, weight, bias, geometry)
+    layout = memory_format_of(batch, weight)
+    if dims == 1:
+        batch, weight, layout = batch.unsqueeze(2), weight.unsqueeze(2), torch.contiguous_format
+    with autocast_disabled(input.device):
+        output: Tensor = call(_Conv2d, _composition, batch, weight, bias, geometry)
+    output = output.contiguous(memory_format=layout)
+    if dims == 1:
+        output = output.squeeze(2)
+    return output if input.dim() == dims + 2 else output.squeeze(0)
 
 
 def _composition(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

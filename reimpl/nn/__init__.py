@@ -24,8 +24,9 @@ from torch.nn import (
 from reimpl import functional, init
 from reimpl.nn import utils
 from reimpl.nn.activation import Identity, LeakyReLU, LogSoftmax, Maxout, ReLU, Sigmoid, Softmax, Tanh
-from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d
-from reimpl.nn.conv import Conv2d
+from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+from reimpl.nn.conv import Conv1d, Conv2d
+from reimpl.nn.convert import Conversion, convert, revert
 from reimpl.nn.dropout import Dropout
 from reimpl.nn.embedding import Embedding
 from reimpl.nn.linear import Linear
@@ -52,6 +53,8 @@ REIMPLEMENTED = (
     "BCEWithLogitsLoss",
     "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNorm3d",
+    "Conv1d",
     "Conv2d",
     "CrossEntropyLoss",
     "Dropout",
@@ -70,6 +73,7 @@ REIMPLEMENTED = (
     "Sigmoid",
     "Softmax",
     "Tanh",
+    "SyncBatchNorm",
 )
 
 __all__ = [
@@ -83,8 +87,11 @@ __all__ = [
     "BCEWithLogitsLoss",
     "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNorm3d",
     "Buffer",
+    "Conv1d",
     "Conv2d",
+    "Conversion",
     "CrossEntropyLoss",
     "Dropout",
     "Embedding",
@@ -111,10 +118,13 @@ __all__ = [
     "Sequential",
     "Sigmoid",
     "Softmax",
+    "SyncBatchNorm",
     "Tanh",
     "Unflatten",
+    "convert",
     "functional",
     "init",
+    "revert",
     "utils",
 ]
 

@@ -84,11 +84,14 @@ class _BatchNorm(Module):
                 return 1.0 / float(self.num_batches_tracked)
         return 0.0 if self.momentum is None else self.momentum
 
+    def _normalize(self, *args: Any) -> Tensor:
+        return F.batch_norm(*args)
+
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         factor = self._average_factor()
         use_averages = not self.training or self.track_running_stats
-        return F.batch_norm(
+        return self._normalize(
             input,
             self.running_mean if use_averages else None,
             self.running_var if use_averages else None,
@@ -144,3 +147,84 @@ class BatchNorm2d(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+
+
+class BatchNorm3d(_BatchNorm):
+    r"""Batch normalisation of :math:`(N, C, D, H, W)`; arguments as :class:`BatchNorm1d`. PyTorch:
+    :class:`torch.nn.BatchNorm3d`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 5:
+            raise ValueError(f"expected 5D input (got {input.dim()}D input)")
+
+
+class SyncBatchNorm(_BatchNorm):
+    r"""Batch normalisation of :math:`(N, C, *)` by the batches of all processes together.
+
+    In training, where :mod:`torch.distributed` is initialised with more than one process, mean and variance are those
+    of the processes' batches joined (:func:`reimpl.functional.sync_batch_norm`); else it is :class:`BatchNorm1d`.
+    Unlike PyTorch's it also runs on the CPU.
+
+    Args:
+        process_group: the processes that share statistics; ``None`` for all.
+
+    Other arguments as :class:`BatchNorm1d`'s. PyTorch: :class:`torch.nn.SyncBatchNorm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.shape[1] == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+
+    def _normalize(self, *args: Any) -> Tensor:
+        distributed = torch.distributed
+        if not (self.training and distributed.is_available() and distributed.is_initialized()):
+            return super()._normalize(*args)
+        group = self.process_group or distributed.group.WORLD
+        if distributed.get_world_size(group) < 2:
+            return super()._normalize(*args)
+        input, running_mean, running_var, weight, bias, _, momentum, eps = args
+        return F.sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, group)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: Module, process_group: Any = None) -> Module:
+        """Put a :class:`SyncBatchNorm` with the same parameters in the place of every batch normalisation, ours or
+        PyTorch's.
+
+        Args:
+            module: a model, changed in place, or itself a batch normalisation.
+            process_group: see the class.
+
+        Returns:
+            ``module``, or what takes its place.
+        """
+        if isinstance(module, (_BatchNorm, torch.nn.modules.batchnorm._BatchNorm)):
+            return cls._like(module, process_group)
+        for name, child in module.named_children():
+            module.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return module
+
+    @classmethod
+    def _like(cls, module: Any, process_group: Any) -> SyncBatchNorm:
+        options = (module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        twin = cls(*options, process_group, device="meta", bias=module.bias is not None)
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(twin, name, getattr(module, name))
+        return twin.train(module.training)

@@ -19,24 +19,8 @@ _PADDING_STRINGS = {"same", "valid"}
 _PADDING_MODES = {"zeros", "reflect", "replicate", "circular"}
 
 
-class Conv2d(Module):
-    r"""Convolution of planes, :func:`reimpl.functional.conv2d`, from :math:`(N, C, H, W)` to :math:`(N, O, H', W')`.
-
-    Weight :math:`(O, C/\text{groups}, f_h, f_w)` and bias start from :math:`U(-k, k)`,
-    :math:`k = 1/\sqrt{\text{fan\_in}}`, with PyTorch's bits for a seed.
-
-    Args:
-        in_channels, out_channels, kernel_size: sizes.
-        stride, padding, dilation, groups: see the function.
-        bias: whether there is a bias.
-        padding_mode: what stands in the padding, ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: channels not divisible by ``groups``, or an unknown padding.
-
-    Source: F7; N1, N4. PyTorch: :class:`torch.nn.Conv2d`.
-    """
+class _Conv(Module):
+    """What the convolutions over one and two dimensions of space share."""
 
     __constants__: ClassVar[list[str]] = [
         "stride",
@@ -49,6 +33,7 @@ class Conv2d(Module):
         "out_channels",
         "kernel_size",
     ]
+    _dims: ClassVar[int]
     weight: Tensor
     bias: Tensor | None
 
@@ -69,12 +54,12 @@ class Conv2d(Module):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
-        self.dilation = _pair(dilation)
+        self.kernel_size = self._each(kernel_size)
+        self.stride = self._each(stride)
+        self.padding = padding if isinstance(padding, str) else self._each(padding)
+        self.dilation = self._each(dilation)
         self.transposed = False
-        self.output_padding = (0, 0)
+        self.output_padding = self._each(0)
         self.groups = groups
         self.padding_mode = padding_mode
         self._check()
@@ -104,11 +89,11 @@ class Conv2d(Module):
             )
 
     def _sides(self) -> list[int]:
-        """Left, right, top and bottom padding, the order of :func:`torch.nn.functional.pad`."""
+        """Padding before and after, the last dimension first: the order of :func:`torch.nn.functional.pad`."""
         if not isinstance(self.padding, str):
-            return [self.padding[1], self.padding[1], self.padding[0], self.padding[0]]
+            return [side for side in reversed(self.padding) for _ in (0, 1)]
         if self.padding == "valid":
-            return [0, 0, 0, 0]
+            return [0, 0] * self._dims
         totals = [d * (k - 1) for d, k in zip(reversed(self.dilation), reversed(self.kernel_size), strict=True)]
         return [side for total in totals for side in (total // 2, total - total // 2)]
 
@@ -122,17 +107,24 @@ class Conv2d(Module):
                 self.weight.copy_(init.kaiming_uniform_(drawn, a=sqrt(5)))
         reset_bias(self.bias, self.weight)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _function(self, *args: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
-            input, padding = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
-        return F.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+            input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = self._each(0)
+        return self._function(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         if self.padding != (0,) * len(self.padding):
             parts.append(f"padding={self.padding}")
-        if self.dilation != (1, 1):
+        if self.dilation != self._each(1):
             parts.append(f"dilation={self.dilation}")
         if self.groups != 1:
             parts.append(f"groups={self.groups}")
@@ -147,6 +139,45 @@ class Conv2d(Module):
         if not hasattr(self, "padding_mode"):
             self.padding_mode = "zeros"
 
+    @classmethod
+    def _each(cls, value: int | Sequence[int]) -> tuple[int, ...]:
+        return (value,) * cls._dims if isinstance(value, int) else tuple(value)
 
-def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+
+class Conv1d(_Conv):
+    r"""Convolution of sequences, :func:`reimpl.functional.conv1d`, from :math:`(N, C, L)` to :math:`(N, O, L')`.
+
+    Weight :math:`(O, C/\text{groups}, f)`; arguments and start as :class:`Conv2d`'s, with numbers or sequences of one.
+
+    Source: F7; N1, N4. PyTorch: :class:`torch.nn.Conv1d`.
+    """
+
+    _dims = 1
+
+    def _function(self, *args: Any) -> Tensor:
+        return F.conv1d(*args)
+
+
+class Conv2d(_Conv):
+    r"""Convolution of planes, :func:`reimpl.functional.conv2d`, from :math:`(N, C, H, W)` to :math:`(N, O, H', W')`.
+
+    Weight :math:`(O, C/\text{groups}, f_h, f_w)` and bias start from :math:`U(-k, k)`,
+    :math:`k = 1/\sqrt{\text{fan\_in}}`, with PyTorch's bits for a seed.
+
+    Args:
+        in_channels, out_channels, kernel_size: sizes.
+        stride, padding, dilation, groups: see the function.
+        bias: whether there is a bias.
+        padding_mode: what stands in the padding, ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: channels not divisible by ``groups``, or an unknown padding.
+
+    Source: F7; N1, N4. PyTorch: :class:`torch.nn.Conv2d`.
+    """
+
+    _dims = 2
+
+    def _function(self, *args: Any) -> Tensor:
+        return F.conv2d(*args)

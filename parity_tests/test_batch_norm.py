@@ -1,0 +1,278 @@
+"""Batch normalisation: the notes' chain step by step, their errata, PyTorch's samples, fused forms, processes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor, distributed
+from torch.nn import functional as torch_functional
+
+import reimpl.functional as F
+import reimpl.nn as nn
+from parity_tests.oracle.functional_norm import batch_norm_chain
+from reimpl.functional.normalization import Chain, per_channel
+from reimpl.testing import judge, random_tensor, seeded_generator, to_oracle
+from reimpl.testing.torch_operators import module_calls, sample_calls
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SHAPES = ((7, 3), (5, 3, 4), (4, 3, 5, 2), (2, 3, 2, 3, 4))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_step_of_the_notes_chain(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """(4.84), (4.85), (4.90), (4.92), (4.94) and (4.88) against sums written out one by one."""
+    generator = seeded_generator(0, "chain", shape)
+    x, grad = (random_tensor(shape, dtype, generator, device) for _ in range(2))
+    weight = random_tensor((3,), dtype, generator, device)
+    dims, count, eps = [d for d in range(len(shape)) if d != 1], x.numel() // 3, 1e-3
+    mean = x.mean(dims)
+    centred = x - per_channel(mean, x)
+    chain = Chain(grad.sum(dims), (grad * centred).sum(dims), centred.square().mean(dims), weight, eps)
+    steps = {
+        "weight": chain.to_weight,
+        "bias": chain.sum_g,
+        "normalized": chain.to_normalized(grad),
+        "var": chain.to_var,
+        "mean": chain.to_mean,
+        "input": chain.to_input(grad, centred, chain.to_mean, chain.to_var, count),
+    }
+    arrays = [to_oracle(tensor) for tensor in (x, weight, grad)]
+    exact = batch_norm_chain(*arrays, eps)
+    for name, value in steps.items():
+        # The deviations are differences of numbers up to |x|max + |mean|max, and every sum has `count` terms of them.
+        scale = np.maximum(np.abs(exact[name]), np.abs(exact[name]).max() + (name != "normalized") * np.sqrt(count))
+        judge(value, None, exact[name], scale).check("batch_norm", f"{shape}, {dtype}", name)
+    ours = torch.autograd.grad(
+        F.batch_norm(leaf := x.clone().requires_grad_(), None, None, weight, training=True, eps=eps), leaf, grad
+    )
+    torch.testing.assert_close(ours[0], steps["input"])
+
+
+def test_the_mean_is_of_x_not_of_its_square(device: torch.device) -> None:
+    """N0's (4.79) averages x²; then neither the mean nor the variance of the result would be right."""
+    x = random_tensor((64, 2), torch.float64, seeded_generator(0, "4.79"), device) + 3
+    normalized = F.batch_norm(x, None, None, training=True)
+    as_printed = (x - x.square().mean(0)) / ((x - x.square().mean(0)).square().mean(0) + 1e-5).sqrt()
+    assert normalized.mean(0).abs().max() < 1e-12  # sums of 64 numbers of size 1 in float64
+    assert as_printed.mean(0).abs().min() > 0.5
+    assert torch.allclose(as_printed.square().mean(0), torch.ones_like(x[0]), atol=1e-4)
+
+
+def test_sets_the_variance_to_one_and_removes_no_variation(device: torch.device) -> None:
+    """N1 says that the variation is removed: it is scaled, and the normalised values keep their order."""
+    x = 10 * random_tensor((256, 3), torch.float64, seeded_generator(0, "variation"), device)
+    normalized = F.batch_norm(x, None, None, training=True, eps=1e-12)
+    torch.testing.assert_close(normalized.square().mean(0), torch.ones_like(x[0]))
+    assert torch.equal(normalized.argsort(0), x.argsort(0))
+
+
+def test_the_mean_afterwards_is_the_bias(device: torch.device) -> None:
+    """N2 has the new mean set by γ; it is β, whatever γ."""
+    x = random_tensor((128, 2), torch.float64, seeded_generator(0, "mean"), device)
+    beta = torch.tensor([2.0, -1.0], dtype=torch.float64, device=device)
+    for gamma in (0.5, 1.0, 7.0):
+        y = F.batch_norm(x, None, None, torch.full_like(beta, gamma), beta, training=True)
+        torch.testing.assert_close(y.mean(0), beta)
+
+
+def test_a_bias_before_it_is_dead(device: torch.device) -> None:
+    """F10: the mean takes the bias away, and its gradient is 0."""
+    bias = torch.randn(4, device=device, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(16, 4, device=device, dtype=torch.float64)
+    y = F.batch_norm(x + bias, None, None, training=True)
+    torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True))
+    (grad,) = torch.autograd.grad(y.pow(3).sum(), bias)
+    assert grad.abs().max() < 1e-12  # 16 terms of size 10 in float64
+
+
+def copied(values: Any) -> Any:
+    """The values with their tensors cloned, since running averages move in place."""
+    return [
+        value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_samples_of_pytorchs_database(dtype: torch.dtype, device: torch.device) -> None:
+    count = 0
+    for sample in sample_calls("nn.functional.batch_norm", device, dtype):
+        results = []
+        for function in (F.batch_norm, torch_functional.batch_norm):
+            args = copied(sample.args)
+            # running averages take no gradient
+            args[1:3] = [value if value is None else value.detach() for value in args[1:3]]
+            output = function(*args, **sample.kwargs)
+            leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+            grads = torch.autograd.grad(output, leaves, torch.ones_like(output).cumsum(-1).sin(), allow_unused=True)
+            results.append((output, args[1], args[2], *grads))
+        for number, (ours, theirs) in enumerate(zip(*results, strict=True)):
+            assert (ours is None) == (theirs is None)
+            if ours is None:
+                continue
+            assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+            # Gradients cancel; in lower precision the test of three ways knows how much, and judges them.
+            if number < 3 or dtype == torch.float64:
+                # PyTorch rounds terms of the sum in half precision: two units of the largest number.
+                half = dtype.itemsize == 2 and ours.numel() > 0
+                limit = 2 * torch.finfo(dtype).eps * float(theirs.detach().abs().nan_to_num().max()) if half else None
+                torch.testing.assert_close(ours, theirs, rtol=0 if half else None, atol=limit, equal_nan=True)
+        count += 1
+    assert count >= 20
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+def test_modules_of_pytorchs_database(name: str, training: bool, device: torch.device) -> None:
+    count = 0
+    for case in module_calls(getattr(torch.nn, name), device, torch.float64, training):
+        results = []
+        for namespace in (nn, torch.nn):
+            module = getattr(namespace, name)(*case.args, **case.kwargs).to(device, torch.float64).train(training)
+            inputs = copied(case.inputs)
+            output = module(*inputs)
+            grads = torch.autograd.grad(output.pow(3).sum(), (*inputs, *module.parameters()))
+            results.append((output, *module.buffers(), *grads))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        count += 1
+    assert count
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cumulative_averages(shape: tuple[int, ...], device: torch.device) -> None:
+    """``momentum=None``: after k batches the averages are the plain means of the k statistics."""
+    layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    module = layer(3, momentum=None).to(device, torch.float64)
+    batches = [torch.randn(shape, dtype=torch.float64, device=device) for _ in range(4)]
+    for batch in batches:
+        module(batch)
+    dims = [d for d in range(len(shape)) if d != 1]
+    torch.testing.assert_close(module.running_mean, torch.stack([b.mean(dims) for b in batches]).mean(0))
+    torch.testing.assert_close(module.running_var, torch.stack([b.var(dims) for b in batches]).mean(0))
+    assert module.num_batches_tracked == 4
+
+
+def saved_bytes(call: Any) -> int:
+    """Bytes that a call's graph keeps for the backward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
+
+
+def test_keeps_no_more_for_the_backward_pass_than_pytorchs(device: torch.device) -> None:
+    x = torch.randn(8, 16, 10, 10, device=device, requires_grad=True)
+    w, b = (torch.randn(16, device=device, requires_grad=True) for _ in range(2))
+    kernel = torch.randn(16, 16, 3, 3, device=device, requires_grad=True)
+    rows, matrix, offset = (torch.randn(s, device=device, requires_grad=True) for s in ((64, 32), (16, 32), (16,)))
+    calls = {
+        "batch_norm": lambda m: m.batch_norm(x, None, None, w, b, training=True),
+        "conv2d": lambda m: m.conv2d(x, kernel, b, padding=1),
+        "fused": lambda m: (
+            F.batch_norm_relu(x, None, None, w, b, training=True)
+            if m is F
+            else m.relu(m.batch_norm(x, None, None, w, b, training=True))
+        ),
+        "linear": lambda m: (
+            F.linear_activation(rows, matrix, offset, "tanh") if m is F else torch.tanh(m.linear(rows, matrix, offset))
+        ),
+    }
+    for name, call in calls.items():
+        ours, theirs = (saved_bytes(lambda m=m, call=call: call(m)) for m in (F, torch_functional))
+        # The statistics of 16 channels may be kept in another form: a few hundred bytes.
+        assert ours <= theirs + 256, (name, ours, theirs)
+
+
+def test_linear_activation_refuses_complex_numbers() -> None:
+    with pytest.raises(NotImplementedError, match="ComplexFloat"):
+        F.linear_activation(torch.ones(2, 3, dtype=torch.complex64), torch.ones(4, 3, dtype=torch.complex64))
+
+
+def _network(namespace: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return namespace.Sequential(  # type: ignore[no-any-return]
+        namespace.Conv2d(2, 3, 3), namespace.BatchNorm2d(3), namespace.ReLU(), namespace.BatchNorm2d(3, affine=False)
+    ).double()
+
+
+def _shard(rank: int, images: Tensor) -> Tensor:
+    # of different sizes, so that the counts matter
+    return images[:3] if rank == 0 else images[3:]
+
+
+def _synchronised(rank: int, store: str, images: Tensor, grad: Tensor, results: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(_network(nn))
+        x = _shard(rank, images).requires_grad_()
+        output = model(x)
+        output.backward(_shard(rank, grad))
+        # an empty batch still takes part
+        empty = images[:0] if rank else images
+        last = nn.SyncBatchNorm(2, momentum=None).double()
+        alone = last(empty)
+        alone.sum().backward()
+        results[rank] = (
+            output.detach(), x.grad, [p.grad for p in model.parameters()], dict(model.named_buffers()),
+            alone.detach(), last.running_var, last.weight.grad,
+        )  # fmt: skip
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_normalise_as_one(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 2, 5, 5, dtype=torch.float64, generator=generator)
+    grad = torch.randn(8, 3, 3, 3, dtype=torch.float64, generator=generator)
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        arguments = (str(tmp_path / "store"), images, grad, results)
+        torch.multiprocessing.spawn(_synchronised, arguments, nprocs=2)
+        rows = [results[0], results[1]]
+    whole = _network(torch.nn)
+    x = images.clone().requires_grad_()
+    output = whole(x)
+    output.backward(grad)
+    torch.testing.assert_close(torch.cat([row[0] for row in rows]), output.detach())
+    torch.testing.assert_close(torch.cat([row[1] for row in rows]), x.grad)
+    for mine, other in zip(zip(*(row[2] for row in rows), strict=True), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine[0] + mine[1], other.grad)
+    for row in rows:
+        torch.testing.assert_close(row[3], dict(whole.named_buffers()))
+        torch.testing.assert_close(row[5], images.transpose(0, 1).flatten(1).var(1))
+    torch.testing.assert_close(rows[0][4], torch_functional.batch_norm(images, None, None, training=True))
+    assert rows[1][4].shape == (0, 2, 5, 5) and torch.equal(rows[1][6], torch.zeros(2, dtype=torch.float64))
+
+
+def test_conversion_keeps_parameters_and_buffers() -> None:
+    for namespace in (nn, torch.nn):
+        model = _network(namespace).eval()
+        before, parameters = copy.deepcopy(model), list(model.parameters())
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(model, "group")
+        layers = [m for m in converted.modules() if isinstance(m, nn.SyncBatchNorm)]
+        assert len(layers) == 2 and all(layer.process_group == "group" for layer in layers)
+        assert all(a is b for a, b in zip(converted.parameters(), parameters, strict=True))
+        assert not converted[1].training and converted[3].weight is None
+        assert list(converted.state_dict()) == list(before.state_dict())
+        x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+        torch.testing.assert_close(converted(x), before(x))
+    single = nn.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm1d(3))
+    assert type(single) is nn.SyncBatchNorm and single.num_features == 3

@@ -1,0 +1,30 @@
+"""Loads a file of Numba kernels so that its compiled code is kept for the next process, and starts them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from reimpl.functional import _numba_tiles
+from reimpl.optim import _kernel_cache, _numba_ops, _threads
+
+
+def load(name: str) -> ModuleType:
+    """The kernels of the file ``name`` of this folder, compiled or read back."""
+    source = Path(__file__).with_name(name).read_text()
+    files = (_numba_tiles.__file__, _numba_ops.__file__)
+    versions = (numba.__version__, np.__version__, *(Path(file).read_text() for file in files))
+    return _kernel_cache.load(source, versions)
+
+
+def run(kernel: Any, words: list[int], tasks: int) -> None:
+    """Call a kernel on PyTorch's threads with a table of words, the first of them the address of two shared counters:
+    one for the tasks, one for whatever else the threads share."""
+    counter = np.zeros(2, np.int64)
+    table = np.array([counter.ctypes.data, *words], np.int64)
+    _threads.run(kernel.address, table.ctypes.data, min(torch.get_num_threads(), tasks))

@@ -1,0 +1,286 @@
+"""Numba intrinsics of the convolution kernels, in whole vector registers: a tile of products, and a transposition."""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_FEATURES = llvm.get_host_cpu_features()
+LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx") else 4
+"""Single-precision numbers in a register."""
+ROWS, WIDTH = (8, 2 * LANES) if LANES == 16 or not _FEATURES.get("avx") else (6, 2 * LANES)
+"""Size of the tile whose sums stay in registers: 8 x 2 of 32 registers, or 6 x 2 of 16, and room for the operands."""
+
+_I64, _F32 = ir.IntType(64), ir.FloatType()
+_VECTOR = ir.VectorType(_F32, LANES)
+
+
+def _fma(builder: Any) -> Any:
+    kind = ir.FunctionType(_VECTOR, (_VECTOR,) * 3)
+    name = f"llvm.fma.v{LANES}f32"
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+
+def _at(builder: Any, kind: Any, address: Any) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _load(builder: Any, kind: Any, address: Any) -> Any:
+    return builder.load(_at(builder, kind, address), align=4)
+
+
+def _plus(builder: Any, address: Any, offset: int) -> Any:
+    return builder.add(address, ir.Constant(_I64, offset)) if offset else address
+
+
+def _broadcast(builder: Any, number: Any) -> Any:
+    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), mask)
+
+
+class _Loop:
+    """A counted loop in the IR that carries values: ``with`` its body, then ``results``."""
+
+    def __init__(self, builder: Any, count: Any, carried: list[Any]) -> None:
+        self.builder, self.count, self.start = builder, count, carried
+
+    def __enter__(self) -> list[Any]:
+        builder = self.builder
+        before = builder.block
+        self.body = builder.append_basic_block("body")
+        self.after = builder.append_basic_block("after")
+        zero = ir.Constant(_I64, 0)
+        builder.cbranch(builder.icmp_signed(">", self.count, zero), self.body, self.after)
+        self.before = before
+        builder.position_at_end(self.body)
+        self.index = builder.phi(_I64)
+        self.index.add_incoming(zero, before)
+        self.phis = []
+        for value in self.start:
+            phi = builder.phi(value.type)
+            phi.add_incoming(value, before)
+            self.phis.append(phi)
+        return self.phis
+
+    def close(self, values: list[Any]) -> list[Any]:
+        builder = self.builder
+        following = builder.add(self.index, ir.Constant(_I64, 1))
+        last = builder.block
+        self.index.add_incoming(following, last)
+        for phi, value in zip(self.phis, values, strict=True):
+            phi.add_incoming(value, last)
+        builder.cbranch(builder.icmp_signed("<", following, self.count), self.body, self.after)
+        builder.position_at_end(self.after)
+        results = []
+        for start, value in zip(self.start, values, strict=True):
+            phi = builder.phi(start.type)
+            phi.add_incoming(start, self.before)
+            phi.add_incoming(value, last)
+            results.append(phi)
+        return results
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def _sums(
+    builder: Any, vectors: int, rows: list[Any], b_base: Any, runs: Any, n_runs: Any, a_step: Any, b_step: Any
+) -> list[Any]:
+    """Sums over runs (offset of a, offset of b, length) of a[row] times the vectors of b."""
+    fma = _fma(builder)
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+    outer = _Loop(builder, n_runs, [zero] * (len(rows) * vectors))
+    with outer as totals:
+        entry = builder.add(runs, builder.mul(outer.index, ir.Constant(_I64, 24)))
+        a_offset, b_offset, length = (_load(builder, _I64, _plus(builder, entry, 8 * k)) for k in range(3))
+        inner = _Loop(builder, length, [a_offset, builder.add(b_base, b_offset), *totals])
+        with inner as (a, b, *acc):
+            columns = [_load(builder, _VECTOR, _plus(builder, b, 4 * LANES * v)) for v in range(vectors)]
+            values = []
+            for j, row in enumerate(rows):
+                factor = _broadcast(builder, _load(builder, _F32, builder.add(row, a)))
+                values += [builder.call(fma, [factor, columns[v], acc[vectors * j + v]]) for v in range(vectors)]
+            results = inner.close([builder.add(a, a_step), builder.add(b, b_step), *values])
+        return outer.close(results[2:])
+
+
+def _multiply(vectors: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a_base, a_table, b_base, runs, n_runs, b_step, bias, c_base, c_table = args
+        rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in range(ROWS)]
+        sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step)
+        start = [_load(builder, _VECTOR, _plus(builder, bias, 4 * LANES * v)) for v in range(vectors)]
+        for j in range(ROWS):
+            target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
+            for v in range(vectors):
+                place = _at(builder, _VECTOR, _plus(builder, target, 4 * LANES * v))
+                builder.store(builder.fadd(sums[vectors * j + v], start[v]), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 9), codegen
+
+
+@intrinsic
+def multiply_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_table: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    b_step: Any,
+    bias: Any,
+    c_base: Any,
+    c_table: Any,
+) -> Any:
+    """c[row] = bias + Σ a[row + t] b[t] over all runs: ROWS rows at addresses from tables, WIDTH columns."""
+    return _multiply(WIDTH // LANES)
+
+
+@intrinsic
+def multiply_narrow_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_table: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    b_step: Any,
+    bias: Any,
+    c_base: Any,
+    c_table: Any,
+) -> Any:
+    """:func:`multiply_tile` of LANES columns."""
+    return _multiply(1)
+
+
+def _accumulate(vectors: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a_base, a_row, b_base, runs, n_runs, a_step, b_step, c_base, c_step = args
+        rows = [builder.add(a_base, builder.mul(a_row, ir.Constant(_I64, j))) for j in range(ROWS)]
+        sums = _sums(builder, vectors, rows, b_base, runs, n_runs, a_step, b_step)
+        target = c_base
+        for j in range(ROWS):
+            for v in range(vectors):
+                address = _plus(builder, target, 4 * LANES * v)
+                value = builder.fadd(_load(builder, _VECTOR, address), sums[vectors * j + v])
+                builder.store(value, _at(builder, _VECTOR, address), align=4)
+            target = builder.add(target, c_step)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 9), codegen
+
+
+@intrinsic
+def accumulate_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_row: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    a_step: Any,
+    b_step: Any,
+    c_base: Any,
+    c_step: Any,
+) -> Any:
+    """c[row] += Σ a[row a_row + t a_step] b[t b_step] over all runs: ROWS rows, WIDTH columns."""
+    return _accumulate(WIDTH // LANES)
+
+
+@intrinsic
+def accumulate_narrow_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_row: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    a_step: Any,
+    b_step: Any,
+    c_base: Any,
+    c_step: Any,
+) -> Any:
+    """:func:`accumulate_tile` of LANES columns."""
+    return _accumulate(1)
+
+
+@intrinsic
+def transpose_block(typingctx: Any, source: Any, source_step: Any, target: Any, table: Any) -> Any:
+    """Move LANES rows of LANES numbers, ``source_step`` apart, to columns, whose addresses are ``target + table``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, source_step, target, table = args
+        rows, address = [], source
+        for _ in range(LANES):
+            rows.append(_load(builder, _VECTOR, address))
+            address = builder.add(address, source_step)
+        for j, column in enumerate(_transposed(builder, rows)):
+            place = builder.add(target, _load(builder, _I64, _plus(builder, table, 8 * j)))
+            builder.store(column, _at(builder, _VECTOR, place), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 4), codegen
+
+
+@intrinsic
+def untranspose_block(typingctx: Any, source: Any, source_step: Any, target: Any, target_step: Any) -> Any:
+    """Move LANES rows of LANES numbers, ``source_step`` apart, to columns that are ``target_step`` apart."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, source_step, target, target_step = args
+        rows, address = [], source
+        for _ in range(LANES):
+            rows.append(_load(builder, _VECTOR, address))
+            address = builder.add(address, source_step)
+        for column in _transposed(builder, rows):
+            builder.store(column, _at(builder, _VECTOR, target), align=4)
+            target = builder.add(target, target_step)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 4), codegen
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """Exchange blocks of 1, 2, 4, ... across the diagonal."""
+    index = ir.VectorType(ir.IntType(32), LANES)
+    step = 1
+    while step < LANES:
+        low = [k if not k & step else LANES + k - step for k in range(LANES)]
+        high = [k + step if not k & step else LANES + k for k in range(LANES)]
+        result = list(rows)
+        for j in range(LANES):
+            if not j & step:
+                for place, picks in ((j, low), (j + step, high)):
+                    result[place] = builder.shuffle_vector(rows[j], rows[j + step], ir.Constant(index, picks))
+        rows, step = result, 2 * step
+    return rows
+
+
+@intrinsic
+def move_vector(typingctx: Any, source: Any, target: Any) -> Any:
+    """Copy LANES numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(_load(builder, _VECTOR, args[0]), _at(builder, _VECTOR, args[1]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def move_number(typingctx: Any, source: Any, target: Any) -> Any:
+    """Copy one number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(_load(builder, _F32, args[0]), _at(builder, _F32, args[1]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

@@ -1,0 +1,105 @@
+"""Batch normalisation by the batches of several processes together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+from reimpl.functional._dispatch import autocast_disabled, memory_format_of, opmath_dtype
+from reimpl.functional.normalization import Chain, like, move_averages, other_dims, per_channel, scaled
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    process_group: Any = None,
+) -> Tensor:
+    r"""Batch normalisation in training whose mean and variance are those of all processes' batches joined.
+
+    Each process sends its count :math:`m_k`, mean :math:`\mu_k` and sum of squared deviations :math:`S_k`; then
+
+    .. math::
+        m = \sum_k m_k, \quad \mu = \frac1m \sum_k m_k \mu_k, \quad
+        \sigma^2 = \frac1m \sum_k \left(S_k + m_k (\mu_k - \mu)^2\right).
+
+    The backward pass adds up the two sums of (4.92) and (4.94) over the processes; the gradients of weight and bias
+    stay each process's own, which distributed training averages. Batches may differ in size and be empty.
+
+    Args:
+        input: shape :math:`(N, C, *)`, this process's batch.
+        running_mean, running_var, weight, bias: shape :math:`(C)`, or ``None``.
+        momentum, eps: as in :func:`reimpl.functional.batch_norm`.
+        process_group: the processes; ``None`` for all.
+
+    Returns:
+        the shape and dtype of ``input``, ``channels_last`` where it is.
+
+    Raises:
+        ValueError: there is a single value a channel in all processes together.
+        RuntimeError: the result is differentiated twice.
+
+    Source: F10; the joined variance: Chan, Golub and LeVeque, 1979. PyTorch: :class:`torch.nn.SyncBatchNorm`.
+    """
+    x = input.contiguous(memory_format=memory_format_of(input))
+    with autocast_disabled(input.device):
+        output, mean, var, count = _SyncBatchNorm.apply(x, weight, bias, eps, process_group)
+        if running_mean is not None and running_var is not None:
+            move_averages(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
+    return output  # type: ignore[no-any-return]
+
+
+def _joined(count: float, mean: Tensor, squares: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and variance of the batches of all processes."""
+    mine = torch.cat([mean, squares, mean.new_full((1,), count)])
+    rows = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(rows, mine, group)
+    means, sums, counts = torch.stack(rows).split([mean.numel(), mean.numel(), 1], 1)
+    total = counts.sum()
+    joined = (counts * means).sum(0) / total
+    deviations = means - joined
+    return total, joined, (sums + counts * deviations * deviations).sum(0) / total
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """The derivatives are :class:`~reimpl.functional.normalization.Chain`'s, its sums taken over all processes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, dims = input.to(opmath_dtype(input.dtype)), other_dims(input)
+        own = input.numel() // max(1, input.shape[1])
+        mean = x.sum(dims) / max(1, own)
+        centred = x - per_channel(mean, x)
+        total, joined, var = _joined(own, mean, (centred * centred).sum(dims), group)
+        if total <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        ctx.group, ctx.eps = group, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(input, weight, joined, var, total)
+        ctx.mark_non_differentiable(joined, var, total)
+        output = scaled(x - per_channel(joined, x), var, weight, bias, eps, False).to(input.dtype)
+        return output, joined, var, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, var, total = ctx.saved_tensors
+        dims, g = other_dims(input), grad.to(mean.dtype)
+        centred = input.to(mean.dtype) - per_channel(mean, input)
+        own = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, ctx.eps)
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            sums = torch.stack([own.sum_g, own.sum_g_centred])
+            distributed.all_reduce(sums, group=ctx.group)
+            chain = Chain(sums[0], sums[1], var, weight, ctx.eps)
+            grad_input = chain.to_input(g, centred, chain.to_mean, chain.to_var, total).to(input.dtype)
+        return grad_input, like(own.to_weight, weight), like(own.sum_g, ctx.bias_dtype), None, None

@@ -1,0 +1,116 @@
+"""Turns an existing model over from :mod:`torch.nn` to :mod:`reimpl.nn` and back, module by module and in place."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+# They hold, pass on or reshape, and compute nothing that could be reimplemented.
+_PASSIVE = (
+    "Flatten",
+    "Identity",
+    "Module",
+    "ModuleDict",
+    "ModuleList",
+    "ParameterDict",
+    "ParameterList",
+    "Sequential",
+    "Unflatten",
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` or :func:`revert` did.
+
+    Args:
+        model: the model itself, changed in place.
+        replaced: names of the modules (``""`` is the model) that are now of the other library.
+        left: names of the modules that stayed what they were, each with the reason.
+    """
+
+    model: Module
+    replaced: tuple[str, ...]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left"]
+        return "\n".join([*lines, *(f"  {name or 'the model itself'}: {why}" for name, why in self.left.items())])
+
+
+def convert(model: Module) -> Conversion:
+    """Make every module of ``model`` whose class is one of :mod:`torch.nn`'s with a twin here that twin.
+
+    The twin takes over the module's identity, and with it everything that it has or that refers to it: parameters and
+    buffers, hooks, mode, device and layout, names, places where it is shared, an optimizer's references. Only exact
+    classes are replaced: a subclass may do anything. What a ``forward`` calls in :mod:`torch.nn.functional` stays.
+
+    Args:
+        model: any module; changed in place.
+
+    Returns:
+        the model, what was replaced and what was left: modules of :mod:`torch.nn` that have no twin (attention, layer
+        normalisation and others that the notes do not have), subclasses, and modules with a ``forward`` of their own.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    return _turn(model, dict(twins()), "torch.nn")
+
+
+def revert(model: Module) -> Conversion:
+    """Make every module of ``model`` whose class is one of :mod:`reimpl.nn`'s with a twin in PyTorch that twin.
+
+    The way back from :func:`convert`, for models that were built on :mod:`reimpl.nn` too.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    return _turn(model, {ours: theirs for theirs, ours in twins()}, "reimpl.nn")
+
+
+@cache
+def twins() -> tuple[tuple[type[Module], type[Module]], ...]:
+    """PyTorch's class and ours, for every module class of :mod:`reimpl.nn` whose name :mod:`torch.nn` has as well."""
+    found = []
+    for name, ours in vars(sys.modules["reimpl.nn"]).items():
+        theirs: Any = getattr(torch.nn, name, None)
+        if _is_module_class(ours) and _is_module_class(theirs) and ours is not theirs:
+            found.append((theirs, ours))
+    return tuple(found)
+
+
+def _is_module_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Module)
+
+
+def _turn(model: Module, twin_of: dict[type[Module], type[Module]], source: str) -> Conversion:
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    replaced, left = [], {}
+    for name, module in list(model.named_modules()):
+        reason = _reason_to_leave(module, twin_of, source)
+        if reason is not None:
+            left[name] = reason
+        elif type(module) in twin_of:
+            module.__class__ = twin_of[type(module)]
+            replaced.append(name)
+    return Conversion(model, tuple(replaced), left)
+
+
+def _reason_to_leave(module: Module, twin_of: dict[type[Module], type[Module]], source: str) -> str | None:
+    """Why a module that one might expect to be replaced is not; ``None`` where there is nothing to explain."""
+    cls = type(module)
+    if cls in twin_of:
+        return "has a forward of its own" if "forward" in vars(module) else None
+    for base in cls.__mro__[1:]:
+        if base in twin_of:
+            return f"{cls.__qualname__} is a subclass of {source}.{base.__name__}"
+    if cls.__module__.startswith(f"{source}.") and cls.__name__ not in _PASSIVE:
+        return f"{source}'s {cls.__name__} has no twin"
+    return None

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import reimpl.optim as optim
 from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES, for_each
 from parity_tests.twins import EXECUTIONS
 from reimpl.testing.declarations import OptimizerTechnique
@@ -287,3 +288,52 @@ def test_state_dicts_of_other_groups_are_told_what_pytorch_tells(technique: Opti
         return [*texts, str(missing.value)]
 
     assert errors(technique.ours) == errors(technique.torch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "constructed", "own", "error", "words"),
+    [
+        ("SGD", {"lr": 0.1, "momentum": 0.9}, {"momentum_form": "Velocity"}, ValueError, "Invalid momentum_form: 'Velocity'"),
+        ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"momentum_form": "ewa"}, ValueError, "nesterov=True needs"),
+        ("RMSprop", {}, {"eps_inside_sqrt": "no"}, TypeError, "eps_inside_sqrt must be True or False, but got 'no'"),
+        ("RMSprop", {}, {"momentum_form": "ewa"}, ValueError, "Invalid momentum_form: 'ewa'"),
+        ("Adam", {}, {"eps_hat": 1}, TypeError, "eps_hat must be True or False"),
+    ],
+)  # fmt: skip
+def test_a_groups_own_dialect_is_checked(
+    name: str, constructed: dict[str, Any], own: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    p, q = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    with pytest.raises(error, match=words):
+        getattr(optim, name)([{"params": [p], **own}], **constructed)
+    optimizer = getattr(optim, name)([p], **constructed)
+    with pytest.raises(error, match=words):
+        optimizer.add_param_group({"params": [q], **own})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("lr", math.nan, "Invalid learning rate: nan"),
+        ("lr", -1.0, "learning rate: -1.0"),
+        ("betas", (2, 3), "index 0: 2"),
+    ],
+)
+def test_a_checkpoints_numbers_are_checked(key: str, value: Any, words: str) -> None:
+    p = torch.zeros(2, requires_grad=True)
+    optimizer = optim.Adam([p], lr=0.5)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][key] = value
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_fuse_refuses_sparse_gradients() -> None:
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        optim.fuse(optimizer)
+    assert type(optimizer) is torch.optim.SGD

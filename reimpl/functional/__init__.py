@@ -1,4 +1,11 @@
-"""Layers and losses as autograd Functions behind PyTorch's signatures (:mod:`torch.nn.functional`)."""
+"""Layers and losses as autograd Functions behind PyTorch's signatures (:mod:`torch.nn.functional`).
+
+Every other public name is ``torch.nn.functional``'s own, so that one changed import is enough.
+"""
+
+from typing import Any
+
+import torch.nn.functional as _torch_functional
 
 from reimpl.functional.activation import (
     heaviside,
@@ -79,3 +86,17 @@ __all__ = [
     "use_kernels",
     "zero_one_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(_torch_functional, name)
+    except AttributeError:
+        message = f"neither module {__name__!r} nor 'torch.nn.functional' has an attribute {name!r}"
+        raise AttributeError(message) from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_torch_functional)})

@@ -90,7 +90,18 @@ class RuleOptimizer(Optimizer):
         """PyTorch's ``add_param_group``; options are checked as the constructor's are."""
         if isinstance(param_group, dict):
             _checks.group(param_group, len(self.param_groups))
+            if self.dialects.keys() & param_group.keys():
+                self.check_dialects({**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    @classmethod
+    def check_dialects(cls, options: Mapping[str, Any]) -> None:
+        """Raise where a dialect has a value that it cannot have, in the constructor's arguments or a group's options.
+
+        Raises:
+            TypeError, ValueError: names the option and what came.
+        """
+        _checks.flags(**{key: options[key] for key, default in cls.dialects.items() if isinstance(default, bool)})
 
     # ---------------------------------------------------------------- what a subclass writes
 
@@ -356,6 +367,8 @@ class RuleOptimizer(Optimizer):
         """
         here = [{key: group[key] for key in self.dialects if key in group} for group in self.param_groups]
         saved = state_dict["param_groups"]
+        for i, group in enumerate(saved):
+            _checks.group(group, i)
         for i, (mine, theirs) in enumerate(zip(here, saved, strict=False)):
             for key, value in mine.items():
                 if key != "fused" and key in theirs and theirs[key] != value:

@@ -44,7 +44,8 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
     Raises:
         TypeError: it is of another class; a subclass of PyTorch's may have another rule and is another class.
         ValueError: ``step`` was replaced on the object itself, and would go on calling PyTorch's.
-        RuntimeError: a group is ``differentiable``, or a parameter is not of floating point, as the constructor says.
+        RuntimeError: a group is ``differentiable``, or a parameter is not of floating point, as the constructor says;
+            a gradient is sparse. One that becomes so later is refused by ``step``.
     """
     ours = _FUSIBLE.get(type(optimizer))
     if ours is None:
@@ -54,6 +55,10 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
             raise RuntimeError("`fused` does not support `differentiable`")
         for p in group["params"]:
             check_fused_support(p)
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    "fuse() takes no optimizer of a parameter with a sparse gradient: fused steps have none"
+                )
     _check_step(optimizer)
     _change_class(optimizer, ours)
     for options in (optimizer.defaults, *optimizer.param_groups):

@@ -52,7 +52,7 @@ class Adadelta(RuleOptimizer):
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"Invalid rho value: {rho}")
         _checks.each_at_least_zero(epsilon=eps, weight_decay=weight_decay)
-        _checks.flags(decoupled_weight_decay=decoupled_weight_decay)
+        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:

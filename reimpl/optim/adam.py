@@ -36,7 +36,7 @@ class Adam(RuleOptimizer):
         bias_correction: ``False`` leaves m and v as they are, to show what the correction is for (O9b).
         eps_inside_sqrt: ε under the root, as optax's ``eps_root``.
         eps_hat: ε meets v before the correction: √v + ε, both over √(1 − β₂ᵗ). So do Keras, TensorFlow and the paper's
-            shorter form (the end of its section 2, where it is called ε̂).
+            shorter form (the end of its section 2, where it is called ε̂). With ``eps_inside_sqrt`` too: √(v + ε).
 
     ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
 
@@ -66,7 +66,7 @@ class Adam(RuleOptimizer):
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         _checks.adam_family(lr, eps, betas, weight_decay)
         _checks.beta_types(betas, takes_tensors=capturable or not foreach)
-        _checks.flags(bias_correction=bias_correction, eps_inside_sqrt=eps_inside_sqrt, eps_hat=eps_hat)
+        self.check_dialects(locals())
         betas = (to_scalar(betas[0]), to_scalar(betas[1]))
         super().__init__(params, _checks.arguments(locals()))
 

@@ -50,7 +50,7 @@ class Adamax(RuleOptimizer):
         decoupled_weight_decay: bool = False,
     ) -> None:  # fmt: skip
         _checks.adam_family(lr, eps, betas, weight_decay)
-        _checks.flags(eps_inside_max=eps_inside_max, decoupled_weight_decay=decoupled_weight_decay)
+        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:

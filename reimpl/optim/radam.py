@@ -55,7 +55,7 @@ class RAdam(RuleOptimizer):
         eps_hat: bool = True,
     ) -> None:  # fmt: skip
         _checks.adam_family(lr, eps, betas, weight_decay)
-        _checks.flags(eps_hat=eps_hat)
+        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:

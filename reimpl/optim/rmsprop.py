@@ -71,11 +71,15 @@ class RMSprop(RuleOptimizer):
         _checks.learning_rate(lr)
         _checks.each_at_least_zero(epsilon=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
         _checks.each_at_least_zero(initial_accumulator_value=initial_accumulator_value)
-        _checks.one_of("momentum_form", momentum_form, ("torch", "velocity"))
-        _checks.flags(eps_inside_sqrt=eps_inside_sqrt, nesterov=nesterov, decoupled_weight_decay=decoupled_weight_decay)
+        self.check_dialects(locals())
         if nesterov and momentum <= 0:
             raise ValueError("Nesterov momentum requires a momentum")
         super().__init__(params, _checks.arguments(locals()))
+
+    @classmethod
+    def check_dialects(cls, options: Mapping[str, Any]) -> None:
+        super().check_dialects(options)
+        _checks.one_of("momentum_form", options["momentum_form"], ("torch", "velocity"))
 
     def init_state(self, p: Tensor, group: Group) -> State:
         start = filled_like(p, group["initial_accumulator_value"])

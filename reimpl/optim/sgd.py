@@ -14,6 +14,9 @@ from ._engine import Group, RuleOptimizer, State
 from ._ops import descend, shrink_or_penalise
 from ._torch import ParamsT
 
+_FORMS_WITH = {"dampening": ("torch",), "nesterov": ("torch", "velocity"), "bias_correction": ("ewa",)}
+"""Options that go with some forms of momentum only."""
+
 
 class SGD(RuleOptimizer):
     r"""θ ← θ − γg, with momentum μ in one of three forms; b = ``momentum_buffer`` in the state.
@@ -67,16 +70,20 @@ class SGD(RuleOptimizer):
     ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
         _checks.each_at_least_zero(momentum=momentum, weight_decay=weight_decay)
-        _checks.one_of("momentum_form", momentum_form, ("torch", "velocity", "ewa"))
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        _checks.flags(bias_correction=bias_correction, decoupled_weight_decay=decoupled_weight_decay)
-        if bias_correction and momentum >= 1:
-            raise ValueError(f"bias_correction=True needs momentum below 1, but it is {momentum}")
-        _checks.needs("dampening", dampening, "momentum_form", momentum_form, ("torch",))
-        _checks.needs("nesterov", nesterov, "momentum_form", momentum_form, ("torch", "velocity"))
-        _checks.needs("bias_correction", bias_correction, "momentum_form", momentum_form, ("ewa",))
+        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
+
+    @classmethod
+    def check_dialects(cls, options: Mapping[str, Any]) -> None:
+        super().check_dialects(options)
+        form = options["momentum_form"]
+        _checks.one_of("momentum_form", form, ("torch", "velocity", "ewa"))
+        if options["bias_correction"] and options["momentum"] >= 1:
+            raise ValueError(f"bias_correction=True needs momentum below 1, but it is {options['momentum']}")
+        for name, forms in _FORMS_WITH.items():
+            _checks.needs(name, options[name], "momentum_form", form, forms)
 
     def is_stateful(self, group: Group) -> bool:
         return bool(group["momentum"] != 0)

@@ -293,8 +293,8 @@ def test_state_dicts_of_other_groups_are_told_what_pytorch_tells(technique: Opti
 @pytest.mark.parametrize(
     ("name", "constructed", "own", "error", "words"),
     [
-        ("SGD", {"lr": 0.1, "momentum": 0.9}, {"momentum_form": "Velocity"}, ValueError, "Invalid momentum_form: 'Velocity'"),
-        ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"momentum_form": "ewa"}, ValueError, "nesterov=True needs"),
+        ("SGD", {"lr": 0.1, "momentum": 0.9}, {"momentum_form": "Ewa"}, ValueError, "momentum_form: 'Ewa'"),
+        ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"momentum_form": "ewa"}, ValueError, "nesterov"),
         ("RMSprop", {}, {"eps_inside_sqrt": "no"}, TypeError, "eps_inside_sqrt must be True or False, but got 'no'"),
         ("RMSprop", {}, {"momentum_form": "ewa"}, ValueError, "Invalid momentum_form: 'ewa'"),
         ("Adam", {}, {"eps_hat": 1}, TypeError, "eps_hat must be True or False"),

@@ -56,9 +56,7 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
         for p in group["params"]:
             check_fused_support(p)
             if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(
-                    "fuse() takes no optimizer of a parameter with a sparse gradient: fused steps have none"
-                )
+                raise RuntimeError("fuse() takes no optimizer whose parameters have sparse gradients")
     _check_step(optimizer)
     _change_class(optimizer, ours)
     for options in (optimizer.defaults, *optimizer.param_groups):

@@ -189,5 +189,5 @@ def test_max_pool2d_refuses_a_window_in_the_padding_alone() -> None:
 def test_every_other_name_is_pytorchs() -> None:
     assert F.gelu is torch_functional.gelu and F.conv2d is not torch_functional.conv2d
     assert set(dir(torch_functional)) <= set(dir(F))
-    with pytest.raises(AttributeError, match="neither module 'reimpl.functional' nor 'torch.nn.functional' has"):
+    with pytest.raises(AttributeError, match=r"neither module .reimpl\.functional. nor .torch\.nn\.functional. has"):
         F.no_such_function  # noqa: B018

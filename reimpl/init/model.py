@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from reimpl.init._activations import LINEAR, Activation, Named, chosen
 from reimpl.init._job import Job
-from reimpl.init._modules import refuse_lazy
+from reimpl.init._modules import check_model
 from reimpl.init._rules import Rule, as_function, needs_activation
 from reimpl.init._table import Initialisation
 
@@ -87,7 +87,7 @@ def apply(
 
     Source: I2-I8. PyTorch: none.
     """
-    refuse_lazy(model)
+    check_model(model)
     weight = as_function("rule", rule)
     activations = chosen(model, activation, batch)
     if activation is None and batch is None and needs_activation(weight):

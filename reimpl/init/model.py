@@ -84,6 +84,7 @@ def apply(
         ValueError: an unknown rule or activation, a pattern that matches nothing, a lazy layer that has seen no input,
             or a rule that needs the activation where a model of several layers has no activation module and neither
             ``activation`` nor ``batch`` is given.
+        TypeError: ``model`` is no module, or a rule or activation neither name nor function.
 
     Source: I2-I8. PyTorch: none.
     """

@@ -140,6 +140,22 @@ def test_splits_that_cannot_be_made(arguments: dict[str, Any], text: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"target": None}, "target must be a number of examples, or something that has a length, got None"),
+        ({"target": 10.5}, "target must be a number of examples, .* got 10.5"),
+        ({"target": 9, "foreign": None}, "foreign must be a number of examples"),
+        ({"target": 100, "sizes": "abc"}, "sizes must be three numbers, for train, dev and test, got 'abc'"),
+        ({"target": 100, "sizes": 0.5}, "sizes must be three numbers, .* got 0.5"),
+        ({"target": 100, "sizes": (0.8, None, 0.2)}, "sizes must be three numbers"),
+    ],
+)
+def test_split_names_the_argument_of_another_type(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        split(**arguments)
+
+
+@pytest.mark.parametrize(
     ("n", "expected"),
     [(1, 1), (1_999, 1_999), (2_000, 64), (12_799, 64), (12_800, 128), (50_000, 256), (51_200, 512), (10**7, 512)],
 )

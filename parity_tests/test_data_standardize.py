@@ -236,7 +236,7 @@ def _generator(*batches: Any) -> Callable[[], Any]:
         (lambda: DataLoader(TensorDataset(torch.ones(3, 2)), 4, drop_last=True), ValueError, "the loader yielded none"),
         (lambda: torch.ones(3, 0), ValueError, r"at least one number an example, got shape \(3, 0\)"),
         (lambda: torch.tensor(1.0), ValueError, "got a scalar"),
-        (lambda: torch.ones(3), IndexError, r"expected to be in range of \[-1, 0\], but got 1"),
+        (lambda: torch.ones(3), IndexError, r"expected to be in range of \[-1, 0\], but got 1\): dim names .* \(3,\)"),
         (_generator(torch.ones(3, 2), torch.ones(3, 4)), ValueError, r"features of shape \(2,\), got \(4,\)"),
         (lambda: torch.ones(3, 2, dtype=torch.complex64), TypeError, "must be real, got torch.complex64"),
         (lambda: "words", TypeError, "iterable of batches, got str"),
@@ -271,6 +271,8 @@ def test_nan_names_its_column(transform: Any) -> None:
 
 
 def test_bad_arguments() -> None:
+    with pytest.raises(IndexError, match=r"but got 7\): dim names a dimension that data of shape \(9, 2\) have not$"):
+        Standardize(dim=7).fit(torch.ones(9, 2))
     with pytest.raises(ValueError, match="dim must not hold 0"):
         Standardize(0)
     with pytest.raises(ValueError, match="dim must name different dimensions, none the first"):

@@ -69,6 +69,7 @@ def test_synthesis(tmp_path: Path) -> None:
     )
     assert all(error < 0.02 for error in result.known.values())
     assert result.new[1] > 0.35 and result.new[1] > result.new[30] + 0.1 and result.new[300] < 0.03
+    assert str(result).splitlines()[1].split() == ["none", f"{result.clean:.3g}"]
     assert result.clean > result.new[30] and out.stat().st_size > 10_000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,12 @@ def test_budget_refuses(arguments: dict[str, Any], text: str) -> None:
 # Error analysis (D7)
 
 
+@pytest.mark.parametrize("name", ["train", "dev", "train_dev", "test", "human"])
+def test_budget_names_what_is_no_number(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be an error rate, .* got 'a'"):
+        error_budget(**{"train": 1, "dev": 3, name: "a"})
+
+
 def test_ceilings_of_the_notes() -> None:
     """Claim 30: of 10% error a cause of 2 in 100 can gain 0.2 points, one of 80 in 100 gains 8."""
     analysis = error_analysis({"dogs": 2, "blurred": 80}, examined=100, error=10)
@@ -157,6 +164,8 @@ def test_tags_of_each_error() -> None:
         ([], {"error": 1}, ValueError, "at least one error must be looked at, got 0"),
         ([["a"]], {"error": 1, "examined": 2}, ValueError, "examined is 2, but causes are of 1 errors"),
         (["blurred"], {"error": 1}, TypeError, "got a string"),
+        ({"a": 1.5}, {"error": 1, "examined": 5}, TypeError, "'a' must be counted in whole numbers, got 1.5"),
+        ({"a": 1}, {"error": 1, "examined": 5.5}, TypeError, "'examined' must be counted in whole numbers, got 5.5"),
         ([["a"]], {"error": -1}, ValueError, "error must be an error rate"),
         ([["a"]], {"error": 1, "confidence": 1}, ValueError, r"confidence must lie in \(0, 1\), got 1"),
     ],
@@ -308,13 +317,40 @@ def test_costs_refuse(target: Any, prediction: Any, cost: Any, text: str) -> Non
         cost_weighted_error(target, prediction, cost)
 
 
+# Documentation
+
+PAGE = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/diagnose.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", range(len(PAGE)))
+def test_documentation_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each example by itself, and it prints what a comment beside it says."""
+    exec(compile(PAGE[number], f"diagnose.md, example {number}", "exec"), {})
+    printed = capsys.readouterr().out
+    assert all(said in printed for said in re.findall(r"print\(parts\)  # (.*)", PAGE[number]))
+
+
+def test_documentation_calls_what_it_explains() -> None:
+    names = (
+        "error_analysis",
+        "f1_score",
+        "gradient_check",
+        "learning_curve",
+        "signal_report",
+        "EarlyStopping",
+        "split",
+    )
+    assert not [name for name in names if f"{name}(" not in "".join(PAGE)]
+
+
 # Learning curves (D19)
 
 
 def test_overfitting_is_named() -> None:
     curve = learning_curve([5, 3, 2, 1, 0.5], [5, 3.5, 3, 3.4, 4])
     assert curve.overfits and curve.best == 2 and curve.x == (1, 2, 3, 4, 5) and curve.gap == 3.5
-    assert "overfits from epoch 3 on" in str(curve)
+    words = "dev error lowest at epoch 3: 3; at the end, at epoch 5: train 0.5, dev 4"
+    assert str(curve) == f"{words}\noverfits from epoch 3 on"
     assert not learning_curve([5, 3, 2], [5, 3, 2.5]).overfits
     assert not learning_curve([5, 3, 2], [5, 2.5, 2.6]).overfits  # within the tolerance
     assert learning_curve([5, 3, 2], [5, 2.5, 2.6], tolerance=0.01).overfits
@@ -324,7 +360,9 @@ def test_overfitting_is_named() -> None:
 
 def test_curves_over_data_say_whether_more_would_help() -> None:
     biased = learning_curve([8, 9, 9.5], [14, 11, 10.2], [100, 1000, 10_000], over="examples")
-    assert biased.budget(human=1).verdict == "high bias" and "at examples 10000" in str(biased)
+    assert biased.budget(human=1).verdict == "high bias" and str(biased).endswith(
+        "at the end, with 10,000 examples: train 9.5, dev 10.2"
+    )
     assert learning_curve([0.5, 1, 1], [20, 12, 9], [1, 2, 3], over="examples").budget().verdict == "high variance"
 
 

@@ -239,6 +239,8 @@ def test_signal_report_refuses() -> None:
         signal_report(model, data(8, 2), dead=0)
     with pytest.raises(ValueError, match=r"loss must return a tensor of one number, got shape \(8, 2\)"):
         signal_report(model, data(8, 2), loss=lambda y: y)
+    with pytest.raises(ValueError, match=r"batch must hold at least one example, got shape \(0, 2\)"):
+        signal_report(model, torch.randn(0, 2))
     parts = nn.ModuleList([model])
     parts.forward = model.forward  # type: ignore[method-assign]  # calls no module, so that no hook runs
     with pytest.raises(ValueError, match="no layer of the model ran"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from math import log
 from typing import Any
 
@@ -70,14 +71,43 @@ def test_linear_outputs_start_at_the_mean(device: torch.device) -> None:
         (nn.Linear(2, 3), [0.5, float("nan"), 1.0], "linear", r"finite, got nan at \[1\]"),
         (nn.Linear(2, 3, bias=False), [1.0, 1.0, 1.0], "softmax", "the layer Linear has no bias"),
         (nn.ReLU(), [1.0], "softmax", "linear or convolution layer, ReLU has none"),
+        (nn.Linear(2, 3), [0.5, 0.3, 0.3], "softmax", "shares that sum to 1, or counts in whole numbers, .* sum 1.1"),
+        (nn.Linear(2, 3), [0.5, 1.5, 1.0], "softmax", "shares that sum to 1, or counts in whole numbers, .* sum 3"),
+        (nn.Linear(2, 3), 0.5, "softmax", "shares that sum to 1, .* sum 1.5"),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_output_bias_refuses(target: Any, marginal: list[float], link: str, words: str) -> None:
     before = copy.deepcopy(target.state_dict())
     with pytest.raises(ValueError, match=words):
         init.output_bias_(target, torch.tensor(marginal), link)
     assert all(bits_equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_shares_and_counts_are_the_same_start(dtype: torch.dtype, device: torch.device) -> None:
+    """Whole numbers are counts; shares sum to 1 within the rounding of their dtype."""
+    counted = init.output_bias_(torch.empty(3, device=device), [1, 2, 1])
+    assert torch.equal(counted, init.output_bias_(torch.empty(3, device=device), [0.25, 0.5, 0.25]))
+    third = torch.full((3,), 1 / 3, dtype=dtype)
+    torch.testing.assert_close(init.output_bias_(torch.empty(3, device=device), third).exp().cpu(), torch.ones(3) / 3)
+
+
+@pytest.mark.parametrize(
+    "function", [partial(init.output_bias_, marginal=0.5), init.relu_bias_, init.lstm_forget_bias_]
+)
+def test_a_layer_without_bias_has_none_to_set(function: Any) -> None:
+    with pytest.raises(ValueError, match="got None: a layer with bias=False has no bias"):
+        function(nn.Linear(2, 2, bias=False).bias)
+    with pytest.raises(TypeError, match="target must be a bias, a layer or a model, got list"):
+        function([0.0])
+
+
+def test_scalings_print_as_a_table() -> None:
+    done = init.layer_sequential_(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(64, 4))
+    head, first, second = str(done).splitlines()
+    assert head.split("  ") == ["layer", "variance before", "after", "weight times"] and second.startswith("2 ")
+    assert first.split() == ["0", *(f"{number:.4g}" for number in done["0"])]
 
 
 def test_relu_bias_is_the_one_the_relu_sees(device: torch.device) -> None:

@@ -242,17 +242,32 @@ def test_the_table(caplog: pytest.LogCaptureFixture) -> None:
         ({"bias": "sparse_"}, ValueError, "bias sparse_ needs sparsity"),
         ({"recurrent": "x"}, ValueError, "recurrent must be"),
         ({"embedding": "x"}, ValueError, "embedding must be"),
-        ({"activation": "swish"}, ValueError, "Unsupported nonlinearity swish"),
+        ({"activation": "swish"}, ValueError, "Unsupported nonlinearity swish: activation must be .* one of .*relu"),
+        ({"activation": 3}, TypeError, "activation must be a function, .* got 3"),
         ({"activation": {"7": "relu", "nowhere": "relu"}}, ValueError, "activation has the pattern 'nowhere'"),
         ({"activation": torch.zeros_like}, ValueError, "zeros_like has mean square 0.0"),
         ({"activation": torch.sum}, ValueError, "sum must be elementwise"),
         ({"overrides": {"nowhere": 0.0}}, ValueError, "overrides has the pattern 'nowhere'"),
-        ({"rule": "random_walk_", "activation": F.gelu}, ValueError, "Unsupported nonlinearity gelu"),
+        ({"rule": "random_walk_", "activation": F.gelu}, ValueError, "nonlinearity gelu: 0.weight's layer"),
     ],
 )  # fmt: skip
 def test_refuses_before_or_names_the_parameter(kwargs: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         init.apply(mlp(), **kwargs)
+
+
+@pytest.mark.parametrize("rule", ["random_walk_", partial(init.random_walk_, generator=None)], ids=["name", "partial"])
+def test_random_walk_says_which_layer_and_what_it_knows(rule: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.Tanh())
+    words = "nonlinearity tanh: 2.weight's layer is followed by it, and random_walk_ knows linear, relu, leaky_relu"
+    with pytest.raises(ValueError, match=words):
+        init.apply(model, rule)
+
+
+@pytest.mark.parametrize("function", [init.apply, partial(init.layer_sequential_, batch=torch.ones(2))], ids=range(2))
+def test_a_tensor_is_no_model(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
+        function(torch.zeros(3))
 
 
 def test_an_error_says_which_parameter() -> None:

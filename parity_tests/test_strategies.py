@@ -160,6 +160,12 @@ def test_bad_arguments(arguments: dict[str, Any], text: str) -> None:
         EarlyStopping(**arguments)
 
 
+@pytest.mark.parametrize("patience", [NAN, 1.5, float("inf"), "3", None])
+def test_patience_is_a_whole_number(patience: Any) -> None:
+    with pytest.raises(TypeError, match=f"patience must be an integer of at least 0, got {patience!r}"):
+        EarlyStopping(patience=patience)
+
+
 def test_looks() -> None:
     stopping = EarlyStopping(2)
     assert repr(stopping) == "EarlyStopping(patience=2, min_delta=0.0, mode='min')"

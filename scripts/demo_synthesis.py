@@ -54,7 +54,7 @@ class Result:
     new: dict[int, float]
 
     def __str__(self) -> str:
-        rows = [("none", float("nan"), self.clean), *((str(k), self.known[k], self.new[k]) for k in self.known)]
+        rows = [("none", "", self.clean), *((str(k), self.known[k], self.new[k]) for k in self.known)]
         return table(("noises in training", "error under these", "error under new ones"), rows)
 
     def plot(self, path: str | Path | None = None) -> Figure:

@@ -208,4 +208,8 @@ def two_parts(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _out_of_range(x: Tensor, dim: int) -> int:
     low, high = -x.dim(), x.dim() - 1
-    raise IndexError(f"Dimension out of range (expected to be in range of [{low}, {high}], but got {dim})")
+    hint = "; data are (examples, features, ...)" if x.dim() == 1 else ""
+    raise IndexError(
+        f"Dimension out of range (expected to be in range of [{low}, {high}], but got {dim}): "
+        f"dim names a dimension that data of shape {tuple(x.shape)} have not{hint}"
+    )

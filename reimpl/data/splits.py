@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from math import floor, log
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ def split(
         ValueError: a part would be empty that must not be, or is larger than its source; shares do not sum to 1 or
             counts to the number of examples; a class has fewer examples than there are parts, or a part is smaller
             than the number of classes.
+        TypeError: ``target`` or ``foreign`` is neither an integer nor has a length; ``sizes`` are no numbers.
 
     Source: D4 (N4). scikit-learn: ``train_test_split``.
     """
@@ -100,8 +102,10 @@ def split(
     return Split(train_index, dev_index, test_index, train_dev_index if extra else None)
 
 
-def _count(name: str, value: int | Sized) -> int:
-    count = value if isinstance(value, int) else len(value)
+def _count(name: str, value: object) -> int:
+    if not isinstance(value, (Integral, Sized)):
+        raise TypeError(f"{name} must be a number of examples, or something that has a length, got {value!r}")
+    count = len(value) if isinstance(value, Sized) else int(value)
     if count < (name == "target"):
         raise ValueError(f"{name} must hold at least one example, got {count}")
     return count
@@ -117,9 +121,10 @@ def _sizes(n: int, extra: int, sizes: Sequence[float] | None) -> tuple[int, int,
         if part < 1 or total - 2 * part < 1:
             raise ValueError(f"{n} examples of the target are too few for train, dev and test: give sizes=")
         return total - 2 * part, part, part
+    _check_numbers(sizes)
     if len(sizes) != 3 or not all(size >= 0 for size in sizes):
         raise ValueError(f"sizes must be three numbers of at least 0, for train, dev and test, got {sizes}")
-    if all(isinstance(size, int) for size in sizes):
+    if all(isinstance(size, Integral) for size in sizes):
         if sum(sizes) != total:
             raise ValueError(
                 f"sizes as counts must sum to the {total} examples, got {sizes}, whose sum is {sum(sizes)}"
@@ -132,6 +137,11 @@ def _sizes(n: int, extra: int, sizes: Sequence[float] | None) -> tuple[int, int,
         if share and not count:
             raise ValueError(f"{name} would be empty: {share:g} of {total} examples is less than one")
     return total - dev - test, dev, test
+
+
+def _check_numbers(sizes: object) -> None:
+    if not isinstance(sizes, (Sequence, np.ndarray)) or not all(isinstance(size, Real) for size in sizes):
+        raise TypeError(f"sizes must be three numbers, for train, dev and test, got {sizes!r}")
 
 
 def _labels(labels: Any, n: int, needed: int, parts: list[int]) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -96,13 +97,16 @@ def error_analysis(
 
     Raises:
         ValueError: no error was looked at, a cause was counted more often than errors were, a number is out of range.
-        TypeError: an error's causes are a string, not a collection of them.
+        TypeError: a count is no whole number; an error's causes are a string, not a collection of them.
 
     Source: D7 (N4). E. Wilson, *Probable inference, the law of succession, and statistical inference*, 1927.
     """
     if isinstance(causes, Mapping):
         if examined is None:
             raise ValueError("examined must say how many errors were looked at where causes are counts")
+        for name, count in (*causes.items(), ("examined", examined)):
+            if not isinstance(count, Integral):
+                raise TypeError(f"{name!r} must be counted in whole numbers, got {count!r}")
         counts = Counter(dict(causes))
     else:
         tags = list(causes)

@@ -127,6 +127,7 @@ def error_budget(
 
     Raises:
         ValueError: an error is negative, above 100 or not finite; no human error; ``relative`` is outside (0, 1].
+        TypeError: an error is no number.
 
     Source: D6, D16 (N4). The note calls 10/11/20 bias and variance; its gap of 9 is the mismatch.
     """
@@ -156,5 +157,10 @@ def error_budget(
 
 
 def _check(name: str, error: float) -> None:
-    if not (math.isfinite(error) and 0 <= error <= 100):
-        raise ValueError(f"{name} must be an error rate, a share or per cent from 0 to 100, got {error}")
+    expected = "must be an error rate, a share or per cent from 0 to 100"
+    try:
+        finite = math.isfinite(error)
+    except TypeError:
+        raise TypeError(f"{name} {expected}, got {error!r}") from None
+    if not (finite and 0 <= error <= 100):
+        raise ValueError(f"{name} {expected}, got {error}")

@@ -54,12 +54,17 @@ class LearningCurve:
         return error_budget(self.train[-1], self.dev[-1], human=human)
 
     def __str__(self) -> str:
-        unit = "epoch" if self.over == "epochs" else "examples"
-        text = (
-            f"dev error {self.dev[self.best]:.4g} at best, at {unit} {self.x[self.best]:g}; "
-            f"at the end, {self.x[-1]:g}, train {self.train[-1]:.4g} and dev {self.dev[-1]:.4g}"
-        )
-        return f"{text}\noverfits from {unit} {self.x[self.best]:g} on" if self.overfits else text
+        lowest, train, dev = (f"{error:.4g}" for error in (self.dev[self.best], self.train[-1], self.dev[-1]))
+        if self.best == len(self.x) - 1:
+            return f"dev error lowest at the end, {self._at(-1)}: train {train}, dev {dev}"
+        text = f"dev error lowest {self._at(self.best)}: {lowest}; at the end, {self._at(-1)}: train {train}, dev {dev}"
+        return f"{text}\noverfits from {self._at(self.best).removeprefix('at ')} on" if self.overfits else text
+
+    def _at(self, position: int) -> str:
+        """A point in words."""
+        x = self.x[position]
+        number = f"{x:,.0f}" if x.is_integer() else f"{x:g}"
+        return f"at epoch {number}" if self.over == "epochs" else f"with {number} examples"
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draws both curves with their deviations, and writes the figure to ``path`` if given.

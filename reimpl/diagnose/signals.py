@@ -153,8 +153,8 @@ def signal_report(
         dead: the share of dead units that makes a layer dead.
 
     Raises:
-        ValueError: ``ratio`` is not above 1 or ``dead`` not in (0, 1]; no layer ran under the model's hooks; the loss
-            is no scalar.
+        ValueError: ``ratio`` is not above 1 or ``dead`` not in (0, 1]; the batch is empty; no layer ran under the
+            model's hooks; the loss is no scalar.
 
     Source: D11 (N1, N2 §8.2.5, N4).
     """
@@ -162,6 +162,9 @@ def signal_report(
         raise ValueError(f"ratio must be above 1, got {ratio}")
     if not 0 < dead <= 1:
         raise ValueError(f"dead must lie in (0, 1], got {dead}")
+    tensors = list(_tensors(batch))
+    if tensors and not any(x.numel() for x in tensors):
+        raise ValueError(f"batch must hold at least one example, got shape {tuple(tensors[0].shape)}")
     model = getattr(model, "_orig_mod", model)
     with preserved(model):
         arguments, keywords = _arguments(batch)

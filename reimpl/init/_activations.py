@@ -67,8 +67,21 @@ def measured(function: Function, name: str | None = None) -> Activation:
 
 
 def as_activation(given: Named) -> Activation:
-    """From a name that :func:`calculate_gain` knows, or a function of tensors."""
-    return named(given) if isinstance(given, str) else measured(given)
+    """From a name that :func:`calculate_gain` knows, or a function of tensors.
+
+    Raises:
+        ValueError: another name, or a function without a gain.
+        TypeError: neither.
+    """
+    expected = "a function, such as torch.nn.functional.gelu, or one of linear, sigmoid, tanh, relu, leaky_relu, selu"
+    if isinstance(given, str):
+        try:
+            return named(given)
+        except ValueError as error:
+            raise ValueError(f"{error}: activation must be {expected}") from None
+    if not callable(given):
+        raise TypeError(f"activation must be {expected}, got {given!r}")
+    return measured(given)
 
 
 _NAMES = {"ReLU": "relu", "ReLU6": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "SELU": "selu"}

@@ -132,7 +132,7 @@ class Job:
         how = label(chosen)
 
         def fill(tensor: Tensor) -> None:
-            draw(chosen, tensor, self.generator, activation, fans, groups)
+            draw(chosen, full, tensor, self.generator, activation, fans, groups)
             if override is None and zero_row is not None:
                 tensor[zero_row].zero_()
             if override is None and forget is not None:

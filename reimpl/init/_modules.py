@@ -34,8 +34,13 @@ def leaves(model: Module) -> Iterator[tuple[str, Module]]:
             yield name, module
 
 
-def refuse_lazy(model: Module) -> None:
-    """Raise ``ValueError`` for a model with parameters that have no shape yet."""
+def check_model(model: Module) -> None:
+    """Raise ``TypeError`` for what is no module, and ``ValueError`` for one whose parameters have no shape yet."""
+    if not isinstance(model, Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: a tensor is filled by init.zeros_ "
+            "and the like"
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"{name} belongs to a lazy layer that has no shape yet; run an input through it first")

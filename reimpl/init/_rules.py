@@ -22,7 +22,7 @@ from reimpl.init.scaled import (
 from reimpl.init.simple import constant_, normal_, ones_, uniform_, zeros_
 from reimpl.init.structured import dirac_, eye_, orthogonal_, sparse_
 from reimpl.init.truncated import trunc_normal_
-from reimpl.init.walk import random_walk_
+from reimpl.init.walk import NONLINEARITIES, random_walk_
 
 RULES: Mapping[str, Callable[..., Tensor]] = {
     function.__name__: function
@@ -88,21 +88,25 @@ def needs_activation(function: Callable[..., Any]) -> bool:
 
 def draw(
     function: Callable[..., Any],
+    parameter: str,
     tensor: Tensor,
     generator: Generator | None,
     activation: Activation,
     fans: Fans | None,
     groups: int,
 ) -> None:
-    """Call a rule with what it takes of the facts about the layer."""
+    """Call a rule with what it takes of the facts about the layer; ``parameter`` is the tensor's name for errors."""
     names = takes(function)
     kwargs: dict[str, Any] = {}
     scale = 1.0
     if "nonlinearity" in names and "a" in names:
         kwargs |= {"nonlinearity": activation.nonlinearity or "linear", "a": activation.slope}
         scale = 1.0 if activation.nonlinearity else activation.gain
-        if scale != 1 and function is random_walk_:
-            raise ValueError(f"Unsupported nonlinearity {activation.name}")
+        if _innermost(function) is random_walk_ and activation.nonlinearity not in NONLINEARITIES:
+            raise ValueError(
+                f"Unsupported nonlinearity {activation.name}: {parameter}'s layer is followed by it, and random_walk_ "
+                f"knows {', '.join(NONLINEARITIES)}; give another rule, or activation="
+            )
     elif "gain" in names:
         kwargs["gain"] = activation.gain
     if fans is not None and min(fans) <= 0:
@@ -112,6 +116,10 @@ def draw(
     function(tensor, **kwargs)
     if scale != 1:
         tensor.mul_(scale)
+
+
+def _innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function.func if isinstance(function, functools.partial) else function
 
 
 def label(function: Callable[..., Any]) -> str:

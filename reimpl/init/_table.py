@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reimpl.init.gain import Fans
@@ -55,5 +55,10 @@ class Initialisation:
             fans = ("", "") if row.fans is None else tuple(f"{fan:g}" for fan in row.fans)
             shape = " × ".join(map(str, row.shape)) or "scalar"
             lines.append((row.parameter, shape, row.rule, row.activation, *fans, f"{row.std:.4g}"))
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -19,7 +19,8 @@ _LINKS = ("softmax", "sigmoid", "linear")
 def output_bias_(target: Target, marginal: Tensor | float, link: str = "softmax") -> Target:
     r"""Set the outputs' bias so that, with weights near 0, the model predicts the marginal statistics of the target.
 
-    - ``"softmax"``: :math:`b_c = \ln p_c`, from probabilities or from class counts, which are normalised here
+    - ``"softmax"``: :math:`b_c = \ln p_c`, from shares that sum to 1; whole numbers are class counts, and divided by
+      their sum
     - ``"sigmoid"``: :math:`b = \ln \frac{p}{1 - p}`, from the share of positives of each output
     - ``"linear"``: :math:`b` = the mean of each output
 
@@ -31,7 +32,7 @@ def output_bias_(target: Target, marginal: Tensor | float, link: str = "softmax"
 
     Args:
         target: the bias, its layer, or a model.
-        marginal: one number an output, or one for all.
+        marginal: one number an output, or one for all: the target's statistics, not its labels.
         link: ``"softmax"``, ``"sigmoid"`` or ``"linear"``.
 
     Returns:
@@ -39,32 +40,48 @@ def output_bias_(target: Target, marginal: Tensor | float, link: str = "softmax"
 
     Raises:
         ValueError: an unknown ``link``, a ``marginal`` of another shape or out of range (a class that never occurs has
-            :math:`\ln 0`: add one to each count), or a target without a bias.
+            :math:`\ln 0`: add one to each count), shares that do not sum to 1, or a target without a bias.
+        TypeError: ``target`` is neither tensor nor module.
 
     Source: I8; N2 §8.4. PyTorch: none.
     """
     if link not in _LINKS:
         raise ValueError(f"link must be one of {_LINKS}, got {link!r}")
+    _check_target(target)
     bias = target if isinstance(target, Tensor) else _bias_of_the_last_layer(target)
-    statistic = torch.as_tensor(marginal).detach().to(device=bias.device, dtype=torch.float64)
+    given = torch.as_tensor(marginal).detach()
+    statistic = given.to(device=bias.device, dtype=torch.float64)
     if statistic.dim() > 0 and statistic.shape != bias.shape:
         raise ValueError(f"marginal must have the bias's shape {tuple(bias.shape)}, got {tuple(statistic.shape)}")
     with torch.no_grad():
-        bias.copy_(_LINK_INVERSE[link](statistic.expand(bias.shape)))
+        spacing = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
+        bias.copy_(_LINK_INVERSE[link](statistic.expand(bias.shape), spacing))
     return target
 
 
-def _log_shares(counts: Tensor) -> Tensor:
-    _require(counts, "finite and above 0 (a class that never occurs: add one to each count)", counts > 0)
-    return (counts / counts.sum()).log()
+def _check_target(target: object) -> None:
+    if target is None:
+        raise ValueError("target must be a bias, a layer or a model, got None: a layer with bias=False has no bias")
+    if not isinstance(target, (Tensor, Module)):
+        raise TypeError(f"target must be a bias, a layer or a model, got {type(target).__name__}")
 
 
-def _logit(shares: Tensor) -> Tensor:
+def _log_shares(marginal: Tensor, spacing: float) -> Tensor:
+    _require(marginal, "finite and above 0 (a class that never occurs: add one to each count)", marginal > 0)
+    total = marginal.sum()
+    counts = bool((marginal == marginal.round()).all())
+    # Rounding each share moves the sum by less than the spacing; thirds written with six digits still pass.
+    if not counts and abs(float(total) - 1) > max(1e-6, spacing):
+        raise ValueError(f"marginal must be shares that sum to 1, or counts in whole numbers, got the sum {total:.6g}")
+    return (marginal / total).log()
+
+
+def _logit(shares: Tensor, _spacing: float) -> Tensor:
     _require(shares, "between 0 and 1, both excluded", (shares > 0) & (shares < 1))
     return (shares / (1 - shares)).log()
 
 
-def _mean(means: Tensor) -> Tensor:
+def _mean(means: Tensor, _spacing: float) -> Tensor:
     _require(means, "finite", means.isfinite())
     return means
 
@@ -113,6 +130,7 @@ def relu_bias_(target: Target, value: float = 0.1) -> Target:
 
     Source: I8; N2 §8.4. PyTorch: none.
     """
+    _check_target(target)
     found: list[Tensor]
     if isinstance(target, Tensor):
         found = [target]
@@ -163,6 +181,7 @@ def lstm_forget_bias_(target: Target, value: float = 1.0) -> Target:
 
     Source: I8; N2 §8.4; Jozefowicz et al. 2015. PyTorch: none.
     """
+    _check_target(target)
     if isinstance(target, Tensor):
         if target.dim() != 1 or target.shape[0] % 4 != 0:
             raise ValueError(f"target must be a bias of four gates, got shape {tuple(target.shape)}")

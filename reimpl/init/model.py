@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from reimpl.init._activations import LINEAR, Activation, Named, chosen
 from reimpl.init._job import Job
-from reimpl.init._modules import refuse_lazy
+from reimpl.init._modules import check_model
 from reimpl.init._rules import Rule, as_function, needs_activation
 from reimpl.init._table import Initialisation
 
@@ -84,10 +84,11 @@ def apply(
         ValueError: an unknown rule or activation, a pattern that matches nothing, a lazy layer that has seen no input,
             or a rule that needs the activation where a model of several layers has no activation module and neither
             ``activation`` nor ``batch`` is given.
+        TypeError: ``model`` is no module, or a rule or activation neither name nor function.
 
     Source: I2-I8. PyTorch: none.
     """
-    refuse_lazy(model)
+    check_model(model)
     weight = as_function("rule", rule)
     activations = chosen(model, activation, batch)
     if activation is None and batch is None and needs_activation(weight):

@@ -12,8 +12,9 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from reimpl.init._kinds import AFFINE, is_a
-from reimpl.init._modules import buffers_restored, call, hooked, leaves, parameters_behind, refuse_lazy, rewrite
+from reimpl.init._modules import buffers_restored, call, check_model, hooked, leaves, parameters_behind, rewrite
 from reimpl.init._rules import Rule
+from reimpl.init._table import aligned
 from reimpl.init.model import apply
 
 
@@ -25,6 +26,14 @@ class Scaling(NamedTuple):
     factor: float
 
 
+class Scalings(dict[str, Scaling]):
+    """A :class:`Scaling` by layer name, in the order of computing; ``str`` gives a table."""
+
+    def __str__(self) -> str:
+        rows = [(name, *(f"{number:.4g}" for number in scaling)) for name, scaling in self.items()]
+        return aligned([("layer", "variance before", "after", "weight times"), *rows])
+
+
 def layer_sequential_(
     model: Module,
     batch: Any,
@@ -34,7 +43,7 @@ def layer_sequential_(
     tolerance: float = 0.01,
     max_passes: int = 10,
     generator: Generator | None = None,
-) -> dict[str, Scaling]:
+) -> Scalings:
     r"""Give each layer's output the same variance on a batch, layer by layer in the order in which they compute (LSUV).
 
     First every parameter is drawn by ``rule`` with zero biases (:func:`apply`). Then, as the batch passes through the
@@ -59,8 +68,8 @@ def layer_sequential_(
         generator: where the numbers come from.
 
     Returns:
-        by layer name, in the order of computing. A layer that the batch does not reach, or whose weight an
-        earlier one has too, is not in it.
+        a dictionary by layer name, in the order of computing, which prints as a table. A layer that the batch does
+        not reach, or whose weight an earlier one has too, is not in it.
 
     Raises:
         ValueError: no layer was reached; a lazy layer that has seen no input; ``variance``, ``tolerance`` or
@@ -72,10 +81,10 @@ def layer_sequential_(
     for name, value in (("variance", variance), ("tolerance", tolerance), ("max_passes", max_passes)):
         if not (value > 0 and isfinite(value)):
             raise ValueError(f"{name} must be positive, got {value}")
-    refuse_lazy(model)
+    check_model(model)
     if rule is not None:
         apply(model, rule, activation="linear", generator=generator)
-    done: dict[str, Scaling] = {}
+    done = Scalings()
     touched: set[int] = set()
 
     def scale(name: str) -> Callable[[Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:

@@ -9,6 +9,8 @@ from torch import Generator, Tensor
 from reimpl.init.gain import Fans, calculate_gain, fans_or
 from reimpl.init.simple import normal_
 
+NONLINEARITIES = ("linear", "relu", "leaky_relu")
+
 
 def random_walk_(
     tensor: Tensor,
@@ -63,4 +65,4 @@ def _gain(nonlinearity: str, a: float, n: float) -> float:
         # E[ln z] = ln E[z] - Var[z] / (2 E[z]^2) to first order, with Var[z] / E[z]^2 = c/n.
         c = 6 * (1 + a**4) / (1 + a**2) ** 2 - 1
         return calculate_gain("leaky_relu", a) * exp(c / (4 * n))
-    raise ValueError(f"Unsupported nonlinearity {nonlinearity}")
+    raise ValueError(f"Unsupported nonlinearity {nonlinearity}: random_walk_ knows {', '.join(NONLINEARITIES)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from operator import index
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -44,11 +45,16 @@ class EarlyStopping:
 
     Raises:
         ValueError: an argument out of range.
+        TypeError: ``patience`` is no integer.
 
     Source: D9 (N0, N2 §8.1.2, N4).
     """
 
     def __init__(self, patience: int = 0, min_delta: float = 0.0, mode: Mode = "min") -> None:
+        try:
+            patience = index(patience)
+        except TypeError:
+            raise TypeError(f"patience must be an integer of at least 0, got {patience!r}") from None
         if patience < 0:
             raise ValueError(f"patience must be at least 0, got {patience}")
         if not 0 <= min_delta < math.inf:

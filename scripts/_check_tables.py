@@ -24,11 +24,11 @@ def print_comparison(result: OptimizerComparison, console: Console, *, everythin
     if result.partings:
         _print_partings(result, console, everything)
     for skipped in result.skipped:
-        console.print(f"[dim]skipped {escape(skipped.what)}: {escape(skipped.why)}[/]", highlight=False)
+        console.print(f"[dim]{escape(str(skipped))}[/]", highlight=False)
     if result.random:
         console.print("[yellow]the subject draws random numbers; each step was seeded[/]")
     colour = "green" if result.ok else "red"
-    console.print(f"[bold {colour}]{result.headline()}[/]", highlight=False)
+    console.print(f"[bold {colour}]{escape(result.headline())}[/]", highlight=False)
 
 
 def _title(result: OptimizerComparison) -> str:

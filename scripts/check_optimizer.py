@@ -2,7 +2,8 @@
 
     python scripts/check_optimizer.py torch.optim.Adam                       against its own plain for-loop
     python scripts/check_optimizer.py timm.optim.RMSpropTF --against reimpl.optim.RMSprop \
-        --set lr=0.01 --set against.eps_inside_sqrt=true --set against.alpha=0.9 --set against.eps=1e-10
+        --set lr=0.01 --set against.eps_inside_sqrt=true --set against.alpha=0.9 --set against.eps=1e-10 \
+        --set against.initial_accumulator_value=1
     python scripts/check_optimizer.py --catalogue timm                       the tables of docs/findings.md
 
 --set takes key=value for both, subject.key=value or against.key=value for one; values are Python literals, true, false
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -82,19 +82,6 @@ def split_settings(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def parse_dtypes(names: Iterable[str]) -> tuple[torch.dtype, ...]:
-    """The dtypes of these names, or all.
-
-    Raises:
-        ValueError: a name is none of those that are tried.
-    """
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in ALL_DTYPES}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown dtype {name!r}; known: {', '.join(known)}")
-    return tuple(known[name] for name in names) or ALL_DTYPES
-
-
 def check(options: Options, console: Console) -> int:
     """Compare, print, write; the exit status.
 
@@ -114,7 +101,7 @@ def check(options: Options, console: Console) -> int:
             reference_kwargs=settings["against"],
             scenarios=options.scenario or None,
             implementations=options.implementation or None,
-            dtypes=parse_dtypes(options.dtype),
+            dtypes=options.dtype or ALL_DTYPES,
             device=pick_device(options.device),
             state=options.state,
             bitwise=options.bitwise,
@@ -138,4 +125,6 @@ def main(options: Options, console: Console) -> int:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:  # a class of the current directory is found, as with python -m
+        sys.path.insert(0, str(Path.cwd()))
     sys.exit(main(tyro.cli(Options, description=__doc__, config=(tyro.conf.UseAppendAction,)), Console()))

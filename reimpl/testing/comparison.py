@@ -22,7 +22,7 @@ import torch
 
 from reimpl.testing.optimizer_names import described, settings_of, takes
 from reimpl.testing.optimizers import EXECUTION_KEYS, IMPLEMENTATIONS, Layout, OptimizerClass
-from reimpl.testing.outcomes import OptimizerComparison, Outcome, Skipped, Status
+from reimpl.testing.outcomes import OptimizerComparison, Outcome, Skipped, Status, shortened
 from reimpl.testing.scenarios import SCENARIOS, USUAL_LAYOUTS, Scenario, walk
 from reimpl.testing.walks import PARAM, Conditions, Failure, Trace
 from reimpl.testing.yardstick import Agreement, Yardstick
@@ -45,7 +45,7 @@ def compare_optimizers(
     reference_kwargs: Mapping[str, Any] | None = None,
     scenarios: Iterable[str] | None = None,
     implementations: Iterable[str] | None = None,
-    dtypes: Iterable[torch.dtype] = ALL_DTYPES,
+    dtypes: Iterable[torch.dtype | str] = ALL_DTYPES,
     device: str | torch.device = "cpu",
     state: Literal["shared", "exact", "ignored"] = "shared",
     bitwise: bool = False,
@@ -62,7 +62,7 @@ def compare_optimizers(
         scenarios: names from :data:`~reimpl.testing.scenarios.SCENARIOS` (default: all).
         implementations: keys of :data:`VARIANTS` (default: all); those whose argument the subject does not take are
             skipped and listed.
-        dtypes: of parameters and gradients.
+        dtypes: of parameters and gradients, some of :data:`ALL_DTYPES` or their names, such as ``"float32"``.
         device: where they live; ``capturable`` is tried beside the CPU alone.
         state: compare the state entries that both have (``"shared"``), require the same entries (``"exact"``), or look
             at parameters alone (``"ignored"``).
@@ -73,11 +73,16 @@ def compare_optimizers(
         every case with its outcome; nothing is raised where the two part.
 
     Raises:
-        TypeError: an argument that a class does not take, or a class that makes no optimizer.
-        ValueError: an unknown scenario, implementation or device, or arguments that the class itself refuses.
+        TypeError: an argument that a class does not take, a class that makes no optimizer, or one name where several
+            are expected.
+        ValueError: an unknown scenario, implementation, dtype or device, none at all, or arguments that the class
+            itself refuses.
     """
     if state not in ("shared", "exact", "ignored"):
         raise ValueError(f"state must be 'shared', 'exact' or 'ignored', got {state!r}")
+    chosen = _choose(scenarios, {s.name: s for s in SCENARIOS}, "scenario")
+    wanted = _choose(implementations, VARIANTS, "implementation")
+    kinds = _choose(_names(dtypes), {_name(dtype): dtype for dtype in ALL_DTYPES}, "dtype")
     mine = settings_of(subject, {**(kwargs or {}), **(subject_kwargs or {})}, "subject")
     itself = reference is None or (reference is subject and not reference_kwargs)
     if reference is None:
@@ -92,17 +97,19 @@ def compare_optimizers(
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices):  # each step is seeded; the caller's generator stays where it is
         bench = _Bench(subject, reference, mine, theirs, torch.device(device), seed, state, bitwise, forgiving)
-        chosen = _choose(scenarios, {s.name: s for s in SCENARIOS}, "scenario")
-        variants = bench.variants(_choose(implementations, VARIANTS, "implementation"), result)
+        variants = bench.variants(wanted, result)
         result.random = bench.is_random()
         result.outcomes += bench.refusals(result)
-        for scenario in chosen.values():
+        for scenario in chosen.values() if variants else ():
             missing = [name for name in scenario.arguments if not takes(subject, name)]
             if missing:
                 why = f"{described(subject)} takes no argument {missing[0]}"
                 result.skipped.append(Skipped(scenario.name, why))
                 continue
-            for dtype in _dtypes_of(scenario, dtypes):
+            fitting = _dtypes_of(scenario, kinds.values())
+            if not fitting:
+                result.skipped.append(Skipped(scenario.name, f"it is not run in {', '.join(kinds)}"))
+            for dtype in fitting:
                 result.outcomes += bench.run(scenario, dtype, variants)
     return result
 
@@ -126,8 +133,23 @@ def _texts(kwargs: Mapping[str, Any]) -> dict[str, str]:
     return {key: repr(value) for key, value in kwargs.items()}
 
 
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Iterable[Any]) -> Iterable[str]:
+    """The names of dtypes; what is no sequence of them is left to :func:`_choose`."""
+    if isinstance(dtypes, str) or not isinstance(dtypes, Iterable):
+        return dtypes
+    return [_name(dtype) if isinstance(dtype, torch.dtype | str) else dtype for dtype in dtypes]
+
+
 def _choose(names: Iterable[str] | None, known: Mapping[str, Any], what: str) -> dict[str, Any]:
+    if isinstance(names, str) or not isinstance(names, Iterable | None):
+        raise TypeError(f"{what}s must be a sequence, as in [{next(iter(known))!r}], got {names!r}")
     wanted = list(known) if names is None else list(names)
+    if not wanted:
+        raise ValueError(f"{what}s is empty; known: {', '.join(known)}")
     for name in wanted:
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
@@ -297,7 +319,7 @@ class _Bench:
         if not kept:
             _, mine, theirs = self._refused[0]
             who, failure = (self.subject, mine.failure) if mine.failure else (self.reference, theirs.failure)
-            raise ValueError(f"{NOTHING_IN_COMMON}{described(who)} {failure}")
+            raise ValueError(f"{NOTHING_IN_COMMON}{described(who)} {shortened(str(failure))}")
         return tuple(kept)
 
     def _param_scale(self) -> float:
@@ -328,7 +350,7 @@ def _outcome(
 ) -> Outcome:  # fmt: skip
     return Outcome(
         scenario=scenario.name,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         implementation=name,
         status=status,
         steps=agreement.divergence.step if agreement.divergence else trace.steps,

@@ -74,7 +74,7 @@ def settings_of(optimizer: OptimizerClass, kwargs: Mapping[str, Any], role: str)
     for key in kwargs:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise TypeError(
                 f"{role} {described(optimizer)} takes no argument {key!r}{hint} It takes: {', '.join(names)}"
             )

@@ -16,6 +16,19 @@ from reimpl.testing.yardstick import Divergence
 
 Status = Literal["agrees", "both refuse", "both leave", "parts", "raises"]
 
+#: Of a message that is shown; the data keep all of it.
+LONGEST_TEXT = 200
+
+
+def shortened(text: str) -> str:
+    """``text`` on one line; the sentences, or else the words, that fit into 200 characters, and ``…`` for the rest."""
+    text = " ".join(text.split())
+    if len(text) <= LONGEST_TEXT:
+        return text
+    kept = text[: LONGEST_TEXT - 2]
+    sentences = re.match(r".*[.!?](?= )", kept)
+    return f"{sentences.group() if sentences else kept.rpartition(' ')[0] or kept} …"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -55,7 +68,9 @@ class Outcome:
 
     def __str__(self) -> str:
         case = f"[{self.scenario}, {self.dtype}, {self.implementation}]"
-        return f"{case} {self.divergence}" if self.divergence else f"{case} {self.subject}; reference: {self.reference}"
+        if self.divergence:
+            return f"{case} {self.divergence}"
+        return f"{case} {shortened(self.subject)}; reference: {shortened(self.reference)}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,9 @@ class Skipped:
 
     what: str
     why: str
+
+    def __str__(self) -> str:
+        return f"skipped {self.what}: {shortened(self.why)}"
 
 
 @dataclass
@@ -143,10 +161,20 @@ class OptimizerComparison:
     def headline(self) -> str:
         """The result in one sentence."""
         if not self.compared:
-            return "nothing could be compared: both refuse every case"
+            return f"nothing could be compared: {self._why_nothing()}"
         bitwise = sum(outcome.status == "agrees" and outcome.bitwise for outcome in self.outcomes)
         said = f"{len(self.outcomes)} cases, {bitwise} equal to the last bit"
         return f"{said}, {len(self.partings)} part" if self.partings else f"{said}, none part"
+
+    def _why_nothing(self) -> str:
+        if not self.outcomes:
+            reasons: dict[str, list[str]] = {}
+            for skipped in self.skipped:
+                reasons.setdefault(skipped.why, []).append(skipped.what)
+            return "; ".join(str(Skipped(", ".join(what), why)) for why, what in reasons.items())
+        if all(outcome.status == "both refuse" for outcome in self.outcomes):
+            return "both refuse every case"
+        return f"{len(self.partings)} of {len(self.outcomes)} cases part before there are numbers"
 
     def summary(self) -> str:
         """The headline, and one case of each kind of parting in words."""

@@ -51,6 +51,15 @@ def _storage(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
+def _require_inline_form(first: int) -> None:
+    """Raise ``LookupError`` unless five sizes and five strides stand among a body's words from ``first`` on."""
+    t = torch.empty(2, 3, 5, 7, 11, device="cpu")
+    words = _words(t._cdata, _BODY_WORDS)
+    for numbers in (list(t.shape), list(t.stride())):
+        if not any(words[i : i + len(numbers)] == numbers for i in range(first, _BODY_WORDS)):
+            raise LookupError("PyTorch's objects are not laid out as expected")
+
+
 def _offsets() -> dict[str, int]:
     """Where Python's tensor has its body, and the body its storage, version, form, keys and gradient.
 
@@ -67,6 +76,7 @@ def _offsets() -> dict[str, int]:
     storage = _only([i for i, w in enumerate(_words(plain._cdata, _BODY_WORDS)) if w == _storage(plain)])
     # the form is what comes after the last word in which two tensors of one form differ
     form = max(i for i, same in enumerate(_same(plain, other)) if not same) + 1
+    _require_inline_form(form)
     # a tensor and its detached twin share their storage and their version, and nothing else that is their own
     twin = plain.detach()
     pairs = zip(_same(plain, twin), _same(plain, other), strict=True)

@@ -23,6 +23,8 @@ DICT_NEXT, LIST_ITEM, DATA_PTR, DTYPE, DIM, SIZES, STRIDES = range(7)
 STORAGE, VERSION, COUNT, FORM, KEYS, META, GRAD, UNDEFINED = range(7, 15)
 RESULT, POSITION, KEY, VALUE = range(15, 19)
 API_SIZE = 19
+INLINE = 5
+"""Of so many dimensions, sizes and strides stand in the body itself; of more, elsewhere."""
 AHEAD = 8
 """How many tensors ahead lines are fetched: about as many as a processor has under way."""
 
@@ -167,7 +169,8 @@ def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, k
             continue
         for j, tensor in enumerate((tensors[i], gradient)):
             body = own[i] if j == 0 else bodies[i]
-            if not known(api, body, marks[j, i]):
+            within = starts[i + 1] - starts[i] <= 2 * INLINE
+            if not (within and known(api, body, marks[j, i])):
                 if not has_form(api, tensor, dtype, forms, starts[i], starts[i + 1]):
                     return False
                 for k in range(marks.shape[2]):

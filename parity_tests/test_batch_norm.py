@@ -64,6 +64,7 @@ def test_the_mean_is_of_x_not_of_its_square(device: torch.device) -> None:
     as_printed = (x - x.square().mean(0)) / ((x - x.square().mean(0)).square().mean(0) + 1e-5).sqrt()
     assert normalized.mean(0).abs().max() < 1e-12  # sums of 64 numbers of size 1 in float64
     assert as_printed.mean(0).abs().min() > 0.5
+    # eps takes 1e-5 of a variance that is over 1 here
     assert torch.allclose(as_printed.square().mean(0), torch.ones_like(x[0]), atol=1e-4)
 
 

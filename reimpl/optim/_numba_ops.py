@@ -9,7 +9,6 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 _FEATURES = llvm.get_host_cpu_features()
@@ -46,7 +45,7 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
         form = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], form)
         read, keep, data = ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)
         builder.call(function, [builder.inttoptr(args[0], byte), read, keep, data])
         return context.get_dummy_value()

@@ -17,7 +17,6 @@ import reimpl.nn as nn
 from parity_tests.oracle import functional as oracle
 from parity_tests.oracle import functional_conv as oracle_conv
 from reimpl.testing import SEEDS, Verdict, combine, judge, random_tensor, seeded_generator, to_oracle
-from reimpl.testing.torch_operators import error_calls, module_calls, sample_calls, tensors_of
 
 pytestmark = [
     # PyTorch's word about a copy of its own, and about what its databases import.
@@ -195,53 +194,6 @@ def assert_near(ours: Tensor, theirs: Tensor, what: object) -> None:
         assert float((ours - theirs).detach().abs().max()) <= limit, what
     else:
         assert torch.equal(ours, theirs), what
-
-
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.int64], ids=str)
-@pytest.mark.parametrize("name", ["conv1d", "conv2d"])
-def test_samples_of_pytorchs_database(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    ours, theirs = getattr(F, name), getattr(torch_functional, name)
-    count = 0
-    for sample in sample_calls(f"nn.functional.{name}", device, dtype, dtype != torch.int64):
-        mine, other = ours(*sample.args, **sample.kwargs), theirs(*sample.args, **sample.kwargs)
-        assert_near(mine, other, (sample.args, sample.kwargs))
-        leaves = tensors_of(sample)
-        if leaves:
-            grad = torch.randn_like(other)
-            pairs = zip(torch.autograd.grad(mine, leaves, grad), torch.autograd.grad(other, leaves, grad), strict=True)
-            for left, right in pairs:
-                assert_near(left, right, sample.kwargs)
-        count += 1
-    assert count >= 10
-
-
-@pytest.mark.parametrize("name", ["conv1d", "conv2d"])
-def test_bad_calls_of_pytorchs_database(name: str, device: torch.device) -> None:
-    cases = list(error_calls(f"nn.functional.{name}", device))
-    assert len(cases) >= 10
-    for case in cases:
-        with pytest.raises(case.error_type):
-            getattr(torch_functional, name)(*case.args, **case.kwargs)
-        with pytest.raises(case.error_type):
-            getattr(F, name)(*case.args, **case.kwargs)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", ["Conv1d", "Conv2d"])
-def test_modules_of_pytorchs_database(name: str, training: bool, device: torch.device) -> None:
-    count = 0
-    for case in module_calls(getattr(torch.nn, name), device, torch.float64, training):
-        built = []
-        for namespace in (nn, torch.nn):
-            torch.manual_seed(1)
-            module = getattr(namespace, name)(*case.args, **case.kwargs).to(device, torch.float64).train(training)
-            output = module(*case.inputs, **case.input_kwargs)
-            leaves = (*case.inputs, *module.parameters())
-            built.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
-        for mine, other in zip(*built, strict=True):
-            assert_near(mine, other, case.desc)
-        count += 1
-    assert count
 
 
 @pytest.mark.parametrize("name", ["conv1d", "conv2d"])

@@ -41,8 +41,8 @@ def embedding(
         AssertionError: ``padding_idx`` is no row.
         RuntimeError: ``weight`` is no matrix, or ``input`` holds no integers.
         IndexError: a number is no row (checked on the CPU; on CUDA a device assertion).
-        NotImplementedError: ``sparse`` or ``scale_grad_by_freq`` in forward mode or a compiler, where the gradient is
-            that of a composition.
+        NotImplementedError: ``sparse`` with a gradient under ``torch.compile``, which traces no sparse tensors; it or
+            ``scale_grad_by_freq`` with a gradient inside forward mode.
 
     Source: F15; N4. PyTorch: :func:`torch.nn.functional.embedding`.
     """
@@ -58,12 +58,15 @@ def embedding(
         raise IndexError("index out of range in self")
     if max_norm is not None:
         _shrink_rows(weight, input, max_norm, norm_type)
-    differentiated = weight.requires_grad and torch.is_grad_enabled()
-    if (differentiated and torch.compiler.is_compiling()) or forward_ad._current_level >= 0:
-        for name, option in (("sparse", sparse), ("scale_grad_by_freq", scale_grad_by_freq)):
-            if option:
-                raise NotImplementedError(f"embedding: {name}=True is not supported in forward mode and by compilers")
     indices = input.long()
+    if (scale_grad_by_freq or sparse) and torch.is_grad_enabled() and weight.requires_grad:
+        # a composition's gradient would be neither divided nor sparse
+        if sparse and torch.compiler.is_compiling():
+            raise NotImplementedError("embedding: sparse=True has no gradient under torch.compile")
+        if forward_ad._current_level >= 0:
+            option = "sparse" if sparse else "scale_grad_by_freq"
+            raise NotImplementedError(f"embedding: {option}=True has no reverse mode inside forward mode")
+        return _Embedding.apply(weight, indices, row, scale_grad_by_freq, sparse)  # type: ignore[no-any-return]
     return call(_Embedding, _rows, weight, indices, row, scale_grad_by_freq, sparse)  # type: ignore[no-any-return]
 
 
@@ -147,20 +150,53 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
-        indices, grad = indices.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        options = ctx.rows, ctx.padding_row, ctx.sparse
         if ctx.by_frequency:
-            counts = torch.zeros(ctx.rows, dtype=grad.dtype, device=grad.device)
-            grad = grad / counts.index_add(0, indices, torch.ones_like(grad[:, 0]))[indices].unsqueeze(1)
-        if ctx.sparse:
-            kept = slice(None) if ctx.padding_row is None else indices != ctx.padding_row
-            numbers, size = indices[kept].unsqueeze(0), (ctx.rows, grad.shape[1])
-            table = torch.sparse_coo_tensor(numbers, grad[kept], size, check_invariants=False)
+            table = _MeanGradient.apply(grad, indices, *options)
         else:
-            if ctx.padding_row is not None:
-                grad = torch.where((indices == ctx.padding_row).unsqueeze(1), 0, grad)
-            wide = grad.to(opmath_dtype(grad.dtype))
-            table = wide.new_zeros(ctx.rows, grad.shape[1]).index_add(0, indices, wide).to(grad.dtype)
+            table = _table(grad, indices, *options)
         return table, None, None, None, None
+
+
+class _MeanGradient(torch.autograd.Function):
+    """``scale_grad_by_freq``: the table's gradient with each row divided by the number of times that it was looked up.
+
+    It is the gradient of nothing, and differentiated as if it were not divided, which is PyTorch's way.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, indices: Tensor, rows: int, padding_row: int | None, sparse: bool) -> Tensor:
+        flat = indices.reshape(-1)
+        counts = torch.zeros(rows, dtype=grad.dtype, device=grad.device)
+        counts = counts.index_add(0, flat, torch.ones_like(flat, dtype=grad.dtype))[flat]
+        return _table(grad / counts.reshape(*indices.shape, 1), indices, rows, padding_row, sparse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, indices, _, ctx.padding_row, _ = inputs
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, other: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        rows = _rows(other, indices, None, False, False)
+        if ctx.padding_row is not None:
+            rows = torch.where((indices == ctx.padding_row).unsqueeze(-1), 0, rows)
+        return rows, None, None, None, None
+
+
+def _table(grad: Tensor, indices: Tensor, rows: int, padding_row: int | None, sparse: bool) -> Tensor:
+    indices, grad = indices.reshape(-1), grad.reshape(-1, grad.shape[-1])
+    if sparse:
+        kept = slice(None) if padding_row is None else indices != padding_row
+        numbers, size = indices[kept].unsqueeze(0), (rows, grad.shape[1])
+        return torch.sparse_coo_tensor(numbers, grad[kept], size, check_invariants=False)
+    if padding_row is not None:
+        grad = torch.where((indices == padding_row).unsqueeze(1), 0, grad)
+    wide = grad.to(opmath_dtype(grad.dtype))
+    return wide.new_zeros(rows, grad.shape[1]).index_add(0, indices, wide).to(grad.dtype)
 
 
 def _scores(center: Tensor, context: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

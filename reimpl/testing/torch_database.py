@@ -99,16 +99,23 @@ class ModuleCase:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     inputs: tuple[Any, ...]
+    input_kwargs: Mapping[str, Any]
+
+
+def function_dtypes(name: str, device: str | torch.device) -> tuple[torch.dtype, ...]:
+    """Every dtype for which PyTorch's database has sample calls of the function on such a device."""
+    kind = torch.device(device).type
+    return tuple(sorted({dtype for info in _function_rows(name) for dtype in info.supported_dtypes(kind)}, key=str))
 
 
 def function_inputs(name: str, device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     """PyTorch's own sample calls of ``torch.nn.functional.<name>`` or ``torch.<name>``; none where it has no row."""
+    kind = torch.device(device).type
     for info in _function_rows(name):
-        if dtype in info.supported_dtypes(str(torch.device(device).type)):
-            for item in info.sample_inputs(device, dtype, requires_grad=info.supports_autograd):
-                args = (item.input, *item.args)
-                # Its row of embedding has the table first.
-                yield Sample(args[1::-1] if name == "embedding" else args, dict(item.kwargs), desc=item.name)
+        if dtype in info.supported_dtypes(kind):
+            differentiable = info.supports_autograd and dtype in info.supported_backward_dtypes(kind)
+            for item in info.sample_inputs(device, dtype, requires_grad=differentiable):
+                yield Sample(_arguments(name, item), dict(item.kwargs), desc=item.name)
 
 
 def function_error_inputs(name: str, device: str | torch.device) -> Iterator[tuple[Sample, Any]]:
@@ -116,19 +123,46 @@ def function_error_inputs(name: str, device: str | torch.device) -> Iterator[tup
     for info in _function_rows(name):
         for error in info.error_inputs(device) if info.error_inputs_func else ():
             item = error.sample_input
-            args = (item.input, *item.args)
-            reordered = args[1::-1] if name == "embedding" else args
-            yield Sample(reordered, dict(item.kwargs), desc=error.error_regex), error.error_type
+            yield Sample(_arguments(name, item), dict(item.kwargs), desc=error.error_regex), error.error_type
 
 
-def module_inputs(name: str, device: str | torch.device, dtype: torch.dtype) -> Iterator[ModuleCase]:
+def module_inputs(
+    name: str, device: str | torch.device, dtype: torch.dtype, training: bool = True
+) -> Iterator[ModuleCase]:
     """PyTorch's own sample constructions and calls of ``torch.nn.<name>``; none where it has no row."""
-    for info in _import("common_modules").module_db:
-        if info.module_cls.__name__ == name:
-            for item in info.module_inputs_func(info, device, dtype, requires_grad=True, training=True):
-                call, inputs = item.constructor_input, item.forward_input
-                if inputs is not None and not inputs.kwargs:
-                    yield ModuleCase(item.desc, tuple(call.args), dict(call.kwargs), tuple(inputs.args))
+    for info in _module_rows(name):
+        for item in info.module_inputs_func(info, device, dtype, requires_grad=True, training=training):
+            if item.forward_input is not None:
+                yield _module_case(item, item.desc)
+
+
+def module_error_inputs(
+    name: str, device: str | torch.device, dtype: torch.dtype
+) -> Iterator[tuple[ModuleCase, Any, bool]]:
+    """PyTorch's own bad constructions and calls of ``torch.nn.<name>``: the exception's type, and whether it is the
+    constructor that raises."""
+    on_construction = _import("common_modules").ModuleErrorEnum.CONSTRUCTION_ERROR
+    for info in _module_rows(name):
+        if info.module_error_inputs_func is not None:
+            for error in info.module_error_inputs_func(info, device, dtype, requires_grad=True, training=True):
+                case = _module_case(error.module_error_input, error.error_regex)
+                yield case, error.error_type, error.error_on is on_construction
+
+
+def _arguments(name: str, item: Any) -> tuple[Any, ...]:
+    args = (item.input, *item.args)
+    # Its row of embedding has the table first.
+    return args[1::-1] if name == "embedding" else args
+
+
+def _module_case(item: Any, desc: str) -> ModuleCase:
+    call, inputs = item.constructor_input, item.forward_input
+    args, kwargs = (tuple(inputs.args), dict(inputs.kwargs)) if inputs is not None else ((), {})
+    return ModuleCase(desc, tuple(call.args), dict(call.kwargs), args, kwargs)
+
+
+def _module_rows(name: str) -> list[Any]:
+    return [info for info in _import("common_modules").module_db if info.module_cls.__name__ == name]
 
 
 def _function_rows(name: str) -> list[Any]:

@@ -1,0 +1,106 @@
+"""The three products of a convolution of ordinary tensors on the CPU, over blocks of the batch.
+
+For each block windows are gathered into a matrix that stays in the cache, multiplied, and the values written straight
+to where they belong. The matrix has a window a row, which wants images with their channels last; or a tap a row, which
+leaves the planes as they are, and is for few channels and kernels of one tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from reimpl.functional._conv_arguments import Geometry, phase_pairs
+from reimpl.functional._conv_windows import parts, pixels_of, tap_rows, window_rows
+from reimpl.functional._products import ordinary, product
+
+# Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
+_FEW_CHANNELS, _LEAST_RUN = 16, 8
+
+
+def fits(geometry: Geometry, *tensors: Tensor | None) -> bool:
+    """Whether the blocks do for such tensors."""
+    return (
+        geometry.groups == 1
+        and geometry.algorithm in (None, "im2col")
+        and all(t is None or (t.device.type == "cpu" and t.numel() > 0) for t in tensors)
+        and ordinary(*tensors)
+    )
+
+
+def convolve_into(target: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+    """``C(x, w) + b``, written to ``target``."""
+    filters = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).t()
+    _multiply(target, input, filters, _plane(weight), bias, geometry)
+
+
+def convolve_input_into(target: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    """``T(g, w)``, the gradient of the input, written to ``target``."""
+    kernel = _plane(weight)
+    pairs = list(phase_pairs(_plane(grad), _plane(target), kernel, geometry))
+    if sum(down.number * across.number for down, across, _ in pairs) < prod(_plane(target)):
+        target.zero_()
+    for down, across, part in pairs:
+        rows, columns = _places(down.taps, kernel[0]), _places(across.taps, kernel[1])
+        filters = torch.stack([weight[:, :, k, j] for k in rows for j in columns]).view(-1, weight.shape[1])
+        _multiply(pixels_of(target, down, across, geometry), grad, filters, (len(rows), len(columns)), None, part)
+
+
+def _places(taps: tuple[int, int, int], size: int) -> range:
+    """Where the taps of a mirrored kernel (first, number, step) stand in the kernel."""
+    first, count, step = taps
+    return range(size - 1 - first, size - 1 - first - count * step, -step)
+
+
+def _multiply(
+    target: Tensor, input: Tensor, filters: Tensor, kernel: tuple[int, int], bias: Tensor | None, geometry: Geometry
+) -> None:
+    """All windows of ``input`` times ``filters``, a matrix ``(f_h·f_w·C, O)``, written to ``target``."""
+    output, (channels, outputs) = _plane(target), (input.shape[1], target.shape[1])
+    if _by_taps(input, kernel, output):
+        left = filters.view(prod(kernel), channels, outputs).permute(2, 1, 0).reshape(outputs, -1)
+        for part in _blocks(input, kernel, target):
+            values = product(left, tap_rows(input[part], kernel, output, geometry))
+            if bias is not None:
+                values += bias.unsqueeze(1)
+            target[part].copy_(values.view(outputs, -1, *output).transpose(0, 1))
+        return
+    for part in _blocks(input, kernel, target):
+        values = product(window_rows(input[part], kernel, output, geometry)[0], filters, bias)
+        target[part].copy_(values.view(-1, *output, outputs).permute(0, 3, 1, 2))
+
+
+def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
+    """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
+    output, outputs, channels = _plane(grad), grad.shape[1], input.shape[1]
+    by_taps = _by_taps(input, kernel, output)
+    total = None
+    for part in _blocks(input, kernel, grad):
+        errors = grad[part].transpose(0, 1).reshape(outputs, -1)
+        if by_taps:
+            values = product(tap_rows(input[part], kernel, output, geometry), errors.t())
+        else:
+            values = product(errors, window_rows(input[part], kernel, output, geometry)[0])
+        total = values if total is None else total.add_(values)
+    assert total is not None
+    if by_taps:
+        return total.t().reshape(outputs, channels, *kernel)
+    return total.view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+
+
+def _plane(tensor: Tensor) -> tuple[int, int]:
+    return tensor.shape[2], tensor.shape[3]
+
+
+def _by_taps(input: Tensor, kernel: tuple[int, int], output: tuple[int, int]) -> bool:
+    few = input.shape[1] <= _FEW_CHANNELS or kernel == (1, 1)
+    return few and output[1] >= _LEAST_RUN and input.stride(3) == 1
+
+
+def _blocks(input: Tensor, kernel: tuple[int, int], output: Tensor) -> Iterator[slice]:
+    """Parts of the batch; ``output`` has the output's shape."""
+    row = prod(kernel) * input.shape[1] * input.element_size()
+    return parts(input.shape[0], prod(_plane(output)) * row, input.device, output.shape[1] * row)

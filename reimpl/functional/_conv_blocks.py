@@ -7,14 +7,13 @@ leaves the planes as they are, and is for few channels and kernels of one tap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 
 import torch
 from torch import Tensor
 
 from reimpl.functional._conv_arguments import Geometry, phase_pairs
-from reimpl.functional._conv_windows import parts, pixels_of, tap_rows, window_rows
+from reimpl.functional._conv_windows import Gatherer, parts, pixels_of
 from reimpl.functional._products import ordinary, product
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
@@ -60,33 +59,29 @@ def _multiply(
 ) -> None:
     """All windows of ``input`` times ``filters``, a matrix ``(f_h·f_w·C, O)``, written to ``target``."""
     output, (channels, outputs) = _plane(target), (input.shape[1], target.shape[1])
-    if _by_taps(input, kernel, output):
-        left = filters.view(prod(kernel), channels, outputs).permute(2, 1, 0).reshape(outputs, -1)
-        for part in _blocks(input, kernel, target):
-            values = product(left, tap_rows(input[part], kernel, output, geometry))
-            if bias is not None:
-                values += bias.unsqueeze(1)
-            target[part].copy_(values.view(outputs, -1, *output).transpose(0, 1))
-        return
-    for part in _blocks(input, kernel, target):
-        values = product(window_rows(input[part], kernel, output, geometry)[0], filters, bias)
-        target[part].copy_(values.view(-1, *output, outputs).permute(0, 3, 1, 2))
+    windows, blocks = _gatherer(input, kernel, target, geometry)
+    if windows.taps_as_rows:
+        filters = filters.view(prod(kernel), channels, outputs).permute(2, 1, 0).reshape(outputs, -1)
+    for part in blocks:
+        if windows.taps_as_rows:
+            values = product(filters, windows(part)).view(outputs, -1, *output).transpose(0, 1)
+            target[part].copy_(values if bias is None else values.add_(bias.view(-1, 1, 1)))
+        else:
+            values = product(windows(part), filters, bias)
+            target[part].copy_(values.view(-1, *output, outputs).permute(0, 3, 1, 2))
 
 
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
-    output, outputs, channels = _plane(grad), grad.shape[1], input.shape[1]
-    by_taps = _by_taps(input, kernel, output)
-    total = None
-    for part in _blocks(input, kernel, grad):
+    outputs, channels, total = grad.shape[1], input.shape[1], None
+    windows, blocks = _gatherer(input, kernel, grad, geometry)
+    for part in blocks:
         errors = grad[part].transpose(0, 1).reshape(outputs, -1)
-        if by_taps:
-            values = product(tap_rows(input[part], kernel, output, geometry), errors.t())
-        else:
-            values = product(errors, window_rows(input[part], kernel, output, geometry)[0])
+        matrix = windows(part)
+        values = product(matrix, errors.t()) if windows.taps_as_rows else product(errors, matrix)
         total = values if total is None else total.add_(values)
     assert total is not None
-    if by_taps:
+    if windows.taps_as_rows:
         return total.t().reshape(outputs, channels, *kernel)
     return total.view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
@@ -95,12 +90,14 @@ def _plane(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[2], tensor.shape[3]
 
 
-def _by_taps(input: Tensor, kernel: tuple[int, int], output: tuple[int, int]) -> bool:
-    few = input.shape[1] <= _FEW_CHANNELS or kernel == (1, 1)
-    return few and output[1] >= _LEAST_RUN and input.stride(3) == 1
-
-
-def _blocks(input: Tensor, kernel: tuple[int, int], output: Tensor) -> Iterator[slice]:
-    """Parts of the batch; ``output`` has the output's shape."""
-    row = prod(kernel) * input.shape[1] * input.element_size()
-    return parts(input.shape[0], prod(_plane(output)) * row, input.device, output.shape[1] * row)
+def _gatherer(
+    input: Tensor, kernel: tuple[int, int], output: Tensor, geometry: Geometry
+) -> tuple[Gatherer, list[slice]]:
+    """What makes the matrices of the windows, and the parts of the batch; ``output`` has the output's shape."""
+    size, (count, channels) = _plane(output), input.shape[:2]
+    few = channels <= _FEW_CHANNELS or kernel == (1, 1)
+    row = prod(kernel) * channels * input.element_size()
+    blocks = list(parts(count, prod(size) * row, input.device, output.shape[1] * row))
+    taps_as_rows = few and size[1] >= _LEAST_RUN and input.stride(3) == 1
+    most = max(part.stop - part.start for part in blocks)
+    return Gatherer(input, kernel, size, geometry, taps_as_rows, most), blocks

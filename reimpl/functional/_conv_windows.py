@@ -10,23 +10,25 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._conv_arguments import Geometry, Phase
-from reimpl.functional._dispatch import is_batched
 
 # Measured: 2-16 MB of rows a product is fastest on CPU caches; CUDA wants few, large products.
 _ROW_BYTES_CPU = 8 << 20
 _ROW_BYTES_OTHER = 512 << 20
-# Measured: rows of fewer pixels are padded faster once the channels are last.
-_LONG_ROW = 16
+# Planes that are a multiple of so many bytes apart crowd into few sets of the cache.
+_CLASHING = 1024
 
 
 def window_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int], geometry: Geometry) -> Tensor:
-    """A window a row: ``(groups, N·H'·W', f_h·f_w·C/groups)``, gathered from pixels with their channels last."""
-    (s_h, s_w), (d_h, d_w), groups = geometry.stride, geometry.dilation, geometry.groups
-    planes = _pixels(input, geometry)
-    if kernel != (1, 1) or is_batched(input):
-        planes = planes.contiguous()
+    """The windows of ``input`` as rows ``(groups, N·H'·W', f_h·f_w·C/groups)``."""
+    top, bottom, left, right = geometry.padding
+    planes = input.permute(0, 2, 3, 1)
+    if any(geometry.padding):
+        planes = pad_constant(planes, (0, 0, left, right, top, bottom))
+    count, groups = input.shape[0], geometry.groups
+    channels = input.shape[1] // groups
+    planes = planes.contiguous()
     n, h, w, c = planes.stride()
-    count, channels = input.shape[0], input.shape[1] // groups
+    (s_h, s_w), (d_h, d_w) = geometry.stride, geometry.dilation
     windows = planes.as_strided(
         (groups, count, *output, *kernel, channels),
         (c * channels, n, h * s_h, w * s_w, h * d_h, w * d_w, c),
@@ -34,24 +36,81 @@ def window_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int],
     return windows.reshape(groups, count * output[0] * output[1], prod(kernel) * channels)
 
 
-def _pixels(input: Tensor, geometry: Geometry) -> Tensor:
-    """The padded images with their channels last."""
-    pixels, (top, bottom, left, right) = input.permute(0, 2, 3, 1), geometry.padding
-    if not any(geometry.padding):
-        return pixels
-    if input.is_contiguous() and input.shape[3] >= _LONG_ROW:
-        return pad_constant(input, (left, right, top, bottom)).permute(0, 2, 3, 1)
-    return pad_constant(pixels, (0, 0, left, right, top, bottom))
+class Gatherer:
+    """Makes matrices of the windows of a batch, block by block, in memory of its own; for one group.
 
+    A matrix has a window a row, ``(N·H'·W', f_h·f_w·C)``, or a tap a row, ``(C·f_h·f_w, N·H'·W')``. It is valid until
+    the next: memory that is asked for anew for each block is taken from the system each time, which takes as long as
+    the products.
+    """
 
-def tap_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int], geometry: Geometry) -> Tensor:
-    """A tap a row: ``(C·f_h·f_w, N·H'·W')``, gathered from planes; for one group."""
-    (s_h, s_w), (d_h, d_w), (top, bottom, left, right) = geometry.stride, geometry.dilation, geometry.padding
-    planes = pad_constant(input, (left, right, top, bottom)) if any(geometry.padding) else input
-    n, c, h, w = planes.stride()
-    count, channels = input.shape[:2]
-    taps = planes.as_strided((channels, *kernel, count, *output), (c, h * d_h, w * d_w, n, h * s_h, w * s_w))
-    return taps.reshape(channels * prod(kernel), count * prod(output))
+    def __init__(
+        self,
+        input: Tensor,
+        kernel: tuple[int, int],
+        output: tuple[int, int],
+        geometry: Geometry,
+        taps_as_rows: bool,
+        size: int,
+    ) -> None:
+        self.input, self.kernel, self.output, self.geometry = input, kernel, output, geometry
+        self.taps_as_rows = taps_as_rows
+        self._matrix = input.new_empty(size * prod(output) * prod(kernel) * input.shape[1])
+        self._planes = self._staged = None
+        if not self._read_in_place():
+            self._planes = self._new_planes(size)
+            self._staged = self._new_stage(size)
+
+    def _read_in_place(self) -> bool:
+        """Whether the windows can be copied out of the input as it is."""
+        dense = self.input.stride(3 if self.taps_as_rows else 1) == 1
+        return not any(self.geometry.padding) and (dense or self.kernel == (1, 1))
+
+    def _new_planes(self, size: int) -> Tensor:
+        """Padded images, in the order in which they are read."""
+        height, width = self.geometry.padded(self.input.shape[2], self.input.shape[3])
+        if self.taps_as_rows:
+            return self.input.new_zeros(size, self.input.shape[1], height, width)
+        return self.input.new_zeros(size, height, width, self.input.shape[1]).permute(0, 3, 1, 2)
+
+    def _new_stage(self, size: int) -> Tensor | None:
+        """Planes a little apart, where their distance would put all channels of a pixel into one place of the cache."""
+        _, channels, height, width = self.input.shape
+        apart = self.input.stride(1) * self.input.element_size()
+        if self.taps_as_rows or self.input.stride(3) != 1 or apart % _CLASHING:
+            return None
+        room = self.input.new_empty(size, channels, height * width + _CLASHING // 16)
+        return room[..., : height * width].view(size, channels, height, width)
+
+    def __call__(self, part: slice) -> Tensor:
+        """The matrix of the images of ``part``."""
+        planes = self.input[part]
+        if self._planes is not None:
+            planes = self._pad(planes, self._planes[: len(planes)])
+        n, c, h, w = planes.stride()
+        (s_h, s_w), (d_h, d_w) = self.geometry.stride, self.geometry.dilation
+        pixels = (len(planes), *self.output), (n, h * s_h, w * s_w)
+        taps = self.kernel, (h * d_h, w * d_w)
+        channels = (planes.shape[1],), (c,)
+        order = (channels, taps, pixels) if self.taps_as_rows else (pixels, taps, channels)
+        sizes, strides = (sum(column, ()) for column in zip(*order, strict=True))
+        windows = planes.as_strided(sizes, strides)
+        length = prod(pixels[0]) if self.taps_as_rows else prod(self.kernel) * planes.shape[1]
+        if windows.is_contiguous():
+            return windows.view(-1, length)
+        return self._matrix[: windows.numel()].view(sizes).copy_(windows).view(-1, length)
+
+    def _pad(self, planes: Tensor, target: Tensor) -> Tensor:
+        """The images within their padding, of which the zeros stay from block to block."""
+        inner = target
+        for dim, before, after in ((2, *self.geometry.padding[:2]), (3, *self.geometry.padding[2:])):
+            inner = inner.narrow(dim, max(before, 0), target.shape[dim] - max(before, 0) - max(after, 0))
+            planes = planes.narrow(dim, max(-before, 0), inner.shape[dim])
+        if self._staged is not None:
+            stage = self._staged[: len(planes), :, : planes.shape[2], : planes.shape[3]]
+            planes = stage.copy_(planes)
+        inner.copy_(planes)
+        return target
 
 
 def parts(count: int, bytes_per_sample: int, device: torch.device, least: int = 0) -> Iterator[slice]:

@@ -18,6 +18,9 @@ from reimpl.functional._products import ordinary, product
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
 _FEW_CHANNELS, _LEAST_RUN = 16, 8
+# The gradient of the kernel takes them for runs of so many numbers: the product is then shared out among the threads
+# as the matrix was written, whose lines need not go from core to core.
+_LONG_RUN = 16
 
 
 def fits(geometry: Geometry, *tensors: Tensor | None) -> bool:
@@ -74,7 +77,7 @@ def _multiply(
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
     outputs, channels, total = grad.shape[1], input.shape[1], None
-    windows, blocks = _gatherer(input, kernel, grad, geometry)
+    windows, blocks = _gatherer(input, kernel, grad, geometry, _LONG_RUN)
     for part in blocks:
         errors = grad[part].transpose(0, 1).reshape(outputs, -1)
         matrix = windows(part)
@@ -91,13 +94,16 @@ def _plane(tensor: Tensor) -> tuple[int, int]:
 
 
 def _gatherer(
-    input: Tensor, kernel: tuple[int, int], output: Tensor, geometry: Geometry
+    input: Tensor, kernel: tuple[int, int], output: Tensor, geometry: Geometry, long: int | None = None
 ) -> tuple[Gatherer, list[slice]]:
-    """What makes the matrices of the windows, and the parts of the batch; ``output`` has the output's shape."""
+    """What makes the matrices of the windows, and the parts of the batch; ``output`` has the output's shape.
+
+    The taps are rows for few channels, and where runs are ``long``.
+    """
     size, (count, channels) = _plane(output), input.shape[:2]
     few = channels <= _FEW_CHANNELS or kernel == (1, 1)
     row = prod(kernel) * channels * input.element_size()
     blocks = list(parts(count, prod(size) * row, input.device, output.shape[1] * row))
-    taps_as_rows = few and size[1] >= _LEAST_RUN and input.stride(3) == 1
+    run = size[1] >= _LEAST_RUN if few else long is not None and size[1] >= long
     most = max(part.stop - part.start for part in blocks)
-    return Gatherer(input, kernel, size, geometry, taps_as_rows, most), blocks
+    return Gatherer(input, kernel, size, geometry, run and input.stride(3) == 1, most), blocks

@@ -85,7 +85,7 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
         total = values if total is None else total.add_(values)
     assert total is not None
     if windows.taps_as_rows:
-        return total.t().reshape(outputs, channels, *kernel)
+        return total.t().contiguous().view(outputs, channels, *kernel)
     return total.view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 

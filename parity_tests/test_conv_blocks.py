@@ -103,6 +103,9 @@ class _Looking(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning", "ignore:TF32:UserWarning"
+)
 def test_the_product_gives_way() -> None:
     x, w = (t.detach() for t in drawn("way", (4, 20, 8, 8), (24, 20, 3, 3)))
 

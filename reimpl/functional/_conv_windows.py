@@ -116,7 +116,7 @@ class Gatherer:
 def parts(count: int, bytes_per_sample: int, device: torch.device, least: int = 0) -> Iterator[slice]:
     """Slices of the batch whose rows fit the device's budget, or ``least`` bytes: the kernel is read once a slice."""
     budget = max(least, _ROW_BYTES_CPU if device.type == "cpu" else _ROW_BYTES_OTHER)
-    size = max(1, budget // max(1, bytes_per_sample))
+    size = int(max(1, budget // max(1, bytes_per_sample)))  # while tracing, sizes are tensors
     if size < count:
         size = 1 << size.bit_length() - 1  # so that batches, powers of two as a rule, leave no small rest
     for start in range(0, count, size):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -211,17 +212,26 @@ def _tensor_type(tensor: Tensor) -> str:
     return tensor.type() if tensor.device.type in ("cpu", "cuda") else scalar_type_name(tensor.dtype)
 
 
-def phases(
-    dim: int, errors: int, size: int, taps: int, geometry: Geometry
-) -> Iterator[tuple[int, int, tuple[int, int, int], tuple[int, int], int]]:
+class Phase(NamedTuple):
+    """Along one dimension, the pixels of one residue by the stride, and the convolution that gives their gradients."""
+
+    first: int
+    """First of the pixels, which are a stride apart."""
+    number: int
+    """Number of pixels."""
+    taps: tuple[int, int, int]
+    """First, number and step of the mirrored kernel's taps."""
+    padding: tuple[int, int]
+    """Of the output's gradient, before and after."""
+    dilation: int
+    """Of the taps."""
+
+
+def phases(dim: int, errors: int, size: int, taps: int, geometry: Geometry) -> Iterator[Phase]:
     """Along one dimension, the pixels of each residue by the stride, and the convolution that gives their gradients.
 
     A pixel ``h`` lies under tap ``k`` of output ``i`` where ``h + p = i s + k d``. For the pixels ``h = a + m s`` those
     are the taps ``k ≡ k0 (mod s/gcd(s, d))``, and ``i`` falls by ``d/gcd(s, d)`` from one to the next.
-
-    Yields:
-        first pixel ``a``, how many pixels, first, number and step of the mirrored kernel's taps, padding of the
-        gradients, and their dilation.
     """
     stride, dilation, before = geometry.stride[dim], geometry.dilation[dim], geometry.padding[2 * dim]
     common = gcd(stride, dilation)
@@ -234,4 +244,15 @@ def phases(
         leading = jump * (met - 1) - (a + before - first * dilation) // stride
         padding = leading, count - errors - leading + jump * (met - 1)
         # the kernel is mirrored, so that its tap k stands at taps - 1 - k
-        yield a, count, ((taps - 1 - first) % step, met, step), padding, jump
+        yield Phase(a, count, ((taps - 1 - first) % step, met, step), padding, jump)
+
+
+def phase_pairs(
+    errors: tuple[int, int], size: tuple[int, int], kernel: tuple[int, int], geometry: Geometry
+) -> Iterator[tuple[Phase, Phase, Geometry]]:
+    """The phases down with each of those across, and the geometry of the two's convolution, at stride 1."""
+    across = list(phases(1, errors[1], size[1], kernel[1], geometry))
+    for row in phases(0, errors[0], size[0], kernel[0], geometry):
+        for column in across:
+            padding, dilation = (*row.padding, *column.padding), (row.dilation, column.dilation)
+            yield row, column, Geometry((1, 1), padding, dilation, geometry.groups, geometry.algorithm)

@@ -2,7 +2,8 @@
 
 ``im2col`` gathers the windows of the padded input into rows, ``(N·H'·W', f_h·f_w·C)``, and multiplies once. Rows are
 laid out with the channels last, so that a window's row of ``f_w·C`` numbers is copied as one run, and made for a few
-samples at a time, so that they stay in the cache. ``views`` multiplies once for each kernel tap: the padded input as
+samples at a time, so that they stay in the cache; :mod:`reimpl.functional._conv_blocks` does so for ordinary tensors
+on the CPU. ``views`` multiplies once for each kernel tap: the padded input as
 one matrix of ``C`` columns, read from a row further down, is the input as that tap sees it.
 
 The gradient of the input is itself a convolution of the output's gradient, at stride 1: one for each residue of a
@@ -11,7 +12,7 @@ pixel's place by the stride, with the kernel's taps that reach such a pixel, mir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -19,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._conv_arguments import Geometry, phases
+from reimpl.functional import _conv_blocks as blocks
+from reimpl.functional._conv_arguments import Geometry, phase_pairs
+from reimpl.functional._conv_windows import every, parts, pixels_of, window_rows
 from reimpl.functional._conv_winograd import winograd, winograd_weight
-from reimpl.functional._dispatch import is_batched, opmath_dtype
+from reimpl.functional._dispatch import is_batched, memory_format_of, opmath_dtype
 from reimpl.functional.kernels import kernels_for
 
-# Measured: 1-4 MB of rows a product is fastest on CPU caches; CUDA wants few, large products.
-_ROW_BYTES_CPU = 2 << 20
-_ROW_BYTES_OTHER = 512 << 20
 # Measured: products over views win while the pixels of the padding that they compute in vain are this few, and the
 # products of single taps are wide enough to run at the speed of large ones.
 _VIEWS_WASTE, _VIEWS_CHANNELS = 1.15, 64
@@ -37,6 +37,11 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     kernels = _compiled(geometry, input, weight, bias)
     if kernels and kernels.worth_it(input, weight, _output(input, weight, geometry), geometry.groups):
         return kernels.convolve(input, weight, bias, geometry)  # type: ignore[no-any-return]
+    if blocks.fits(geometry, input, weight, bias):
+        shape = (input.shape[0], weight.shape[0], *_output(input, weight, geometry))
+        result = _empty(shape, input, weight)
+        blocks.convolve_into(result, input, weight, bias, geometry)
+        return result
     algorithm = geometry.algorithm or _choose(input, weight, geometry)
     if algorithm == "winograd":
         return winograd(input, weight, bias, geometry)
@@ -50,24 +55,22 @@ def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry
     kernels = _compiled(geometry, grad, weight)
     if kernels and kernels.worth_it(grad, weight.transpose(0, 1), (grad.shape[2], grad.shape[3]), geometry.groups):
         return kernels.convolve_input(grad, weight, size, geometry)  # type: ignore[no-any-return]
+    if blocks.fits(geometry, grad, weight):
+        result = _empty((grad.shape[0], weight.shape[1], *size), grad, weight)
+        blocks.convolve_input_into(result, grad, weight, geometry)
+        return result
     groups, (outputs, channels, k_h, k_w) = geometry.groups, weight.shape
     mirrored = weight.reshape(groups, outputs // groups, channels, k_h, k_w).transpose(1, 2).flip(3, 4)
     mirrored = mirrored.reshape(groups * channels, outputs // groups, k_h, k_w)
-    parts = [list(phases(d, grad.shape[2 + d], size[d], weight.shape[2 + d], geometry)) for d in (0, 1)]
     spread = None
-    for first, rows, rows_taps, rows_padding, rows_step in parts[0]:
-        for left, columns, columns_taps, columns_padding, columns_step in parts[1]:
-            taps = _every(_every(mirrored, 2, *rows_taps), 3, *columns_taps)
-            part = Geometry(
-                (1, 1), (*rows_padding, *columns_padding), (rows_step, columns_step), groups, geometry.algorithm
-            )
-            values = convolve(grad, taps, None, part)
-            if values.shape[2:] == size:
-                return values
-            if spread is None:
-                spread = values.new_zeros(values.shape[0], *size, values.shape[1]).permute(0, 3, 1, 2)
-            target = _every(_every(spread, 2, first, rows, geometry.stride[0]), 3, left, columns, geometry.stride[1])
-            target.copy_(values)
+    for down, across, part in phase_pairs((grad.shape[2], grad.shape[3]), size, (k_h, k_w), geometry):
+        taps = every(every(mirrored, 2, *down.taps), 3, *across.taps)
+        values = convolve(grad, taps, None, part)
+        if values.shape[2:] == size:
+            return values
+        if spread is None:
+            spread = values.new_zeros(values.shape[0], *size, values.shape[1]).permute(0, 3, 1, 2)
+        pixels_of(spread, down, across, geometry).copy_(values)
     return grad.new_zeros(grad.shape[0], groups * channels, *size) if spread is None else spread
 
 
@@ -80,11 +83,13 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
     kernels = _compiled(geometry, grad, input)
     if kernels and kernels.worth_it_for_weight(grad, input, size, groups):
         return kernels.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
+    if blocks.fits(geometry, grad, input):
+        return blocks.convolve_weight(grad, input, size, geometry)
     total = None
     row_bytes = prod(output) * prod(size) * input.shape[1] * dtype.itemsize
     least = grad.shape[1] * channels * prod(size) * dtype.itemsize
-    for part in _parts(input.shape[0], row_bytes, input.device, least):
-        rows = _window_rows(input[part].to(dtype), size, output, geometry)
+    for part in parts(input.shape[0], row_bytes, input.device, least):
+        rows = window_rows(input[part].to(dtype), size, output, geometry)
         product = _error_rows(grad[part], groups, dtype).transpose(1, 2) @ rows
         total = product if total is None else total.add_(product)
     if total is None:
@@ -100,6 +105,11 @@ def _compiled(geometry: Geometry, *tensors: Tensor | None) -> Any:
 
 def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
     return geometry.output(input.shape[2], input.shape[3], weight.shape[2], weight.shape[3])
+
+
+def _empty(shape: tuple[int, ...], input: Tensor, weight: Tensor) -> Tensor:
+    """Memory for a result of ``shape``, in the layout that PyTorch would give it."""
+    return input.new_empty(shape).contiguous(memory_format=memory_format_of(input, weight))
 
 
 def _choose(input: Tensor, weight: Tensor, geometry: Geometry) -> str:
@@ -118,7 +128,7 @@ def _by_rows(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     row_bytes = prod(output) * prod(kernel) * input.shape[1] * input.element_size()
 
     def product(part: slice) -> Tensor:
-        rows = _window_rows(input[part], kernel, output, geometry)
+        rows = window_rows(input[part], kernel, output, geometry)
         values = rows @ filters if offset is None else torch.baddbmm(offset, rows, filters)
         samples = values.shape[1] // prod(output)
         return values.transpose(0, 1).reshape(samples, *output, weight.shape[0])
@@ -163,7 +173,7 @@ def _over_parts(
 ) -> Tensor:
     """The products of all parts of the batch, one below the other."""
     whole = None
-    for part in _parts(count, row_bytes, device, least):
+    for part in parts(count, row_bytes, device, least):
         values = product(part)
         if values.shape[0] == count:
             return values
@@ -179,40 +189,8 @@ def _error_rows(grad: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return rows.reshape(prod(rows.shape[:3]), groups, grad.shape[1] // groups).transpose(0, 1)
 
 
-def _every(tensor: Tensor, dim: int, start: int, count: int, step: int) -> Tensor:
-    """``count`` elements of a dimension, ``step`` apart; ``narrow``, unlike a whole slice, works in every vmap."""
-    run = tensor.narrow(dim, start, (count - 1) * step + 1)
-    return run if step == 1 else run[(slice(None),) * dim + (slice(None, None, step),)]
-
-
 def _filters(weight: Tensor, groups: int) -> Tensor:
     """The kernel as matrices ``(groups, f_h·f_w·C/groups, O/groups)``."""
     outputs, channels, k_h, k_w = weight.shape
     split = weight.reshape(groups, outputs // groups, channels, k_h, k_w)
     return split.permute(0, 3, 4, 2, 1).reshape(groups, k_h * k_w * channels, outputs // groups)
-
-
-def _window_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int], geometry: Geometry) -> Tensor:
-    """The windows of ``input`` as rows ``(groups, N·H'·W', f_h·f_w·C/groups)``."""
-    top, bottom, left, right = geometry.padding
-    planes = input.permute(0, 2, 3, 1)
-    if any(geometry.padding):
-        planes = pad_constant(planes, (0, 0, left, right, top, bottom))
-    count, groups = input.shape[0], geometry.groups
-    channels = input.shape[1] // groups
-    planes = planes.contiguous()
-    n, h, w, c = planes.stride()
-    (s_h, s_w), (d_h, d_w) = geometry.stride, geometry.dilation
-    windows = planes.as_strided(
-        (groups, count, *output, *kernel, channels),
-        (c * channels, n, h * s_h, w * s_w, h * d_h, w * d_w, c),
-    )
-    return windows.reshape(groups, count * output[0] * output[1], prod(kernel) * channels)
-
-
-def _parts(count: int, bytes_per_sample: int, device: torch.device, least: int = 0) -> Iterator[slice]:
-    """Slices of the batch whose rows fit the device's budget, or ``least`` bytes: the kernel is read once a slice."""
-    budget = max(least, _ROW_BYTES_CPU if device.type == "cpu" else _ROW_BYTES_OTHER)
-    size = max(1, budget // max(1, bytes_per_sample))
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))

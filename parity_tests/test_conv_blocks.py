@@ -1,0 +1,190 @@
+"""Convolutions over blocks of the batch and the product that they use: which operator runs, when it gives way."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as torch_functional
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reimpl.functional as F
+from parity_tests.declarations.functional_samples import FORBIDDEN
+from parity_tests.test_conv import with_gradients
+from reimpl.functional import _conv_blocks, _conv_windows, _products
+from reimpl.functional._conv_arguments import geometry_of
+from reimpl.testing import random_tensor, seeded_generator
+
+ONEDNN = "mkldnn::_linear_pointwise"
+needs_onednn = pytest.mark.skipif(_products._onednn() is None, reason="this PyTorch has no oneDNN product")
+FLOAT32 = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def _small_work_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """oneDNN's product whatever the size, and blocks of a few images."""
+    monkeypatch.setattr(_products, "_LEAST_WORK", 1)
+    monkeypatch.setattr(_conv_windows, "_ROW_BYTES_CPU", 64 << 10)
+    yield
+
+
+def operators(function: Callable[[], object]) -> set[str]:
+    """Names of the operators that run, seen by the profiler, which changes nothing of what runs."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        function()
+    return {event.key for event in seen.key_averages()}
+
+
+def drawn(seed: object, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = seeded_generator(0, seed)
+    return tuple(random_tensor(shape, torch.float32, generator).requires_grad_() for shape in shapes)
+
+
+def assert_near_double(ours: list[Tensor], args: tuple[Tensor, ...], what: object, **options: Any) -> None:
+    """As near to the same in float64 as sums of up to 2,000 products of size 1 are, each within half an eps."""
+    doubles = tuple(arg.detach().double().requires_grad_() for arg in args)
+    for mine, exact in zip(ours, with_gradients(torch_functional.conv2d, doubles, 0, **options), strict=True):
+        limit = 32 * FLOAT32 * float(exact.detach().abs().max().clamp_min(1))
+        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=limit, msg=str(what))
+
+
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "wide": ((9, 24, 7, 6), (40, 24, 3, 3), {"padding": 1}),
+    "long rows": ((5, 24, 16, 16), (17, 24, 3, 3), {"padding": 1}),
+    "long rows, no padding": ((5, 20, 16, 18), (17, 20, 3, 2), {}),
+    "strided": ((7, 18, 16, 16), (17, 18, 3, 3), {"padding": 1, "stride": 2}),
+    "first layer": ((9, 3, 16, 16), (20, 3, 3, 3), {"padding": 1, "stride": 2}),
+    "1x1, stride 2": ((9, 24, 16, 16), (17, 24, 1, 1), {"stride": 2}),
+    "1x1 over few pixels": ((9, 24, 6, 6), (17, 24, 1, 1), {"stride": 2}),
+    "dilated": ((3, 17, 19, 12), (18, 17, 3, 2), {"padding": (2, 3), "dilation": (2, 3), "stride": (3, 2)}),
+    "more stride than kernel": ((5, 18, 9, 9), (17, 18, 2, 2), {"stride": 3, "padding": 1}),
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels_last"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_blocks_by_onednns_product(case: str, layout: torch.memory_format) -> None:
+    shape, weight_shape, options = SHAPES[case]
+    args = drawn(case, shape, weight_shape, weight_shape[:1])
+    args = (args[0].detach().to(memory_format=layout).requires_grad_(), *args[1:])
+    results: list[Tensor] = []
+    ran = operators(lambda: results.extend(with_gradients(F.conv2d, args, 0, **options)))
+    assert ONEDNN in ran
+    assert not [name for name in ran for pattern in FORBIDDEN if fnmatch.fnmatchcase(name, pattern)]
+    assert not [name for name in ran if name.startswith("mkldnn::") and name != ONEDNN]
+    theirs = with_gradients(torch_functional.conv2d, args, 0, **options)
+    # the gradient of the input cannot know the input's layout when the output's gradient does not show it
+    same = 1 if layout is torch.channels_last else len(theirs)
+    assert [t.stride() for t in results[:same]] == [t.stride() for t in theirs[:same]]
+    assert_near_double(results, args, case, **options)
+
+
+def test_numbers_that_are_not_finite_stay_where_they_are() -> None:
+    x, w = (t.detach() for t in drawn("finite", (4, 20, 8, 8), (24, 20, 3, 3)))
+    x[1, 3, 2, 2], x[2, 4, 5, 5], x[3, 0, 0, 0] = torch.nan, torch.inf, -torch.inf
+    ours, theirs = F.conv2d(x, w, padding=1), torch_functional.conv2d(x, w, padding=1)
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
+    assert torch.equal(ours.sign().nan_to_num(), theirs.sign().nan_to_num())
+
+
+class _Looking(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(func.name()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning", "ignore:TF32:UserWarning"
+)
+def test_the_product_gives_way() -> None:
+    x, w = (t.detach() for t in drawn("way", (4, 20, 8, 8), (24, 20, 3, 3)))
+
+    class Other(Tensor):
+        pass
+
+    vmapped = torch.vmap(lambda t: F.conv2d(t, w))
+    ways: dict[str, Callable[[], object]] = {
+        "float64": lambda: F.conv2d(x.double(), w.double()),
+        "bfloat16": lambda: F.conv2d(x.bfloat16(), w.bfloat16()),
+        "vmap over both": lambda: torch.vmap(F.conv2d)(torch.stack([x, x]), torch.stack([w, w])),
+        "forward mode": lambda: torch.func.jvp(lambda t: F.conv2d(t, w), (x,), (x,)),
+        "subclass": lambda: F.conv2d(x.as_subclass(Other), w),
+        "views": lambda: F.conv2d(x, w, algorithm="views"),
+        "groups": lambda: F.conv2d(x, w[:, :10], groups=2),
+        "oneDNN switched off": lambda: _without_onednn(lambda: F.conv2d(x, w)),
+    }
+    for name, call in ways.items():
+        assert ONEDNN not in operators(call), name
+    looking = _Looking()
+    with looking:
+        F.conv2d(x, w)
+    assert looking.seen and ONEDNN not in looking.seen
+    assert F.conv2d(x.to("meta"), w.to("meta")).shape == (4, 24, 6, 6)
+    assert vmapped(x[None]).shape == (1, 4, 24, 6, 6)
+    traced = torch.jit.trace(lambda t: F.conv2d(t, w), (x,), check_trace=False)
+    torch.testing.assert_close(traced(x), torch_functional.conv2d(x, w))
+
+
+def _without_onednn(call: Callable[[], Tensor]) -> Tensor:
+    with torch.backends.mkldnn.flags(enabled=False):
+        return call()
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(8, 24, 16), (1, 40, 3), (33, 1, 5), (64, 27, 1), (5, 0, 4), (0, 5, 4)], ids=str)
+def test_product_of_any_strides(shape: tuple[int, int, int]) -> None:
+    """Small integers, whose sums are exact in any order."""
+    m, k, n = shape
+    generator = seeded_generator(0, shape)
+    left, right, bias = (
+        torch.randint(-9, 9, size, generator=generator).float()
+        for size in ((m, 2 * k + 1), (2 * k + 1, 2 * n + 1), (n,))
+    )
+    lefts = left[:, :k], left[:, :k].contiguous(), left[:, :k].t().contiguous().t()
+    rights = right[:k, :n], right[:k, :n].contiguous(), right[:k, :n].t().contiguous().t(), right[1 : 1 + k, ::2][:, :n]
+    for a in lefts:
+        for b in rights:
+            for offset in (None, bias):
+                expected = a @ b if offset is None else a @ b + offset
+                assert torch.equal(_products.product(a, b, offset), expected)
+
+
+@pytest.mark.parametrize("answer", ["wrong", "raising", "missing"])
+def test_an_operator_that_changed_is_not_used(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def operator(left: Tensor, filters: Tensor, *_: object) -> Tensor:
+        if answer == "raising":
+            raise RuntimeError("mkldnn::_linear_pointwise() takes other arguments")
+        return (left @ filters.t()).neg()
+
+    class Namespace:
+        if answer != "missing":
+            _linear_pointwise = type("Overloads", (), {"default": staticmethod(operator)})
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Namespace)
+    _products._onednn.cache_clear()
+    try:
+        assert _products._onednn() is None
+        a, b = (t.detach() for t in drawn("changed", (8, 9), (9, 10)))
+        assert torch.equal(_products.product(a, b), a @ b)
+    finally:
+        _products._onednn.cache_clear()
+
+
+def test_memory_between_blocks_does_not_leak_into_results() -> None:
+    """Padding stays zero, and a last block that is smaller than the others sees its own images only."""
+    args = drawn("leak", (11, 20, 16, 16), (18, 20, 3, 3), (18,))
+    assert _conv_blocks.fits(geometry_of(args[1], 1, 1, 1, 1, None), *(t.detach() for t in args))
+    ours = with_gradients(F.conv2d, args, 0, padding=1)
+    one_by_one = torch.cat([F.conv2d(image[None], *args[1:], padding=1) for image in args[0]])
+    torch.testing.assert_close(ours[0], one_by_one, rtol=0, atol=64 * FLOAT32 * float(one_by_one.detach().abs().max()))
+    assert_near_double(ours, args, "leak", padding=1)

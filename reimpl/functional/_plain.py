@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _PLAIN = {Tensor, Parameter}
+_wrapped, _legacy = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 # Numbers in a block, 1 MB of float32: two or three of them stay in the cache from one operator to the next.
 _BLOCK = 1 << 18
@@ -16,11 +17,12 @@ _BLOCK = 1 << 18
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether all are ordinary tensors of one of the wide types, and nothing maps over them."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    legacy = torch._C._functorch.is_legacy_batchedtensor
-    return not torch.compiler.is_compiling() and all(
-        t is None or (type(t) in _PLAIN and t.dtype in _BITS and not wrapped(t) and not legacy(t)) for t in tensors
-    )
+    if torch.compiler.is_compiling():
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.dtype not in _BITS or _wrapped(t) or _legacy(t)):
+            return False
+    return True
 
 
 def plain_on_cpu(*tensors: Tensor) -> bool:

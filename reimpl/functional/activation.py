@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reimpl.functional._dispatch import call, opmath_dtype, scalar_type_name
 from reimpl.functional._plain import in_blocks, masked, plain_on_cpu
+from reimpl.functional.kernels import final_kernels_for, kernels_for
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -215,12 +216,18 @@ class _FromOutput(torch.autograd.Function):
 class _ReLU(_FromOutput):
     @staticmethod
     def forward(input: Tensor) -> Tensor:
+        kernels = kernels_for("_pointwise_numba", input)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward("relu", input)  # type: ignore[no-any-return]
         # Several times faster than the composition's choice; its derivative, shared out at 0, is not called for.
         return torch.maximum(input.new_zeros(()), input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
+        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        if kernels and kernels.worth_it(grad, output):
+            return kernels.backward("relu", grad, output)  # type: ignore[no-any-return]
         if plain_on_cpu(grad, output):
             return masked(grad, output)
         return torch.where(output <= 0, 0, grad)
@@ -235,6 +242,9 @@ class _LeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, slope: float) -> Tensor:
+        kernels = kernels_for("_pointwise_numba", input)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward("leaky_relu", input, slope)  # type: ignore[no-any-return]
         # The maximum is several times faster than a choice. At slope 0 it would meet 0 times infinity.
         if not 0 < slope <= 1:
             return _leak(input, slope)
@@ -254,6 +264,9 @@ class _LeakyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (signed,) = ctx.saved_tensors
+        kernels = final_kernels_for("_pointwise_numba", grad, signed)
+        if kernels and kernels.worth_it(grad, signed):
+            return kernels.backward("leaky_relu", grad, signed, ctx.slope), None  # type: ignore[no-any-return]
         if 0 <= ctx.slope <= 1 and plain_on_cpu(grad, signed):
             result, slope = torch.empty_like(grad), grad.new_tensor(ctx.slope)
             for g, x, d in in_blocks(grad, signed, result):
@@ -288,6 +301,9 @@ class _Sigmoid(_FromOutput):
     def forward(input: Tensor) -> Tensor:
         if input.is_complex():
             return logistic(input)
+        kernels = kernels_for("_pointwise_numba", input)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward("sigmoid", input)  # type: ignore[no-any-return]
         # The overflow of exp(-x) ends as 1/inf = 0, as it should; only a derivative would suffer from it.
         if plain_on_cpu(input):
             output = torch.empty_like(input)
@@ -299,6 +315,9 @@ class _Sigmoid(_FromOutput):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
+        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        if kernels and kernels.worth_it(grad, output):
+            return kernels.backward("sigmoid", grad, output)  # type: ignore[no-any-return]
         if plain_on_cpu(grad, output):
             result, zero = torch.empty_like(grad), grad.new_zeros(())
             for g, y, d in in_blocks(grad, output, result):
@@ -324,6 +343,9 @@ class _Tanh(_FromOutput):
     def forward(input: Tensor) -> Tensor:
         if input.is_complex():
             return hyperbolic_tangent(input)
+        kernels = kernels_for("_pointwise_numba", input)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward("tanh", input)  # type: ignore[no-any-return]
         if plain_on_cpu(input):
             return _tanh_in_place(input)
         x = input.to(opmath_dtype(input.dtype))
@@ -333,6 +355,9 @@ class _Tanh(_FromOutput):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
+        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        if kernels and kernels.worth_it(grad, output):
+            return kernels.backward("tanh", grad, output)  # type: ignore[no-any-return]
         if plain_on_cpu(grad, output):
             result, one = torch.empty_like(grad), grad.new_ones(())
             for g, y, d in in_blocks(grad, output, result):

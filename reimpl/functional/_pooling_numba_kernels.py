@@ -20,6 +20,12 @@ _LANES = {"reassoc", "nsz"}
 
 
 @njit(error_model="numpy")
+def better(x: Any, best: Any) -> Any:
+    """Whether x takes the place of the best so far; NaN, unequal to itself, always does."""
+    return (x > best) | (x != x)
+
+
+@njit(error_model="numpy")
 def largest_of_plane(x: Any, y: Any, places: Any, rows: Any, columns: Any, width: Any, down: Any, right: Any) -> None:
     at = 0
     for i in range(len(rows)):
@@ -27,10 +33,8 @@ def largest_of_plane(x: Any, y: Any, places: Any, rows: Any, columns: Any, width
             best, place = _LOWEST, rows[i, 0] * width + columns[j, 0]
             for h in range(rows[i, 0], rows[i, 1], down):
                 for k in range(h * width + columns[j, 0], h * width + columns[j, 1], right):
-                    # NaN is unequal to itself
-                    better = (x[k] > best) | (x[k] != x[k])
-                    best = x[k] if better else best
-                    place = k if better else place
+                    wins = better(x[k], best)
+                    best, place = x[k] if wins else best, k if wins else place
             y[at], places[at] = best, place
             at += 1
 
@@ -44,9 +48,8 @@ def largest_of_pairs(x: Any, y: Any, places: Any, rows: Any, columns: Any, width
             place = rows[i, 0] * width + columns[j, 0]
             best = x[place]
             for k in (place + 1, place + width, place + width + 1):
-                better = (x[k] > best) | (x[k] != x[k])
-                best = x[k] if better else best
-                place = k if better else place
+                wins = better(x[k], best)
+                best, place = x[k] if wins else best, k if wins else place
             y[at], places[at] = best, place
             at += 1
 
@@ -54,9 +57,8 @@ def largest_of_pairs(x: Any, y: Any, places: Any, rows: Any, columns: Any, width
 @njit(error_model="numpy")
 def better_channels(x: Any, y: Any, places: Any, place: Any, channels: Any) -> None:
     for c in range(channels):
-        better = (x[c] > y[c]) | (x[c] != x[c])
-        y[c] = x[c] if better else y[c]
-        places[c] = place if better else places[c]
+        wins = better(x[c], y[c])
+        y[c], places[c] = x[c] if wins else y[c], place if wins else places[c]
 
 
 @njit(error_model="numpy")
@@ -73,6 +75,28 @@ def largest_of_image(
             for h in range(rows[i, 0], rows[i, 1], down):
                 for k in range(h * width + columns[j, 0], h * width + columns[j, 1], right):
                     better_channels(x[k * channels : (k + 1) * channels], best, where, k, channels)
+            at += channels
+
+
+@njit(error_model="numpy")
+def best_of_four(x: Any, y: Any, places: Any, first: Any, width: Any, channels: Any) -> None:
+    up, down = first * channels, (first + width) * channels
+    for c in range(channels):
+        best, place = x[up + c], first
+        for at, k in ((up + channels, first + 1), (down, first + width), (down + channels, first + width + 1)):
+            v = x[at + c]
+            wins = better(v, best)
+            best, place = v if wins else best, k if wins else place
+        y[c], places[c] = best, place
+
+
+@njit(error_model="numpy")
+def largest_of_image_pairs(x: Any, y: Any, places: Any, rows: Any, columns: Any, width: Any, channels: Any) -> None:
+    at = 0
+    for i in range(len(rows)):
+        for j in range(len(columns)):
+            first = rows[i, 0] * width + columns[j, 0]
+            best_of_four(x, y[at : at + channels], places[at : at + channels], first, width, channels)
             at += channels
 
 
@@ -93,7 +117,9 @@ def largest(task: Any) -> None:
             x = carray(pointer(w[11] + 4 * n * size), (size,), np.float32)
             y = carray(pointer(w[12] + 4 * n * outputs), (outputs,), np.float32)
             places = carray(pointer(w[13] + 8 * n * outputs), (outputs,), np.int64)
-            if channels > 1:
+            if channels > 1 and pairs:
+                largest_of_image_pairs(x, y, places, rows, columns, width, channels)
+            elif channels > 1:
                 largest_of_image(x, y, places, rows, columns, width, down, right, channels)
             elif pairs:
                 largest_of_pairs(x, y, places, rows, columns, width)

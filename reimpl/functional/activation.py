@@ -224,7 +224,10 @@ class _ReLU(_FromOutput):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (output,) = ctx.saved_tensors
+        return _ReLU.error(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def error(grad: Tensor, output: Tensor) -> Tensor:
         kernels = final_kernels_for("_pointwise_numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("relu", grad, output)  # type: ignore[no-any-return]
@@ -314,7 +317,10 @@ class _Sigmoid(_FromOutput):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (output,) = ctx.saved_tensors
+        return _Sigmoid.error(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def error(grad: Tensor, output: Tensor) -> Tensor:
         kernels = final_kernels_for("_pointwise_numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("sigmoid", grad, output)  # type: ignore[no-any-return]
@@ -354,7 +360,10 @@ class _Tanh(_FromOutput):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (output,) = ctx.saved_tensors
+        return _Tanh.error(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def error(grad: Tensor, output: Tensor) -> Tensor:
         kernels = final_kernels_for("_pointwise_numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("tanh", grad, output)  # type: ignore[no-any-return]
@@ -377,6 +386,10 @@ def _tanh_in_place(input: Tensor) -> Tensor:
             denominator = torch.empty_like(y)
         y.div_(torch.add(y, 2, out=denominator))
     return output
+
+
+FROM_OUTPUT = {"relu": _ReLU, "sigmoid": _Sigmoid, "tanh": _Tanh}
+"""Activations whose derivative is a function of their value: each with ``forward(u)`` and ``error(grad, value)``."""
 
 
 def _step(input: Tensor, values: Tensor) -> Tensor:

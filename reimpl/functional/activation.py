@@ -212,6 +212,11 @@ class _FromOutput(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
+    @staticmethod
+    def error(grad: Tensor, output: Tensor) -> Tensor:
+        """The gradient of the input, given that of the output."""
+        raise NotImplementedError
+
 
 class _ReLU(_FromOutput):
     @staticmethod
@@ -269,7 +274,7 @@ class _LeakyReLU(torch.autograd.Function):
         (signed,) = ctx.saved_tensors
         kernels = final_kernels_for("_pointwise_numba", grad, signed)
         if kernels and kernels.worth_it(grad, signed):
-            return kernels.backward("leaky_relu", grad, signed, ctx.slope), None  # type: ignore[no-any-return]
+            return kernels.backward("leaky_relu", grad, signed, ctx.slope), None
         if 0 <= ctx.slope <= 1 and plain_on_cpu(grad, signed):
             result, slope = torch.empty_like(grad), grad.new_tensor(ctx.slope)
             for g, x, d in in_blocks(grad, signed, result):

@@ -68,7 +68,8 @@ class _LinearActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        return FROM_OUTPUT[activation].forward(affine(input, weight, bias))
+        output: Tensor = FROM_OUTPUT[activation].forward(affine(input, weight, bias))
+        return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

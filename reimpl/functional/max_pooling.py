@@ -203,9 +203,10 @@ def _search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
     """Maxima and their places."""
     kernels = kernels_for("_pooling_numba", input)
     if kernels and kernels.worth_it(input) and 0 not in windows.output:
-        plane, grid = (input.shape[-2], input.shape[-1]), isinstance(windows, _Grid)
-        lines = kernels.adaptive(windows.output, plane) if grid else kernels.bounds(windows, plane)
-        return kernels.largest(input, lines, windows.output, (1, 1) if grid else windows.dilation)  # type: ignore[no-any-return]
+        plane = input.shape[-2], input.shape[-1]
+        if isinstance(windows, _Grid):
+            return kernels.largest(input, kernels.adaptive(windows.output, plane), windows.output, (1, 1))  # type: ignore[no-any-return]
+        return kernels.largest(input, kernels.bounds(windows, plane), windows.output, windows.dilation)  # type: ignore[no-any-return]
     if isinstance(windows, _Grid):
         return _search_grid(input, windows)
     return _search_taps(input, windows)

@@ -79,15 +79,16 @@ def largest_of_image(
 
 
 @njit(error_model="numpy")
-def best_of_four(x: Any, y: Any, places: Any, first: Any, width: Any, channels: Any) -> None:
-    up, down = first * channels, (first + width) * channels
-    for c in range(channels):
-        best, place = x[up + c], first
-        for at, k in ((up + channels, first + 1), (down, first + width), (down + channels, first + width + 1)):
-            v = x[at + c]
-            wins = better(v, best)
-            best, place = v if wins else best, k if wins else place
-        y[c], places[c] = best, place
+def best_of_four(a: Any, b: Any, c: Any, d: Any, y: Any, places: Any, first: Any, width: Any) -> None:
+    """The largest of the channels of four neighbours; a loop over these would keep the other from whole registers."""
+    for i in range(len(y)):
+        best, place = a[i], first
+        wins = better(b[i], best)
+        best, place = b[i] if wins else best, first + 1 if wins else place
+        wins = better(c[i], best)
+        best, place = c[i] if wins else best, first + width if wins else place
+        wins = better(d[i], best)
+        y[i], places[i] = d[i] if wins else best, first + width + 1 if wins else place
 
 
 @njit(error_model="numpy")
@@ -96,7 +97,9 @@ def largest_of_image_pairs(x: Any, y: Any, places: Any, rows: Any, columns: Any,
     for i in range(len(rows)):
         for j in range(len(columns)):
             first = rows[i, 0] * width + columns[j, 0]
-            best_of_four(x, y[at : at + channels], places[at : at + channels], first, width, channels)
+            up, down = x[first * channels :], x[(first + width) * channels :]
+            y_here, places_here = y[at : at + channels], places[at : at + channels]
+            best_of_four(up, up[channels:], down, down[channels:], y_here, places_here, first, width)
             at += channels
 
 

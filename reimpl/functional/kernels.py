@@ -27,8 +27,8 @@ class use_kernels:
         mode: on or off.
 
     Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation in training, with
-    relu or not, have such kernels;
-    ``relu``, ``leaky_relu``, ``sigmoid`` and ``tanh``, and with them ``linear_activation``, have too.
+    relu or not, have such kernels.
+    So have ``relu``, ``leaky_relu``, ``sigmoid``, ``tanh``, ``linear_activation`` and maximum and average pooling.
     """
 
     def __init__(self, mode: bool = True) -> None:

@@ -107,6 +107,9 @@ RESNET18 = (
     *(norm(channels, side) for channels, side in ((64, 32), (128, 16), (256, 8), (512, 4))),
     *(norm_relu(channels, side) for channels, side in ((64, 32), (128, 16), (256, 8), (512, 4))),
     of_one("relu", lambda m, x: m.relu(x), 64, 32, 32),
+    of_one("leaky_relu", lambda m, x: m.leaky_relu(x), 64, 32, 32),
+    of_one("sigmoid", lambda m, x: (torch if m is torch_functional else m).sigmoid(x), 64, 32, 32),
+    of_one("tanh", lambda m, x: (torch if m is torch_functional else m).tanh(x), 64, 32, 32),
     of_one("adaptive_avg_pool2d", lambda m, x: m.adaptive_avg_pool2d(x, 1), 512, 4, 4),
     linear(512, 10),
     of_one("cross_entropy", cross_entropy, 10),
@@ -119,6 +122,8 @@ ALEXNET = (
     conv(256, 256, 4, 3),
     of_one("max_pool2d", lambda m, x: m.max_pool2d(x, 2), 64, 16, 16),
     of_one("max_pool2d", lambda m, x: m.max_pool2d(x, 2), 192, 8, 8),
+    of_one("avg_pool2d", lambda m, x: m.avg_pool2d(x, 2), 64, 16, 16),
+    of_one("dropout", lambda m, x: m.dropout(x), 4096),
     linear(1024, 4096),
     linear(4096, 4096),
 )

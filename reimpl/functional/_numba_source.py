@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 
 from reimpl.functional import _numba_tiles
 from reimpl.optim import _kernel_cache, _numba_ops, _threads
+
+# Words between those that are read and those that all threads write, so that no line of the cache holds both.
+_APART = (0,) * 16
 
 
 def load(name: str) -> ModuleType:
@@ -25,6 +29,7 @@ def load(name: str) -> ModuleType:
 def run(kernel: Any, words: list[int], tasks: int) -> None:
     """Call a kernel on PyTorch's threads with a table of words, the first of them the address of two shared counters:
     one for the tasks, one for whatever else the threads share."""
-    counter = np.zeros(2, np.int64)
-    table = np.array([counter.ctypes.data, *words], np.int64)
-    _threads.run(kernel.address, table.ctypes.data, min(torch.get_num_threads(), tasks))
+    table = array("q", (0, *words, *_APART, 0, 0))
+    start = table.buffer_info()[0]
+    table[0] = start + 8 * (len(table) - 2)
+    _threads.run(kernel.address, start, min(torch.get_num_threads(), tasks))

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 _PLAIN = {Tensor, Parameter}
+_wrapped, _legacy = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+# Numbers in a block, 1 MB of float32: two or three of them stay in the cache from one operator to the next.
+_BLOCK = 1 << 18
 
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether all are ordinary tensors of one of the wide types, and nothing maps over them."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    legacy = torch._C._functorch.is_legacy_batchedtensor
-    return not torch.compiler.is_compiling() and all(
-        t is None or (type(t) in _PLAIN and t.dtype in _BITS and not wrapped(t) and not legacy(t)) for t in tensors
-    )
+    if torch.compiler.is_compiling():
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.dtype not in _BITS or _wrapped(t) or _legacy(t)):
+            return False
+    return True
+
+
+def plain_on_cpu(*tensors: Tensor) -> bool:
+    """Whether several operators that write over one result are the quickest way: on the CPU, for final results."""
+    return tensors[0].device.type == "cpu" and not torch.is_grad_enabled() and plain(*tensors)
+
+
+def laid_out_alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether the numbers of all lie densely, and in the same order."""
+    if first.is_contiguous():
+        return all(t.is_contiguous() for t in others)
+    dense = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    return dense and all(t.stride() == first.stride() for t in others)
+
+
+def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, or where they are large the same few numbers of each at a time: what several operators in a row
+    make of these then stays in the cache. For :func:`plain_on_cpu` tensors of one shape, elementwise work."""
+    count = tensors[0].numel()
+    if count < 4 * _BLOCK or not laid_out_alike(*tensors):
+        return iter([tensors])
+    return zip(*(t.as_strided((count,), (1,)).split(_BLOCK) for t in tensors), strict=True)
 
 
 def masked(grad: Tensor, rectified: Tensor) -> Tensor:
@@ -24,8 +52,9 @@ def masked(grad: Tensor, rectified: Tensor) -> Tensor:
 
     For :func:`plain` tensors. ``torch.where`` takes several times as long where its condition is random.
     """
-    kind = _BITS[grad.dtype]
-    # without its sign bit, only a zero is zero
-    mask = rectified.view(kind).bitwise_left_shift(1).sign_()
-    mask = mask.mul_(mask).neg_()
-    return mask.bitwise_and_(grad.view(kind)).view(grad.dtype)
+    kind, result = _BITS[grad.dtype], torch.empty_like(grad)
+    for g, y, d in in_blocks(grad, rectified, result):
+        # the bits of 1 shift everything out
+        shift = torch.eq(y, 0, out=d).view(kind)
+        torch.bitwise_left_shift(g.view(kind), shift, out=shift)
+    return result

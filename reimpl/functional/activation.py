@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import call, opmath_dtype, scalar_type_name
-from reimpl.functional._targets import values_are_readable
+from reimpl.functional._plain import in_blocks, masked, plain_on_cpu
+from reimpl.functional.kernels import final_kernels_for, kernels_for
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -211,27 +212,33 @@ class _FromOutput(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
+    @staticmethod
+    def error(grad: Tensor, output: Tensor) -> Tensor:
+        """The gradient of the input, given that of the output."""
+        raise NotImplementedError
+
 
 class _ReLU(_FromOutput):
     @staticmethod
     def forward(input: Tensor) -> Tensor:
+        kernels = kernels_for("_pointwise_numba", input)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward("relu", input)  # type: ignore[no-any-return]
         # Several times faster than the composition's choice; its derivative, shared out at 0, is not called for.
-        return torch.maximum(input, input.new_zeros(()))
+        return torch.maximum(input.new_zeros(()), input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (output,) = ctx.saved_tensors
-        return _zero_where(output <= 0, grad)
+        return _ReLU.error(grad, *ctx.saved_tensors)
 
-
-def _zero_where(mask: Tensor, values: Tensor) -> Tensor:
-    """``torch.where(mask, 0, values)``; on the CPU a product, where the numbers allow it, takes a third of the time."""
-    if values.numel() >= 1 << 14 and values_are_readable(values):
-        product = values * ~mask
-        # An infinity or NaN times 0 shows in the sum.
-        if product.detach().sum().isfinite():
-            return product
-    return torch.where(mask, 0, values)
+    @staticmethod
+    def error(grad: Tensor, output: Tensor) -> Tensor:
+        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        if kernels and kernels.worth_it(grad, output):
+            return kernels.backward("relu", grad, output)  # type: ignore[no-any-return]
+        if plain_on_cpu(grad, output):
+            return masked(grad, output)
+        return torch.where(output <= 0, 0, grad)
 
 
 def _leak(input: Tensor, slope: float) -> Tensor:
@@ -243,8 +250,18 @@ class _LeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, slope: float) -> Tensor:
+        kernels = kernels_for("_pointwise_numba", input)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward("leaky_relu", input, slope)  # type: ignore[no-any-return]
         # The maximum is several times faster than a choice. At slope 0 it would meet 0 times infinity.
-        return torch.maximum(input, input * slope) if 0 < slope <= 1 else _leak(input, slope)
+        if not 0 < slope <= 1:
+            return _leak(input, slope)
+        if not plain_on_cpu(input):
+            return torch.maximum(input, input * slope)
+        output = torch.empty_like(input)
+        for x, y in in_blocks(input, output):
+            torch.maximum(x, torch.mul(x, slope, out=y), out=y)
+        return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -255,6 +272,15 @@ class _LeakyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (signed,) = ctx.saved_tensors
+        kernels = final_kernels_for("_pointwise_numba", grad, signed)
+        if kernels and kernels.worth_it(grad, signed):
+            return kernels.backward("leaky_relu", grad, signed, ctx.slope), None
+        if 0 <= ctx.slope <= 1 and plain_on_cpu(grad, signed):
+            result, slope = torch.empty_like(grad), grad.new_tensor(ctx.slope)
+            for g, x, d in in_blocks(grad, signed, result):
+                # 1 or 0 as numbers of the gradient's dtype, then 1 or the slope
+                torch.maximum(torch.gt(x, 0, out=d), slope, out=d).mul_(g)
+            return result, None
         positive = signed > 0
         if opmath_dtype(grad.dtype) != grad.dtype:
             return torch.where(positive, grad, grad * ctx.slope), None
@@ -283,13 +309,32 @@ class _Sigmoid(_FromOutput):
     def forward(input: Tensor) -> Tensor:
         if input.is_complex():
             return logistic(input)
+        kernels = kernels_for("_pointwise_numba", input)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward("sigmoid", input)  # type: ignore[no-any-return]
         # The overflow of exp(-x) ends as 1/inf = 0, as it should; only a derivative would suffer from it.
-        y = input.to(opmath_dtype(input.dtype)).neg().exp_().add_(1).reciprocal_()
-        return y.to(input.dtype)
+        if plain_on_cpu(input):
+            output = torch.empty_like(input)
+            for x, y in in_blocks(input, output):
+                torch.neg(x, out=y).exp_().add_(1).reciprocal_()
+            return output
+        return input.to(opmath_dtype(input.dtype)).neg().exp_().add_(1).reciprocal_().to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (output,) = ctx.saved_tensors
+        return _Sigmoid.error(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def error(grad: Tensor, output: Tensor) -> Tensor:
+        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        if kernels and kernels.worth_it(grad, output):
+            return kernels.backward("sigmoid", grad, output)  # type: ignore[no-any-return]
+        if plain_on_cpu(grad, output):
+            result, zero = torch.empty_like(grad), grad.new_zeros(())
+            for g, y, d in in_blocks(grad, output, result):
+                # y + y (0 - y) below a half, 0 - (0 - y) (1 - y) from there on: as exact as the product, in one pass
+                torch.lerp(y, zero, y, out=d).mul_(g)
+            return result
         y = output.to(opmath_dtype(output.dtype))
         slope: Tensor = (y * (1 - y)).conj()
         return (grad * slope).to(output.dtype)
@@ -309,16 +354,47 @@ class _Tanh(_FromOutput):
     def forward(input: Tensor) -> Tensor:
         if input.is_complex():
             return hyperbolic_tangent(input)
+        kernels = kernels_for("_pointwise_numba", input)
+        if kernels and kernels.worth_it(input):
+            return kernels.forward("tanh", input)  # type: ignore[no-any-return]
+        if plain_on_cpu(input):
+            return _tanh_in_place(input)
         x = input.to(opmath_dtype(input.dtype))
         t = x.abs().mul_(-2).expm1_()
         return t.neg().div_(t.add_(2)).copysign_(x).to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (output,) = ctx.saved_tensors
+        return _Tanh.error(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def error(grad: Tensor, output: Tensor) -> Tensor:
+        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        if kernels and kernels.worth_it(grad, output):
+            return kernels.backward("tanh", grad, output)  # type: ignore[no-any-return]
+        if plain_on_cpu(grad, output):
+            result, one = torch.empty_like(grad), grad.new_ones(())
+            for g, y, d in in_blocks(grad, output, result):
+                torch.addcmul(one, y, y, value=-1, out=d).mul_(g)
+            return result
         y = output.to(opmath_dtype(output.dtype))
         slope: Tensor = (1 - y * y).conj()
         return (grad * slope).to(output.dtype)
+
+
+def _tanh_in_place(input: Tensor) -> Tensor:
+    """:math:`t/(t + 2)` with :math:`t = e^{2x} - 1`, held where the result is 1, so that nothing overflows."""
+    output, bound, denominator = torch.empty_like(input), input.new_tensor(40.0), None
+    for x, y in in_blocks(input, output):
+        torch.minimum(torch.mul(x, 2, out=y), bound, out=y).expm1_()
+        if denominator is None or denominator.shape != y.shape:
+            denominator = torch.empty_like(y)
+        y.div_(torch.add(y, 2, out=denominator))
+    return output
+
+
+FROM_OUTPUT = {"relu": _ReLU, "sigmoid": _Sigmoid, "tanh": _Tanh}
+"""Activations whose derivative is a function of their value: each with ``forward(u)`` and ``error(grad, value)``."""
 
 
 def _step(input: Tensor, values: Tensor) -> Tensor:

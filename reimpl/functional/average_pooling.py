@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from reimpl.functional._windows import (
     one,
     plan_windows,
 )
+from reimpl.functional.kernels import final_kernels_for, kernels_for
 
 
 def avg_pool2d(
@@ -206,16 +208,24 @@ class _AvgPool(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, windows: Windows, include_pad: bool, override: int | None) -> Tensor:
+        kernels = kernels_for("_pooling_numba", input)
+        if kernels and kernels.worth_it(input):
+            lines = kernels.bounds(windows, (input.shape[-2], input.shape[-1]), include_pad, override)
+            return kernels.means(input, lines, windows.output)  # type: ignore[no-any-return]
         return _windowed_means(input, windows, include_pad, override)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, *ctx.options = inputs
-        ctx.plane = (input.shape[-2], input.shape[-1])
+        ctx.plane, ctx.layout = (input.shape[-2], input.shape[-1]), memory_format_of(input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         windows, include_pad, override = ctx.options
+        kernels = final_kernels_for("_pooling_numba", grad)
+        if kernels and kernels.worth_spreading(grad, ctx.plane):
+            lines = kernels.bounds(windows, ctx.plane, include_pad, override)
+            return kernels.spread(grad, lines, ctx.plane, ctx.layout), None, None, None
         spread = grad.to(opmath_dtype(grad.dtype))
         spread = spread / _divisors(windows, ctx.plane, include_pad, override, spread)
         for i, dim in enumerate((grad.dim() - 2, grad.dim() - 1)):
@@ -252,8 +262,10 @@ def _areas(plane: tuple[int, int], sizes: tuple[int, int], like: Tensor) -> Tens
 
 
 def _means(input: Tensor, sizes: tuple[int, int]) -> Tensor:
-    x = input.to(opmath_dtype(input.dtype))
     rows, columns = input.dim() - 2, input.dim() - 1
+    if sizes == (1, 1):
+        return input.mean((rows, columns), keepdim=True)
+    x = input.to(opmath_dtype(input.dtype))
     sums = _adaptive_sums(_adaptive_sums(x, rows, sizes[0]), columns, sizes[1])
     return (sums / _areas((input.shape[-2], input.shape[-1]), sizes, x)).to(input.dtype)
 
@@ -265,15 +277,27 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, sizes: tuple[int, int]) -> Tensor:
+        kernels = kernels_for("_pooling_numba", input)
+        # over whole planes, PyTorch's reduction is as good
+        whole = sizes == (1, 1) and input.is_contiguous()
+        if kernels and not whole and kernels.worth_it(input) and 0 not in sizes:
+            lines = kernels.adaptive(sizes, (input.shape[-2], input.shape[-1]))
+            return kernels.means(input, lines, sizes)  # type: ignore[no-any-return]
         return _means(input, sizes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, ctx.sizes = inputs
-        ctx.plane = (input.shape[-2], input.shape[-1])
+        ctx.plane, ctx.layout = (input.shape[-2], input.shape[-1]), memory_format_of(input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        kernels = final_kernels_for("_pooling_numba", grad)
+        whole = ctx.sizes == (1, 1) and ctx.layout == torch.contiguous_format
+        if kernels and not whole and kernels.worth_spreading(grad, ctx.plane):
+            return kernels.spread(grad, kernels.adaptive(ctx.sizes, ctx.plane), ctx.plane, ctx.layout), None
+        if ctx.sizes == (1, 1):
+            return grad.expand(*grad.shape[:-2], *ctx.plane) / prod(ctx.plane), None
         g = grad.to(opmath_dtype(grad.dtype))
         g = g / _areas(ctx.plane, ctx.sizes, g)
         spread = _adaptive_sums(_adaptive_sums(g, g.dim() - 2, ctx.plane[0]), g.dim() - 1, ctx.plane[1])

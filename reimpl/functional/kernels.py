@@ -28,6 +28,7 @@ class use_kernels:
 
     Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation in training, with
     relu or not, have such kernels.
+    So have ``relu``, ``leaky_relu``, ``sigmoid``, ``tanh``, ``linear_activation`` and maximum and average pooling.
     """
 
     def __init__(self, mode: bool = True) -> None:
@@ -74,3 +75,8 @@ def kernels_for(name: str, *tensors: Tensor | None) -> Any:
     if not fit or not plain(*tensors) or torch._C._len_torch_dispatch_stack() > 0:
         return None
     return module(name)
+
+
+def final_kernels_for(name: str, *tensors: Tensor | None) -> Any:
+    """:func:`kernels_for` a backward pass: ``None`` where it is itself differentiated, which takes operators."""
+    return None if not _enabled or torch.is_grad_enabled() else kernels_for(name, *tensors)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import autocast_disabled, autocast_to_lower, call
+from reimpl.functional._dispatch import autocast_disabled, autocast_enabled, autocast_to_lower, call
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,12 +27,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Source: F1; N3, the layer equation. PyTorch: :func:`torch.nn.functional.linear`.
     """
+    if not autocast_enabled(input.device):
+        return _linear(input, weight, bias)
     input, weight, bias = autocast_to_lower(input, weight, bias)
-    _check(input, weight, bias)
     with autocast_disabled(input.device):
-        if weight.dim() == 1:
-            return call(_Linear, _affine, input, weight.unsqueeze(0), bias).squeeze(-1)  # type: ignore[no-any-return]
-        return call(_Linear, _affine, input, weight, bias)  # type: ignore[no-any-return]
+        return _linear(input, weight, bias)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(input, weight, bias)
+    if weight.dim() == 1:
+        return call(_Linear, affine, input, weight.unsqueeze(0), bias).squeeze(-1)  # type: ignore[no-any-return]
+    return call(_Linear, affine, input, weight, bias)  # type: ignore[no-any-return]
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -46,14 +52,15 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise RuntimeError("addmm: mat2 must be a matrix, got 1-D tensor")
 
 
-def _affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`linear` in differentiable tensor arithmetic alone."""
     rows = _rows(input)
     out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-    return out.reshape(*input.shape[:-1], weight.shape[0])
+    return out if input.dim() == 2 else out.reshape(*input.shape[:-1], weight.shape[0])
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -64,7 +71,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _affine(input, weight, bias)
+        return affine(input, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -74,14 +81,22 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
-        rows = _rows(grad)
-        grad_input = grad_weight = grad_bias = None
+        if not autocast_enabled(grad.device):
+            return affine_gradients(ctx, grad, *ctx.saved_tensors)
         with autocast_disabled(grad.device):
-            if ctx.needs_input_grad[0]:
-                grad_input = (rows @ weight.conj()).reshape(input.shape)
-            if ctx.needs_input_grad[1]:
-                grad_weight = rows.t() @ _rows(input).conj()
-            if ctx.needs_input_grad[2]:
-                grad_bias = rows.sum_to_size(ctx.bias_shape)
-        return grad_input, grad_weight, grad_bias
+            return affine_gradients(ctx, grad, *ctx.saved_tensors)
+
+
+def affine_gradients(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight and bias, those that ``ctx`` asks for; it knows the shape of the bias."""
+    rows = _rows(grad)
+    grad_input = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_input = rows @ weight.conj()
+        if input.dim() != 2:
+            grad_input = grad_input.reshape(input.shape)
+    if ctx.needs_input_grad[1]:
+        grad_weight = rows.t() @ _rows(input).conj()
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0) if ctx.bias_shape == rows.shape[1:] else rows.sum_to_size(ctx.bias_shape)
+    return grad_input, grad_weight, grad_bias

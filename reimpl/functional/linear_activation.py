@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_lower, call, scalar_type_name
-from reimpl.functional.activation import sigmoid
-from reimpl.functional.linear import linear
+from reimpl.functional.activation import FROM_OUTPUT, sigmoid
+from reimpl.functional.linear import affine, affine_gradients, linear
 
-ACTIVATIONS = ("relu", "sigmoid", "tanh")
+ACTIVATIONS = tuple(FROM_OUTPUT)
 
 
 def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu") -> Tensor:
@@ -69,7 +68,8 @@ class _LinearActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        return _composition(input, weight, bias, activation)
+        output: Tensor = FROM_OUTPUT[activation].forward(affine(input, weight, bias))
+        return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,18 +80,6 @@ class _LinearActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, y = ctx.saved_tensors
-        if ctx.activation == "relu":
-            error = torch.where(y <= 0, 0, grad)
-        else:
-            error = grad * (y * (1 - y) if ctx.activation == "sigmoid" else 1 - y * y)
-        grad_input = grad_weight = grad_bias = None
+        error = FROM_OUTPUT[ctx.activation].error(grad, y)
         with autocast_disabled(grad.device):
-            count = prod(input.shape[:-1])
-            rows = error.reshape(count, error.shape[-1])
-            if ctx.needs_input_grad[0]:
-                grad_input = (rows @ weight).reshape(input.shape)
-            if ctx.needs_input_grad[1]:
-                grad_weight = rows.t() @ input.reshape(count, input.shape[-1])
-            if ctx.needs_input_grad[2]:
-                grad_bias = rows.sum_to_size(ctx.bias_shape)
-        return grad_input, grad_weight, grad_bias, None
+            return *affine_gradients(ctx, error, input, weight), None

@@ -24,6 +24,7 @@ from reimpl.functional._windows import (
     plan_windows,
     window_count,
 )
+from reimpl.functional.kernels import final_kernels_for, kernels_for
 
 
 def max_pool2d(
@@ -200,6 +201,12 @@ class _Grid:
 
 def _search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
     """Maxima and their places."""
+    kernels = kernels_for("_pooling_numba", input)
+    if kernels and kernels.worth_it(input) and 0 not in windows.output:
+        plane = input.shape[-2], input.shape[-1]
+        if isinstance(windows, _Grid):
+            return kernels.largest(input, kernels.adaptive(windows.output, plane), windows.output, (1, 1))  # type: ignore[no-any-return]
+        return kernels.largest(input, kernels.bounds(windows, plane), windows.output, windows.dilation)  # type: ignore[no-any-return]
     if isinstance(windows, _Grid):
         return _search_grid(input, windows)
     return _search_taps(input, windows)
@@ -292,6 +299,9 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
         height, width = ctx.plane
+        kernels = final_kernels_for("_pooling_numba", grad)
+        if kernels and places.numel() and kernels.worth_it(places):
+            return kernels.scatter(grad, places, (height, width)), None
         outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
         flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
         spread = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)

@@ -1,0 +1,43 @@
+"""Activations by compiled kernels, over tensors whose numbers lie densely in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reimpl.functional._numba_source import load, run
+from reimpl.functional._plain import laid_out_alike
+
+_KERNELS = load("_pointwise_numba_kernels.py")
+# A thread is not woken for fewer numbers.
+_GRAIN = 1 << 14
+# Below so many numbers PyTorch's own operators are as good.
+_LEAST_NUMBERS = 1 << 10
+ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
+
+
+def worth_it(*tensors: Tensor) -> bool:
+    """Whether the tensors lie densely and alike, and there is enough of them."""
+    return tensors[0].numel() >= _LEAST_NUMBERS and laid_out_alike(*tensors)
+
+
+def _run(kernel: object, name: str, slope: float, tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    count = tensors[0].numel()
+    # one block a thread, the same in the forward and the backward pass: it lies in that core's cache
+    tasks = max(1, min(torch.get_num_threads(), count // _GRAIN))
+    block = -(-count // tasks // 16) * 16
+    bits = int(np.float64(slope).view(np.int64)) if slope else 0
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    run(kernel, [count, bits, ACTIVATIONS.index(name), *addresses, block], tasks)
+    return tensors[-1]
+
+
+def forward(name: str, input: Tensor, slope: float = 0.0, out: Tensor | None = None) -> Tensor:
+    """One of :data:`ACTIVATIONS` of the input, into ``out`` (which may be the input itself) where given."""
+    return _run(_KERNELS.activate, name, slope, (input, input, torch.empty_like(input) if out is None else out))
+
+
+def backward(name: str, grad: Tensor, kept: Tensor, slope: float = 0.0, out: Tensor | None = None) -> Tensor:
+    """The gradient of the input, given that of the output and the output (:func:`leaky_relu`'s input will do too)."""
+    return _run(_KERNELS.differentiate, name, slope, (grad, kept, torch.empty_like(grad) if out is None else out))

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reimpl.functional import _losses_plain
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
+from reimpl.functional._losses_plain import final, runs_plainly
 from reimpl.functional._reduction import reduced, resolve
 from reimpl.functional._targets import as_batch, check_class_indices, class_dim, classes_that_count, counted
 from reimpl.functional.softmax import log_softmax_composition
@@ -63,8 +65,11 @@ def cross_entropy(
 def _with_indices(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
-    _check_indices(input, target, weight, ignore_index, smoothing)
+    all_count = _check_indices(input, target, weight, ignore_index, smoothing)
     logits, indices = as_batch(input, target)
+    if all_count and weight is None and smoothing == 0 and input.numel() and runs_plainly(input):
+        loss, _ = _PlainIndexLoss.apply(logits, indices, reduction)
+        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss  # type: ignore[no-any-return]
     weight = None if weight is None else weight.reshape(-1)
     loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
     if reduction == "none":
@@ -84,13 +89,13 @@ def _with_probabilities(
     return reduced(loss, reduction, dtype)
 
 
-def _check_indices(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> None:
+def _check_indices(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> bool:
     if smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     _check_floating(input)
     if input.dim() == 0:
         raise ValueError("Expected input to have at least 1 dimension, but got 0")
-    check_class_indices(input, target, weight, ignore_index)
+    return check_class_indices(input, target, weight, ignore_index)
 
 
 def _check_floating(input: Tensor) -> None:
@@ -180,6 +185,27 @@ class _IndexLoss(torch.autograd.Function):
             total = total * _along(w, 1, log_probs.dim())
         grad_input = _through_log_softmax(log_probs, total, grad_log_probs, 1)
         return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, None
+
+
+class _PlainIndexLoss(torch.autograd.Function):
+    """:class:`_IndexLoss` with the sum or mean, in place, where all samples count alike."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, indices: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+        log_probs = _losses_plain.log_softmax(input, 1)
+        ctx.divisor = indices.numel() if reduction == "mean" else 1
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(log_probs, indices, None)
+        return _losses_plain.picked_negative(log_probs, indices, reduction), log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
+        log_probs, indices, _ = ctx.saved_tensors
+        if grad is not None and grad_log_probs is None and final(grad):
+            return _losses_plain.index_gradient(grad, log_probs, indices, ctx.divisor), None, None
+        ctx.ignore_index, ctx.smoothing, ctx.dtype = -100, 0.0, log_probs.dtype
+        losses_grad = None if grad is None else (grad / ctx.divisor).expand(indices.shape)
+        return _IndexLoss.backward(ctx, losses_grad, grad_log_probs)[:3]
 
 
 def _through_log_softmax(log_probs: Tensor, first: Tensor | None, second: Tensor | None, dim: int) -> Tensor | None:

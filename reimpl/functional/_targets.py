@@ -39,7 +39,7 @@ def check_class_indices(
             expected, found = (scalar_type_name(t.dtype) for t in (input, weight))
             raise RuntimeError(f"expected scalar type {expected} but found {found}")
         check_constant(weight, "weight", "nll_loss2d_forward" if planes else "nll_loss_forward")
-    return values and _check_range(target, classes, ignore_index)
+    return values and check_range(target, classes, ignore_index)
 
 
 def class_dim(input: Tensor) -> int:
@@ -111,7 +111,7 @@ def values_are_readable(tensor: Tensor) -> bool:
     )
 
 
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> bool:
+def check_range(target: Tensor, classes: int, ignore_index: int) -> bool:
     """Name the first target that is no class; where the values cannot be read, the gather itself guards.
 
     Returns:

@@ -11,6 +11,7 @@ from torch import Tensor
 from reimpl.functional import _losses_plain
 from reimpl.functional._dispatch import autocast_enabled, call, opmath_dtype, scalar_type_name
 from reimpl.functional._losses_plain import final, runs_plainly
+from reimpl.functional.kernels import kernels_for
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,12 +133,13 @@ class _LogSoftmax(_FromOutput):
 
 
 class _PlainSoftmax(torch.autograd.Function):
-    """:class:`_Softmax` in place. Without ``setup_context``, for which PyTorch looks up the names of the arguments at
-    every call, it begins ten microseconds sooner."""
+    """:class:`_Softmax` in place or by a kernel. Without ``setup_context``, for which PyTorch looks up the names of the
+    arguments at every call, it begins ten microseconds sooner."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, dim: int) -> Tensor:
-        output = _losses_plain.softmax(input, dim)
+        kernels = kernels_for("_losses_numba", input)
+        output: Tensor = kernels.softmax(input, dim, False) if kernels else _losses_plain.softmax(input, dim)
         ctx.dim = dim
         ctx.save_for_backward(output)
         return output
@@ -147,15 +149,19 @@ class _PlainSoftmax(torch.autograd.Function):
         if not final(grad):
             return _Softmax.backward(ctx, grad)
         (output,) = ctx.saved_tensors
+        kernels = kernels_for("_losses_numba", grad, output)
+        if kernels:
+            return kernels.softmax_gradient(grad, output, ctx.dim, False), None
         return _losses_plain.softmax_gradient(grad, output, ctx.dim), None
 
 
 class _PlainLogSoftmax(torch.autograd.Function):
-    """:class:`_LogSoftmax` in place."""
+    """:class:`_LogSoftmax` in place or by a kernel."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, dim: int) -> Tensor:
-        output = _losses_plain.log_softmax(input, dim)
+        kernels = kernels_for("_losses_numba", input)
+        output: Tensor = kernels.softmax(input, dim, True) if kernels else _losses_plain.log_softmax(input, dim)
         ctx.dim = dim
         ctx.save_for_backward(output)
         return output
@@ -165,4 +171,7 @@ class _PlainLogSoftmax(torch.autograd.Function):
         if not final(grad):
             return _LogSoftmax.backward(ctx, grad)
         (output,) = ctx.saved_tensors
+        kernels = kernels_for("_losses_numba", grad, output)
+        if kernels:
+            return kernels.softmax_gradient(grad, output, ctx.dim, True), None
         return _losses_plain.log_softmax_gradient(grad, output, ctx.dim), None

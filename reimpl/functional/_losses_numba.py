@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
+from functools import lru_cache
 from math import prod
 from struct import Struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from reimpl.functional._numba_source import load
 from reimpl.optim import _threads
 
 _KERNELS = load("_losses_numba_kernels.py")
+_FORWARD, _BACKWARD, _LOSS_BACKWARD, _FINISH = (
+    kernel.address for kernel in (_KERNELS.forward, _KERNELS.backward, _KERNELS.loss_backward, _KERNELS.finish)
+)
 _SOFTMAX, _LOG_SOFTMAX, _LOSS = 0, 1, 2
 # Numbers a block: its two or three operands stay in the nearest cache. Below the second, one thread is done sooner.
 _BLOCK, _LEAST_SHARED = 1 << 12, 1 << 15
@@ -23,6 +28,11 @@ _DOUBLE, _WORD = Struct("d"), Struct("q")
 def bits(number: float) -> int:
     """A double's bits as a word of a table."""
     return 0 if number == 0 else _WORD.unpack(_DOUBLE.pack(number))[0]  # type: ignore[no-any-return]
+
+
+def number(word: int) -> float:
+    """The double whose bits a word is."""
+    return _DOUBLE.unpack(_WORD.pack(word))[0]  # type: ignore[no-any-return]
 
 
 def start(kernel: int, words: tuple[int, ...], tasks: int, numbers: int) -> array[int]:
@@ -39,73 +49,88 @@ def start(kernel: int, words: tuple[int, ...], tasks: int, numbers: int) -> arra
     return table
 
 
-class _Blocks:
-    """How a contiguous tensor is shared out: ``(outer, classes, inner)``, the size of a block, and how many."""
+class _Blocks(NamedTuple):
+    """How a contiguous tensor is shared out: the kernels' words for it, how many blocks, numbers, and numbers of
+    scratch memory for all threads."""
 
-    def __init__(self, shape: torch.Size, dim: int) -> None:
-        self.outer, self.classes, self.inner = prod(shape[:dim]), shape[dim], prod(shape[dim + 1 :])
-        if self.inner == 1:
-            self.size = max(1, _BLOCK // self.classes)
-            self.tasks = -(-self.outer // self.size)
-            self.room = self.size * self.classes
-        else:
-            self.size = min(self.inner, max(64, 2 * _BLOCK // self.classes))
-            self.tasks = self.outer * -(-self.inner // self.size)
-            self.room = 2 * self.size
-        self.numbers = self.outer * self.classes * self.inner
+    words: tuple[int, ...]
+    tasks: int
+    numbers: int
+    room: int
+    scratch: int
 
-    def scratch(self, like: Tensor) -> Tensor:
-        """Room for each thread."""
-        threads = 1 if self.numbers < _LEAST_SHARED else torch.get_num_threads()
-        return like.new_empty(threads * self.room)
 
-    def words(self, mode: int) -> tuple[int, ...]:
-        return (self.outer, self.classes, self.inner, self.size, self.tasks, mode)
+@lru_cache(maxsize=256)
+def _blocks(shape: torch.Size, dim: int, threads: int) -> _Blocks:
+    outer, classes, inner = prod(shape[:dim]), prod(shape[dim : dim + 1]), prod(shape[dim + 1 :])
+    numbers = outer * classes * inner
+    if inner == 1:
+        size = min(outer, max(1, _BLOCK // classes))
+        tasks = -(-outer // size)
+        room = size * max(1, classes)
+    else:
+        size = min(inner, max(64, 2 * _BLOCK // classes))
+        tasks = outer * -(-inner // size)
+        room = 2 * size
+    words = (outer, classes, inner, size, tasks)
+    return _Blocks(words, tasks, numbers, room, room * (1 if numbers < _LEAST_SHARED else threads))
+
+
+def _shared(tensor: Tensor, dim: int) -> _Blocks:
+    return _blocks(tensor.shape, dim, torch.get_num_threads())
+
+
+def _zeros(kind: str, numbers: int) -> array[Any]:
+    """Memory for the length of a call, sooner had than a tensor's."""
+    return array(kind, bytes(numbers * array(kind).itemsize))
 
 
 def softmax(input: Tensor, dim: int, log: bool) -> Tensor:
     """Softmax of a tensor with elements along ``dim``, or its logarithm; contiguous."""
     input = input.contiguous()
-    output, blocks = torch.empty_like(input), _Blocks(input.shape if input.dim() else torch.Size((1,)), dim)
-    scratch = blocks.scratch(input)
-    addresses = (input.data_ptr(), output.data_ptr(), scratch.data_ptr(), blocks.room)
-    mode = _LOG_SOFTMAX if log else _SOFTMAX
-    start(_KERNELS.forward.address, (*blocks.words(mode), *addresses), blocks.tasks, blocks.numbers)
+    output, (words, tasks, numbers, room, needed) = torch.empty_like(input), _shared(input, dim)
+    scratch = _zeros("f", needed)
+    addresses = (input.data_ptr(), output.data_ptr(), scratch.buffer_info()[0], room)
+    start(_FORWARD, (*words, _LOG_SOFTMAX if log else _SOFTMAX, *addresses), tasks, numbers)
     return output
 
 
 def softmax_gradient(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tensor:
     """The gradient of the input of :func:`softmax`."""
     grad = grad.contiguous()
-    result, blocks = torch.empty_like(output), _Blocks(output.shape if output.dim() else torch.Size((1,)), dim)
-    scratch = blocks.scratch(output)
-    addresses = (grad.data_ptr(), output.data_ptr(), scratch.data_ptr(), blocks.room, result.data_ptr())
-    mode = _LOG_SOFTMAX if log else _SOFTMAX
-    start(_KERNELS.backward.address, (*blocks.words(mode), *addresses), blocks.tasks, blocks.numbers)
+    result, (words, tasks, numbers, room, needed) = torch.empty_like(output), _shared(output, dim)
+    scratch = _zeros("f", needed)
+    addresses = (grad.data_ptr(), output.data_ptr(), scratch.buffer_info()[0], room, result.data_ptr())
+    start(_BACKWARD, (*words, _LOG_SOFTMAX if log else _SOFTMAX, *addresses), tasks, numbers)
     return result
 
 
 def index_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float, reduction: str
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, float] | None:
     """Loss, log-probabilities, and what the sum was divided by; ``None`` where a target is no class."""
     input, indices = input.contiguous(), indices.contiguous()
-    log_probs, blocks = torch.empty_like(input), _Blocks(input.shape, 1)
+    log_probs, (words, tasks, numbers, room, needed) = torch.empty_like(input), _shared(input, 1)
     weight = weight if weight is None else weight.contiguous()
     separate = reduction == "none"
-    loss, divisor = input.new_empty(indices.shape if separate else ()), input.new_empty(())
-    scratch, sums = blocks.scratch(input), array("d", bytes(16 * blocks.tasks))
-    words = (
-        *(*blocks.words(_LOSS), input.data_ptr(), log_probs.data_ptr(), scratch.data_ptr(), blocks.room),
-        *(indices.data_ptr(), 0 if weight is None else weight.data_ptr(), ignore_index, bits(smoothing)),
-        *(loss.data_ptr() if separate else 0, sums.buffer_info()[0], 0, reduction == "mean"),
-        *(divisor.data_ptr() if separate else loss.data_ptr(), divisor.data_ptr()),
+    loss = input.new_empty(indices.shape if separate else ())
+    total = array("f", (0.0,))
+    scratch, sums = _zeros("f", needed), _zeros("d", 2 * tasks)
+    table = start(
+        _FORWARD,
+        (
+            *(*words, _LOSS, input.data_ptr(), log_probs.data_ptr(), scratch.buffer_info()[0], room),
+            *(indices.data_ptr(), 0 if weight is None else weight.data_ptr(), ignore_index, bits(smoothing)),
+            *(loss.data_ptr() if separate else 0, sums.buffer_info()[0], 0, reduction == "mean"),
+            *(total.buffer_info()[0] if separate else loss.data_ptr(), 0),
+        ),
+        tasks,
+        numbers,
     )
-    table = start(_KERNELS.forward.address, words, blocks.tasks, blocks.numbers)
     if table[19]:
         return None
-    _threads.run(_KERNELS.finish.address, table.buffer_info()[0], 1)
-    return loss, log_probs, divisor
+    _threads.run(_FINISH, table.buffer_info()[0], 1)
+    return loss, log_probs, number(table[22])
 
 
 def index_loss_gradient(
@@ -115,17 +140,17 @@ def index_loss_gradient(
     ignore_index: int,
     weight: Tensor | None,
     smoothing: float,
-    divisor: Tensor,
+    divisor: float,
 ) -> Tensor:
     """The gradient of the logits from that of each loss or of their sum."""
     grad, indices = grad.contiguous(), indices.contiguous()
-    result, blocks = torch.empty_like(log_probs), _Blocks(log_probs.shape, 1)
+    result, (words, tasks, numbers, room, needed) = torch.empty_like(log_probs), _shared(log_probs, 1)
     weight = weight if weight is None else weight.contiguous()
-    scratch = blocks.scratch(grad)
+    scratch = _zeros("f", needed)
     words = (
-        *(*blocks.words(_LOSS), log_probs.data_ptr(), result.data_ptr(), scratch.data_ptr(), blocks.room),
+        *(*words, _LOSS, log_probs.data_ptr(), result.data_ptr(), scratch.buffer_info()[0], room),
         *(indices.data_ptr(), 0 if weight is None else weight.data_ptr(), ignore_index, bits(smoothing)),
-        *(grad.data_ptr(), grad.dim() > 0, divisor.data_ptr()),
+        *(grad.data_ptr(), grad.dim() > 0, bits(divisor)),
     )
-    start(_KERNELS.loss_backward.address, words, blocks.tasks, blocks.numbers)
+    start(_LOSS_BACKWARD, words, tasks, numbers)
     return result

@@ -47,6 +47,13 @@ def exps(x: Any, y: Any, n: Any) -> None:
         y[i] = exp_of_negative(x[i])
 
 
+@njit(error_model="numpy")
+def to_exps(x: Any, n: Any) -> None:
+    """In place: called on one array twice, :func:`exps` would find that they overlap, and not vectorise."""
+    for i in range(n):
+        x[i] = exp_of_negative(x[i])
+
+
 @njit(error_model="numpy", fastmath=_LANES)
 def total(x: Any, n: Any) -> Any:
     s = np.float32(0.0)
@@ -98,7 +105,7 @@ def softmax_rows(source: Any, result: Any, scratch: Any, n: Any, c: Any, mode: A
         shift(floats(source + r * c * 4, c), floats(result + r * c * 4, c), c)
     y = floats(result, n * c)
     if mode == _SOFTMAX:
-        exps(y, y, n * c)
+        to_exps(y, n * c)
     elif c < _SHORT:
         exps(y, scratch, n * c)
     for r in range(n):
@@ -204,7 +211,7 @@ def forward(task: Any) -> None:
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def finish(task: Any) -> None:
-    """The loss of all from the sums of the blocks, and what it was divided by."""
+    """The loss of all from the sums of the blocks; what it was divided by goes into the table."""
     w = carray(task, (32,), np.int64)
     tasks, mean = w[7], w[20]
     sums = carray(pointer(w[18]), (2 * tasks,), np.float64)
@@ -213,8 +220,8 @@ def finish(task: Any) -> None:
         losses += sums[2 * i]
         weights += sums[2 * i + 1]
     divisor = weights if mean else 1.0
+    carray(task, (32,), np.float64)[22] = divisor
     floats(w[21], 1)[0] = losses / divisor
-    floats(w[22], 1)[0] = divisor
 
 
 @njit(error_model="numpy")
@@ -288,8 +295,9 @@ def loss_backward(task: Any) -> None:
     factors = floats(w[11] + take(counter + 8) * room * 4, room)
     targets = carray(pointer(w[13]), (outer * inner,), np.int64)
     weight, has_weight, ignore = floats(w[14], c), w[14] != 0, w[15]
-    smoothing = carray(task, (32,), np.float64)[16]
-    grads, one_each, divisor = floats(w[17], outer * inner), w[18], floats(w[19], 1)[0]
+    numbers = carray(task, (32,), np.float64)
+    smoothing, divisor = numbers[16], np.float32(numbers[19])
+    grads, one_each = floats(w[17], outer * inner), w[18]
     all_weights = float(c)
     if has_weight:
         all_weights = 0.0

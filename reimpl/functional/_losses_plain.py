@@ -21,7 +21,7 @@ _PART = 1 << 17
 
 def runs_plainly(*tensors: Tensor | None) -> bool:
     """Whether the tensors are plain, and the call is not one of forward mode."""
-    return forward_ad._current_level < 0 and plain(*tensors)
+    return plain(*tensors) and forward_ad._current_level < 0
 
 
 def final(grad: Tensor, *others: Tensor | None) -> bool:

@@ -63,27 +63,35 @@ def cross_entropy(
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
     reduction = resolve(reduction, size_average, reduce)
+    # autocast leaves the wide types alone, and plain tensors have no other
+    if runs_plainly(input, weight) and input.shape != target.shape:
+        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing, plainly=True)
     input, weight = autocast_to_float32(input, weight)
     with autocast_disabled(input.device):
         if input.shape == target.shape:
             (target,) = autocast_to_float32(target)
             return _with_probabilities(input, target, weight, ignore_index, reduction, label_smoothing)
-        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing)
+        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing, plainly=False)
 
 
 def _with_indices(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+    plainly: bool,
 ) -> Tensor:
-    kernels = None
-    if input.numel() and values_are_readable(target) and runs_plainly(input, weight):
-        kernels = kernels_for("_losses_numba", input, weight)
+    plainly = plainly and input.numel() > 0
+    kernels = kernels_for("_losses_numba", input, weight) if plainly and values_are_readable(target) else None
     all_count = _check_indices(input, target, weight, ignore_index, smoothing, values=kernels is None)
     logits, indices = as_batch(input, target)
     loss: Tensor
     if kernels:
-        loss, _ = _CompiledIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction)
+        loss, _ = _CompiledIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, kernels)
         return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
-    if all_count and weight is None and smoothing == 0 and input.numel() and runs_plainly(input):
+    if plainly and all_count and weight is None and smoothing == 0:
         loss, _ = _PlainIndexLoss.apply(logits, indices, reduction)
         return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
     weight = None if weight is None else weight.reshape(-1)
@@ -245,31 +253,31 @@ class _CompiledIndexLoss(torch.autograd.Function):
         weight: Tensor | None,
         smoothing: float,
         reduction: str,
+        kernels: Any,
     ) -> tuple[Tensor, Tensor]:
-        kernels = kernels_for("_losses_numba", input, weight)
         results = kernels.index_loss(input, indices, ignore_index, weight, smoothing, reduction)
         if results is None:
             check_range(indices, input.shape[1], ignore_index)
-        loss, log_probs, divisor = results
+        loss, log_probs, ctx.divisor = results
         ctx.ignore_index, ctx.smoothing = ignore_index, smoothing
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(log_probs, indices, weight, divisor)
+        ctx.save_for_backward(log_probs, indices, weight)
         return loss, log_probs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, indices, weight, divisor = ctx.saved_tensors
+        log_probs, indices, weight = ctx.saved_tensors
         kernels = None
         if grad is not None and grad_log_probs is None and not torch.is_grad_enabled():
             kernels = kernels_for("_losses_numba", grad, log_probs, weight)
         total = None
         if kernels:
-            options = (ctx.ignore_index, weight, ctx.smoothing, divisor)
-            return kernels.index_loss_gradient(grad, log_probs, indices, *options), None, None, None, None, None
+            options = (ctx.ignore_index, weight, ctx.smoothing, ctx.divisor)
+            return kernels.index_loss_gradient(grad, log_probs, indices, *options), *(None,) * 6
         if grad is not None:
-            losses_grad = (grad / divisor).expand(indices.shape)
+            losses_grad = (grad / ctx.divisor).expand(indices.shape)
             total = _index_errors(losses_grad, log_probs, indices, ctx.ignore_index, weight, ctx.smoothing)
-        return _through_log_softmax(log_probs, total, grad_log_probs, 1), None, None, None, None, None
+        return _through_log_softmax(log_probs, total, grad_log_probs, 1), *(None,) * 6
 
 
 def _through_log_softmax(log_probs: Tensor, first: Tensor | None, second: Tensor | None, dim: int) -> Tensor | None:

@@ -29,7 +29,7 @@ def final(grad: Tensor, *others: Tensor | None) -> bool:
     return not torch.is_grad_enabled() and plain(grad, *others)
 
 
-def _parts(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def in_parts(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, which have equal shapes, in pieces along dimension 0."""
     numbers = first.numel()
     if numbers < 2 * _PART:
@@ -40,8 +40,8 @@ def _parts(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _along(dim: int, first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """:func:`_parts` that keep dimension ``dim`` whole."""
-    return _parts(first, *others) if dim else iter([(first, *others)])
+    """:func:`in_parts` that keep dimension ``dim`` whole."""
+    return in_parts(first, *others) if dim else iter([(first, *others)])
 
 
 def softmax(input: Tensor, dim: int) -> Tensor:
@@ -97,7 +97,7 @@ def index_gradient(grad: Tensor, log_probs: Tensor, indices: Tensor, divisor: in
     result = torch.empty_like(log_probs)
     factor = grad / divisor if divisor != 1 else grad
     columns = (factor if factor.dim() else factor.expand(indices.shape)).unsqueeze(1)
-    for y, i, g, d in _parts(log_probs, indices.unsqueeze(1), columns, result):
+    for y, i, g, d in in_parts(log_probs, indices.unsqueeze(1), columns, result):
         torch.exp(y, out=d).mul_(g if factor.dim() else factor)
         d.scatter_add_(1, i, -g)
     return result

@@ -19,15 +19,16 @@ _FORWARD, _BACKWARD, _LOSS_BACKWARD, _FINISH = (
     kernel.address for kernel in (_KERNELS.forward, _KERNELS.backward, _KERNELS.loss_backward, _KERNELS.finish)
 )
 _SOFTMAX, _LOG_SOFTMAX, _LOSS = 0, 1, 2
+# The kernel reads the loss's words, whatever is asked for.
+_NO_LOSS = (0,) * 7
 # Numbers a block: its two or three operands stay in the nearest cache. Below the second, one thread is done sooner.
 _BLOCK, _LEAST_SHARED = 1 << 12, 1 << 15
-_WORDS = 32
 _DOUBLE, _WORD = Struct("d"), Struct("q")
 
 
 def bits(number: float) -> int:
     """A double's bits as a word of a table."""
-    return 0 if number == 0 else _WORD.unpack(_DOUBLE.pack(number))[0]  # type: ignore[no-any-return]
+    return 0 if number == 0 else _WORD.unpack(_DOUBLE.pack(number))[0]
 
 
 def number(word: int) -> float:
@@ -41,7 +42,7 @@ def start(kernel: int, words: tuple[int, ...], tasks: int, numbers: int) -> arra
     Returns:
         the table, in which a kernel may have answered.
     """
-    table = array("q", (0, 0, 0, *words, *(0,) * (_WORDS - 3 - len(words))))
+    table = array("q", (0, 0, 0, *words))
     address = table.buffer_info()[0]
     table[0] = address + 8
     threads = 1 if numbers < _LEAST_SHARED else min(torch.get_num_threads(), tasks)
@@ -91,7 +92,7 @@ def softmax(input: Tensor, dim: int, log: bool) -> Tensor:
     output, (words, tasks, numbers, room, needed) = torch.empty_like(input), _shared(input, dim)
     scratch = _zeros("f", needed)
     addresses = (input.data_ptr(), output.data_ptr(), scratch.buffer_info()[0], room)
-    start(_FORWARD, (*words, _LOG_SOFTMAX if log else _SOFTMAX, *addresses), tasks, numbers)
+    start(_FORWARD, (*words, _LOG_SOFTMAX if log else _SOFTMAX, *addresses, *_NO_LOSS), tasks, numbers)
     return output
 
 

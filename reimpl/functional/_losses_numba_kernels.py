@@ -80,11 +80,9 @@ def total_of_products(x: Any, y: Any, n: Any) -> Any:
 
 @njit(error_model="numpy")
 def sample_weight(target: Any, classes: Any, weight: Any, has_weight: Any, ignore: Any) -> Any:
-    """The weight of a sample, 0 if it is ignored, NaN if its target is no class."""
-    if target == ignore:
+    """The weight of a sample, 0 if it is ignored or its target is no class."""
+    if target == ignore or target < 0 or target >= classes:
         return np.float32(0.0)
-    if target < 0 or target >= classes:
-        return np.float32(np.nan)
     return weight[target] if has_weight else np.float32(1.0)
 
 
@@ -180,17 +178,15 @@ def forward(task: Any) -> None:
             softmax_columns(source + at, result + at, scratch, n, c, step, mode)
         if mode != _LOSS:
             continue
-        loss_sum = 0.0
-        weight_sum = 0.0
+        loss_sum: Any = 0.0
+        weight_sum: Any = 0.0
         for j in range(n):
             index = first * inner + column + j
             target = targets[index]
             factor = sample_weight(target, c, weight, has_weight, ignore)
-            if factor != factor:
-                # set aside for the caller, unless the weight itself is NaN
-                if target < 0 or target >= c:
-                    w[19] = 1
-                    continue
+            if target != ignore and (target < 0 or target >= c):
+                w[19] = 1
+                continue
             loss = np.float32(0.0)
             place = result + at + j * sample
             if target != ignore:
@@ -242,9 +238,7 @@ def backward_rows(errors: Any, output: Any, result: Any, n: Any, c: Any, mode: A
 
 
 @njit(error_model="numpy")
-def backward_columns(
-    errors: Any, output: Any, result: Any, sums: Any, n: Any, c: Any, step: Any, mode: Any
-) -> None:
+def backward_columns(errors: Any, output: Any, result: Any, sums: Any, n: Any, c: Any, step: Any, mode: Any) -> None:
     for j in range(n):
         sums[j] = np.float32(0.0)
     for k in range(c):
@@ -315,7 +309,9 @@ def loss_backward(task: Any) -> None:
             kept = targets[start + j] != ignore
             own = sample_weight(targets[start + j], c, weight, has_weight, ignore)
             g = grads[(start + j) * one_each] / divisor
-            factors[j] = g * np.float32((1 - smoothing) * own + smoothing / c * all_weights) if kept else np.float32(0.0)
+            factors[j] = (
+                g * np.float32((1 - smoothing) * own + smoothing / c * all_weights) if kept else np.float32(0.0)
+            )
         if inner == 1:
             y, d = floats(output + at, n * c), floats(result + at, n * c)
             exps(y, d, n * c)

@@ -12,9 +12,7 @@ from reimpl.functional._numba_source import load
 from reimpl.optim import _threads
 
 _KERNELS = load("_losses_numba_pointwise_kernels.py")
-_FORWARD, _FINISH, _BACKWARD = (
-    kernel.address for kernel in (_KERNELS.forward, _KERNELS.finish, _KERNELS.backward)
-)
+_FORWARD, _FINISH, _BACKWARD = (kernel.address for kernel in (_KERNELS.forward, _KERNELS.finish, _KERNELS.backward))
 _KINDS = {"square": 0, "probability": 1, "logit": 2}
 _BLOCK = 1 << 12
 

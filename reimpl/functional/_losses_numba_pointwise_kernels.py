@@ -1,7 +1,8 @@
 """Losses number by number as Numba compiles them: squared error and the binary cross-entropies, and their gradients.
 
-The table of words is written in :mod:`reimpl.functional._losses_numba_pointwise`; threads share blocks by taking numbers
-from the counter in it. Sums within a block are taken in float32 by whole registers, sums over blocks in float64.
+The table of words is written in :mod:`reimpl.functional._losses_numba_pointwise`; threads share blocks by taking
+numbers from the counter in it. Sums within a block are taken in float32 by whole registers, sums over blocks in
+float64.
 """
 
 # mypy: disable-error-code="untyped-decorator"

@@ -103,12 +103,12 @@ def check_constant(tensor: Tensor | None, argument: str, operator: str) -> None:
 
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether a check may look at the numbers: on the CPU, outside compilers, ``vmap`` and tensors without data."""
-    return not (
-        torch.compiler.is_compiling()
-        or tensor.device.type != "cpu"
-        or type(tensor) not in (Tensor, Parameter)
-        or is_batched(tensor)
-    )
+    return tensor.device.type == "cpu" and holds_values(tensor)
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether the numbers lie in a tensor of PyTorch's own: outside compilers and ``vmap``."""
+    return not (torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_batched(tensor))
 
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> bool:
@@ -122,7 +122,7 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> bool:
     if not target.numel():
         return True
     low, high = map(int, target.aminmax())
-    if 0 <= low and high < classes:
+    if low >= 0 and high < classes:
         return not low <= ignore_index <= high
     outside = (target != ignore_index) & ((target < 0) | (target >= classes))
     if outside.any():

@@ -28,6 +28,7 @@ class use_kernels:
 
     Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation in training, with
     relu or not, have such kernels.
+    ``softmax``, ``log_softmax``, ``cross_entropy`` of class indices, ``mse_loss`` and the binary cross-entropies too.
     """
 
     def __init__(self, mode: bool = True) -> None:

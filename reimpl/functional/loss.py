@@ -18,7 +18,7 @@ from reimpl.functional._targets import (
     class_dim,
     classes_that_count,
     counted,
-    values_are_readable,
+    holds_values,
 )
 from reimpl.functional.kernels import kernels_for
 from reimpl.functional.softmax import log_softmax_composition
@@ -84,7 +84,9 @@ def _with_indices(
     plainly: bool,
 ) -> Tensor:
     plainly = plainly and input.numel() > 0
-    kernels = kernels_for("_losses_numba", input, weight) if plainly and values_are_readable(target) else None
+    kernels = None
+    if plainly and target.device == input.device and holds_values(target):
+        kernels = kernels_for("_losses_numba", input, weight)
     all_count = _check_indices(input, target, weight, ignore_index, smoothing, values=kernels is None)
     logits, indices = as_batch(input, target)
     loss: Tensor

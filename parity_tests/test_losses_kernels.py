@@ -145,7 +145,10 @@ def test_cross_entropy_of_every_option(shape: tuple[int, ...], ran: list[int]) -
 @pytest.mark.parametrize("mode", [True, False], ids=["kernels", "operators"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_large_losses_in_blocks(mode: bool, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_losses_plain, "_PART", 1 << 10)
+    for name in ("_PART", "_PART_ALONG"):
+        monkeypatch.setattr(_losses_plain, name, 1 << 10)
+    monkeypatch.setattr(_losses_numba, "_COLUMNS_BLOCK", 1 << 10)
+    _losses_numba._blocks.cache_clear()
     generator = seeded_generator(2, reduction)
     x = (4 * random_tensor((37, 11, 100), torch.float32, generator)).requires_grad_()
     t = torch.rand(x.shape, generator=generator)

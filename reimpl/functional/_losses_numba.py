@@ -21,8 +21,9 @@ _FORWARD, _BACKWARD, _LOSS_BACKWARD, _FINISH = (
 _SOFTMAX, _LOG_SOFTMAX, _LOSS = 0, 1, 2
 # The kernel reads the loss's words, whatever is asked for.
 _NO_LOSS = (0,) * 7
-# Numbers a block: its two or three operands stay in the nearest cache. Below the second, one thread is done sooner.
-_BLOCK, _LEAST_SHARED = 1 << 12, 1 << 15
+# Numbers a block of rows, which stays in the nearest cache, and one of columns, whose planes are read in long runs.
+# Below the third, one thread is done sooner. Rows shorter than the last need room for their exponentials.
+_ROWS_BLOCK, _COLUMNS_BLOCK, _LEAST_SHARED, _SHORT = 1 << 12, 1 << 16, 1 << 15, 32
 _DOUBLE, _WORD = Struct("d"), Struct("q")
 
 
@@ -66,11 +67,11 @@ def _blocks(shape: torch.Size, dim: int, threads: int) -> _Blocks:
     outer, classes, inner = prod(shape[:dim]), prod(shape[dim : dim + 1]), prod(shape[dim + 1 :])
     numbers = outer * classes * inner
     if inner == 1:
-        size = min(outer, max(1, _BLOCK // classes))
+        size = min(outer, max(1, _ROWS_BLOCK // classes))
         tasks = -(-outer // size)
-        room = size * max(1, classes)
+        room = size * max(1, classes) if classes < _SHORT else size
     else:
-        size = min(inner, max(64, 2 * _BLOCK // classes))
+        size = min(inner, max(64, _COLUMNS_BLOCK // classes))
         tasks = outer * -(-inner // size)
         room = 2 * size
     words = (outer, classes, inner, size, tasks)

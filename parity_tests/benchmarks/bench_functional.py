@@ -92,6 +92,21 @@ def cross_entropy(m: Any, x: Tensor) -> Tensor:
     return m.cross_entropy(x, torch.arange(len(x)) % 10)  # type: ignore[no-any-return]
 
 
+def loss(name: str, make_target: Callable[[Tensor], Tensor], label: str, *shape: int, logits: bool = True) -> Layer:
+    """A loss at other sizes than a network's, of numbers or, without ``logits``, of probabilities."""
+
+    def make() -> tuple[Call, tuple[Tensor, ...]]:
+        x = drawn(BATCH, *shape) if logits else torch.rand(BATCH, *shape, requires_grad=True)
+        target = make_target(x)
+        return lambda m: getattr(m, name)(x, target), (x,)
+
+    return Layer(f"{name}{label}, {'x'.join(map(str, shape))}", make)
+
+
+def classes_of(x: Tensor) -> Tensor:
+    return torch.randint(0, x.shape[1], (x.shape[0], *x.shape[2:]))
+
+
 RESNET18 = (
     conv(3, 64, 32, 3),
     conv(64, 64, 32, 3),
@@ -127,9 +142,19 @@ ALEXNET = (
     linear(1024, 4096),
     linear(4096, 4096),
 )
+LOSSES = (
+    *(of_one("softmax", lambda m, x: m.softmax(x, 1), *shape) for shape in ((1000,), (21, 64, 64))),
+    *(of_one("log_softmax", lambda m, x: m.log_softmax(x, 1), *shape) for shape in ((1000,), (21, 64, 64))),
+    *(loss("nll_loss", classes_of, "", *shape) for shape in ((1000,), (21, 64, 64))),
+    *(loss("cross_entropy", classes_of, "", *shape) for shape in ((1000,), (21, 64, 64))),
+    loss("cross_entropy", torch.rand_like, " of probabilities", 1000),
+    *(loss("mse_loss", torch.rand_like, "", *shape) for shape in ((1000,), (64, 32, 32))),
+    *(loss("binary_cross_entropy", torch.rand_like, "", *shape, logits=False) for shape in ((1000,), (64, 32, 32))),
+    *(loss("binary_cross_entropy_with_logits", torch.rand_like, "", *shape) for shape in ((1000,), (64, 32, 32))),
+)
 LAYERS = {
     f"{network}: {layer.name}": layer
-    for network, layers in (("ResNet-18", RESNET18), ("AlexNet", ALEXNET))
+    for network, layers in (("ResNet-18", RESNET18), ("AlexNet", ALEXNET), ("losses", LOSSES))
     for layer in layers
 }
 

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import torch
 
-from reimpl.functional import _numba_tiles
+from reimpl.functional import _losses_numba_math, _numba_tiles
 from reimpl.optim import _kernel_cache, _numba_ops, _threads
 
 # Words between those that are read and those that all threads write, so that no line of the cache holds both.
@@ -21,7 +21,7 @@ _APART = (0,) * 16
 def load(name: str) -> ModuleType:
     """The kernels of the file ``name`` of this folder, compiled or read back."""
     source = Path(__file__).with_name(name).read_text()
-    files = (_numba_tiles.__file__, _numba_ops.__file__)
+    files = (_numba_tiles.__file__, _losses_numba_math.__file__, _numba_ops.__file__)
     versions = (numba.__version__, np.__version__, *(Path(file).read_text() for file in files))
     return _kernel_cache.load(source, versions)
 

@@ -9,10 +9,16 @@ from torch.nn import Parameter
 from reimpl.functional._dispatch import is_batched, scalar_type_name
 
 
-def check_class_indices(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    """Raise as PyTorch does where ``target`` does not name a class of ``input`` for every sample.
+def check_class_indices(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, values: bool = True
+) -> bool:
+    """Raise as PyTorch does where ``target`` does not name a class of ``input`` for every sample; with ``values`` false
+    whoever reads the targets checks their range.
 
     PyTorch has a kernel for planes (three dimensions or more), with words of its own and for int64 alone.
+
+    Returns:
+        whether it is known that every sample counts.
     """
     planes = input.dim() > 2
     check_target_shape(input, target)
@@ -33,7 +39,7 @@ def check_class_indices(input: Tensor, target: Tensor, weight: Tensor | None, ig
             expected, found = (scalar_type_name(t.dtype) for t in (input, weight))
             raise RuntimeError(f"expected scalar type {expected} but found {found}")
         check_constant(weight, "weight", "nll_loss2d_forward" if planes else "nll_loss_forward")
-    _check_range(target, classes, ignore_index)
+    return values and check_range(target, classes, ignore_index)
 
 
 def class_dim(input: Tensor) -> int:
@@ -43,8 +49,9 @@ def class_dim(input: Tensor) -> int:
 
 def as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Input with the classes in dimension 1, and an int64 target for every sample."""
-    batch = input.unsqueeze(0) if input.dim() == 1 else input
-    return batch, target.reshape(1 if input.dim() == 1 else target.shape).long()
+    if input.dim() == 1:
+        return input.unsqueeze(0), target.reshape(1).long()
+    return input, target if target.dtype is torch.int64 else target.long()
 
 
 def classes_that_count(indices: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -96,21 +103,31 @@ def check_constant(tensor: Tensor | None, argument: str, operator: str) -> None:
 
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether a check may look at the numbers: on the CPU, outside compilers, ``vmap`` and tensors without data."""
-    return not (
-        torch.compiler.is_compiling()
-        or tensor.device.type != "cpu"
-        or type(tensor) not in (Tensor, Parameter)
-        or is_batched(tensor)
-    )
+    return tensor.device.type == "cpu" and holds_values(tensor)
 
 
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Name the first target that is no class; where the values cannot be read, the gather itself guards."""
+def holds_values(tensor: Tensor) -> bool:
+    """Whether the numbers lie in a tensor of PyTorch's own: outside compilers and ``vmap``."""
+    return not (torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_batched(tensor))
+
+
+def check_range(target: Tensor, classes: int, ignore_index: int) -> bool:
+    """Name the first target that is no class; where the values cannot be read, the gather itself guards.
+
+    Returns:
+        whether it is known that no target is ``ignore_index``.
+    """
     if not values_are_readable(target):
-        return
+        return False
+    if not target.numel():
+        return True
+    low, high = map(int, target.aminmax())
+    if low >= 0 and high < classes:
+        return not low <= ignore_index <= high
     outside = (target != ignore_index) & ((target < 0) | (target >= classes))
     if outside.any():
         raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
+    return False
 
 
 def check_unit_interval(tensor: Tensor, argument: str, slack: float = 0.0) -> None:

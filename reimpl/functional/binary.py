@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_enabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
+from reimpl.functional._losses_pointwise import Pointwise, PointwiseLoss, suits
 from reimpl.functional._reduction import reduced, resolve
 from reimpl.functional._targets import check_constant, check_unit_interval
 from reimpl.functional.activation import logistic, minus_log_sigmoid
@@ -51,6 +52,8 @@ def binary_cross_entropy(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}) "
             "is deprecated. Please ensure they have the same size."
         )
+    if weight is None and input.device.type == "cpu" and suits(input, target):
+        return PointwiseLoss.apply(input, target, _PROBABILITIES, reduction)  # type: ignore[no-any-return]
     if weight is not None:
         weight = weight.expand(torch.broadcast_shapes(target.size(), weight.size()))
     if input.device.type == "cuda" and autocast_enabled(input.device):
@@ -108,6 +111,8 @@ def binary_cross_entropy_with_logits(
     reduction = resolve(reduction, size_average, reduce)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+    if weight is None and pos_weight is None and suits(input, target):
+        return PointwiseLoss.apply(input, target, _LOGITS, reduction)  # type: ignore[no-any-return]
     input, target, weight, pos_weight = autocast_to_float32(input, target, weight, pos_weight)
     if not input.is_floating_point():
         kernel = f"log_sigmoid_{input.device.type}"
@@ -198,7 +203,7 @@ class _OfProbabilities(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target = ctx.saved_tensors
+        input, target = ctx.saved_tensors[:2]
         x, t = input.to(grad.dtype), target.to(grad.dtype)
         grad_input = grad_target = None
         if ctx.needs_input_grad[0]:
@@ -244,3 +249,36 @@ class _OfLogits(torch.autograd.Function):
             slope = -x if pos_weight is None else (pos_weight.to(x.dtype) - 1) * minus_log_sigmoid(x) - x
             grad_target = (grad * slope).to(target.dtype)
         return grad_input, grad_target, None
+
+
+def _write_of_probabilities(input: Tensor, target: Tensor, output: Tensor) -> None:
+    least = input.new_full((), _LEAST_LOG)
+    no = torch.log1p(torch.neg(input, out=output), out=output)
+    torch.maximum(no, least, out=no)
+    yes = torch.log(input)
+    torch.maximum(yes, least, out=yes)
+    torch.lerp(no, yes, target, out=output).neg_()
+
+
+def _write_gradient_of_probabilities(input: Tensor, target: Tensor, output: Tensor, grad: Tensor) -> None:
+    spread = (1 - input).mul_(input)
+    torch.maximum(spread, input.new_full((), _LEAST_SPREAD), out=spread)
+    torch.sub(input, target, out=output).mul_(grad).div_(spread)
+
+
+def _write_of_logits(input: Tensor, target: Tensor, output: Tensor) -> None:
+    torch.abs(input, out=output).neg_().exp_().log1p_()
+    negative = torch.neg(input)
+    output.add_(torch.maximum(negative, input.new_zeros(()), out=negative))
+    output.add_(torch.sub(1, target, out=negative).mul_(input))
+
+
+def _write_gradient_of_logits(input: Tensor, target: Tensor, output: Tensor, grad: Tensor) -> None:
+    # an overflow of exp(-x) ends as 1/inf = 0, as it should
+    torch.neg(input, out=output).exp_().add_(1).reciprocal_().sub_(target).mul_(grad)
+
+
+_PROBABILITIES = Pointwise(
+    "probability", _write_of_probabilities, _write_gradient_of_probabilities, _OfProbabilities, probabilities=True
+)
+_LOGITS = Pointwise("logit", _write_of_logits, _write_gradient_of_logits, _OfLogits)

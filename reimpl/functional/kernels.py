@@ -28,7 +28,8 @@ class use_kernels:
 
     Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation in training, with
     relu or not, have such kernels.
-    So have ``relu``, ``leaky_relu``, ``sigmoid``, ``tanh``, ``linear_activation`` and maximum and average pooling.
+    So have ``relu``, ``leaky_relu``, ``sigmoid``, ``tanh``, ``linear_activation``, maximum and average pooling, ``softmax``,
+    ``log_softmax``, ``cross_entropy`` of class indices, ``mse_loss`` and the binary cross-entropies.
     """
 
     def __init__(self, mode: bool = True) -> None:

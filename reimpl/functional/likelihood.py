@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reimpl.functional import _losses_plain
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
+from reimpl.functional._losses_plain import final, runs_plainly
 from reimpl.functional._reduction import reduced, resolve
 from reimpl.functional._targets import (
     as_batch,
@@ -53,7 +55,11 @@ def nll_loss(
     input, weight = autocast_to_float32(input, weight)
     if input.dim() == 0:
         raise ValueError("Expected 1 or more dimensions (got 0)")
-    check_class_indices(input, target, weight, ignore_index)
+    all_count = check_class_indices(input, target, weight, ignore_index)
+    if all_count and weight is None and input.numel() and runs_plainly(input):
+        batch, indices = as_batch(input, target)
+        loss: Tensor = _PlainPickedNegative.apply(batch, indices, reduction)
+        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
     if not input.is_floating_point():
         kernel = "nll_loss2d_forward_out_frame" if input.dim() > 2 else "nll_loss_out_frame"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
@@ -172,10 +178,32 @@ class _PickedNegative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         indices, weight = ctx.saved_tensors
-        classes, kept = classes_that_count(indices, ctx.ignore_index)
-        picked = torch.where(kept, -grad if weight is None else -grad * weight[classes], 0).unsqueeze(1)
-        shape = (grad.shape[0], ctx.classes, *grad.shape[1:])
-        return grad.new_zeros(shape).scatter(1, classes.unsqueeze(1), picked), None, None, None
+        return _scattered(grad, indices, ctx.classes, ctx.ignore_index, weight), None, None, None
+
+
+def _scattered(grad: Tensor, indices: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> Tensor:
+    targets, kept = classes_that_count(indices, ignore_index)
+    picked = torch.where(kept, -grad if weight is None else -grad * weight[targets], 0).unsqueeze(1)
+    return grad.new_zeros((grad.shape[0], classes, *grad.shape[1:])).scatter(1, targets.unsqueeze(1), picked)
+
+
+class _PlainPickedNegative(torch.autograd.Function):
+    """:class:`_PickedNegative` with the sum or mean, where all samples count alike."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, indices: Tensor, reduction: str) -> Tensor:
+        ctx.shape, ctx.divisor = input.shape, indices.numel() if reduction == "mean" else 1
+        ctx.save_for_backward(indices)
+        return _losses_plain.picked_negative(input, indices, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        factor = grad / -ctx.divisor
+        if not final(grad):
+            return _scattered(-factor.expand(indices.shape), indices, ctx.shape[1], -100, None), None, None
+        result = factor.new_zeros(ctx.shape)
+        return result.scatter_(1, indices.unsqueeze(1), factor.expand(indices.shape).unsqueeze(1)), None, None
 
 
 def _guarded_log(input: Tensor, eps: float) -> Tensor:

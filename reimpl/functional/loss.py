@@ -7,9 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reimpl.functional import _losses_plain
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
+from reimpl.functional._losses_plain import final, runs_plainly
 from reimpl.functional._reduction import reduced, resolve
-from reimpl.functional._targets import as_batch, check_class_indices, class_dim, classes_that_count, counted
+from reimpl.functional._targets import (
+    as_batch,
+    check_class_indices,
+    check_range,
+    class_dim,
+    classes_that_count,
+    counted,
+    holds_values,
+)
+from reimpl.functional.kernels import kernels_for
 from reimpl.functional.softmax import log_softmax_composition
 
 
@@ -52,19 +63,39 @@ def cross_entropy(
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
     reduction = resolve(reduction, size_average, reduce)
+    # autocast leaves the wide types alone, and plain tensors have no other
+    if runs_plainly(input, weight) and input.shape != target.shape:
+        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing, plainly=True)
     input, weight = autocast_to_float32(input, weight)
     with autocast_disabled(input.device):
         if input.shape == target.shape:
             (target,) = autocast_to_float32(target)
             return _with_probabilities(input, target, weight, ignore_index, reduction, label_smoothing)
-        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing)
+        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing, plainly=False)
 
 
 def _with_indices(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+    plainly: bool,
 ) -> Tensor:
-    _check_indices(input, target, weight, ignore_index, smoothing)
+    plainly = plainly and input.numel() > 0
+    kernels = None
+    if plainly and target.device == input.device and holds_values(target):
+        kernels = kernels_for("_losses_numba", input, weight)
+    all_count = _check_indices(input, target, weight, ignore_index, smoothing, values=kernels is None)
     logits, indices = as_batch(input, target)
+    loss: Tensor
+    if kernels:
+        loss, _ = _CompiledIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, kernels)
+        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
+    if plainly and all_count and weight is None and smoothing == 0:
+        loss, _ = _PlainIndexLoss.apply(logits, indices, reduction)
+        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
     weight = None if weight is None else weight.reshape(-1)
     loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
     if reduction == "none":
@@ -84,13 +115,15 @@ def _with_probabilities(
     return reduced(loss, reduction, dtype)
 
 
-def _check_indices(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> None:
+def _check_indices(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, values: bool
+) -> bool:
     if smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     _check_floating(input)
     if input.dim() == 0:
         raise ValueError("Expected input to have at least 1 dimension, but got 0")
-    check_class_indices(input, target, weight, ignore_index)
+    return check_class_indices(input, target, weight, ignore_index, values)
 
 
 def _check_floating(input: Tensor) -> None:
@@ -168,18 +201,85 @@ class _IndexLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
         log_probs, indices, weight = ctx.saved_tensors
-        classes, kept = classes_that_count(indices, ctx.ignore_index)
         total = None
         if grad is not None:
-            w = _class_weights(weight, log_probs)
-            sample = torch.where(kept, grad, 0).unsqueeze(1)
-            total = torch.zeros_like(log_probs).scatter(1, classes.unsqueeze(1), 1)
-            total = total * ((1 - ctx.smoothing) * -sample)
-            if ctx.smoothing != 0:
-                total = total - (ctx.smoothing / log_probs.shape[1]) * sample
-            total = total * _along(w, 1, log_probs.dim())
+            total = _index_errors(grad, log_probs, indices, ctx.ignore_index, weight, ctx.smoothing)
         grad_input = _through_log_softmax(log_probs, total, grad_log_probs, 1)
         return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, None
+
+
+def _index_errors(
+    grad: Tensor, log_probs: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
+) -> Tensor:
+    """The gradient of the log-probabilities from that of each sample's loss."""
+    classes, kept = classes_that_count(indices, ignore_index)
+    sample = torch.where(kept, grad, 0).unsqueeze(1)
+    total = torch.zeros_like(log_probs).scatter(1, classes.unsqueeze(1), 1)
+    total = total * ((1 - smoothing) * -sample)
+    if smoothing != 0:
+        total = total - (smoothing / log_probs.shape[1]) * sample
+    return total * _along(_class_weights(weight, log_probs), 1, log_probs.dim())
+
+
+class _PlainIndexLoss(torch.autograd.Function):
+    """:class:`_IndexLoss` with the sum or mean, in place, where all samples count alike."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, indices: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+        log_probs = _losses_plain.log_softmax(input, 1)
+        ctx.divisor = indices.numel() if reduction == "mean" else 1
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(log_probs, indices)
+        return _losses_plain.picked_negative(log_probs, indices, reduction), log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
+        log_probs, indices = ctx.saved_tensors
+        if grad is not None and grad_log_probs is None and final(grad):
+            return _losses_plain.index_gradient(grad, log_probs, indices, ctx.divisor), None, None
+        total = None
+        if grad is not None:
+            total = _index_errors((grad / ctx.divisor).expand(indices.shape), log_probs, indices, -100, None, 0.0)
+        return _through_log_softmax(log_probs, total, grad_log_probs, 1), None, None
+
+
+class _CompiledIndexLoss(torch.autograd.Function):
+    """:class:`_IndexLoss` with the sum or mean, by a kernel, which also checks the targets."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        indices: Tensor,
+        ignore_index: int,
+        weight: Tensor | None,
+        smoothing: float,
+        reduction: str,
+        kernels: Any,
+    ) -> tuple[Tensor, Tensor]:
+        results = kernels.index_loss(input, indices, ignore_index, weight, smoothing, reduction)
+        if results is None:
+            check_range(indices, input.shape[1], ignore_index)
+        loss, log_probs, ctx.divisor = results
+        ctx.ignore_index, ctx.smoothing = ignore_index, smoothing
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(log_probs, indices, weight)
+        return loss, log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
+        log_probs, indices, weight = ctx.saved_tensors
+        kernels = None
+        if grad is not None and grad_log_probs is None and not torch.is_grad_enabled():
+            kernels = kernels_for("_losses_numba", grad, log_probs, weight)
+        total = None
+        if kernels:
+            options = (ctx.ignore_index, weight, ctx.smoothing, ctx.divisor)
+            return kernels.index_loss_gradient(grad, log_probs, indices, *options), *(None,) * 6
+        if grad is not None:
+            losses_grad = (grad / ctx.divisor).expand(indices.shape)
+            total = _index_errors(losses_grad, log_probs, indices, ctx.ignore_index, weight, ctx.smoothing)
+        return _through_log_softmax(log_probs, total, grad_log_probs, 1), *(None,) * 6
 
 
 def _through_log_softmax(log_probs: Tensor, first: Tensor | None, second: Tensor | None, dim: int) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
+from reimpl.functional._losses_pointwise import Pointwise, PointwiseLoss, suits
 from reimpl.functional._reduction import reduced, resolve
 
 
@@ -39,6 +40,8 @@ def mse_loss(
     if weight is not None and weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
     reduction = resolve(reduction, size_average, reduce)
+    if weight is None and suits(input, target):
+        return PointwiseLoss.apply(input, target, _SQUARED_ERROR, reduction)  # type: ignore[no-any-return]
     input, target, weight = autocast_to_float32(input, target, weight)
     losses, dtype = _squared_errors(input, target)
     if weight is None:
@@ -96,12 +99,23 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, target, ctx.dtype = inputs
-        ctx.save_for_backward(input, target)
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target = ctx.saved_tensors
-        slope = (input.to(ctx.dtype) - target.to(ctx.dtype)) * (2 * grad)
-        wants_input, wants_target, _ = ctx.needs_input_grad
+        input, target = ctx.saved_tensors[:2]
+        dtype = opmath_dtype(torch.promote_types(input.dtype, target.dtype))
+        slope = (input.to(dtype) - target.to(dtype)) * (2 * grad)
+        wants_input, wants_target = ctx.needs_input_grad[:2]
         return slope.to(input.dtype) if wants_input else None, -slope.to(target.dtype) if wants_target else None, None
+
+
+def _write_squares(input: Tensor, target: Tensor, output: Tensor) -> None:
+    torch.sub(input, target, out=output).mul_(output)
+
+
+def _write_gradient(input: Tensor, target: Tensor, output: Tensor, grad: Tensor) -> None:
+    torch.sub(input, target, out=output).mul_(2 * grad)
+
+
+_SQUARED_ERROR = Pointwise("square", _write_squares, _write_gradient, _SquaredError)

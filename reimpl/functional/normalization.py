@@ -91,7 +91,7 @@ def _batch_norm(
             output, mean, var = call(_BatchNormTraining, _normalize_by_batch, x, weight, bias, eps, relu)
             if running_mean is not None and running_var is not None:
                 count = input.numel() // input.shape[1]
-                move_averages(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
+                move_averages(running_mean, running_var, mean, var, count, momentum)
             return output  # type: ignore[no-any-return]
         zeros = x.new_zeros(x.shape[1] if x.dim() > 1 else 0)
         mean = zeros if running_mean is None else running_mean
@@ -137,10 +137,14 @@ def _check(
             raise RuntimeError("mixed dtype (CPU): all inputs must share same datatype.")
 
 
-def move_averages(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float) -> None:
-    """:math:`r \\leftarrow (1 - \\alpha) r + \\alpha v` in place, in the statistics' precision."""
+def move_averages(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor | int, momentum: float
+) -> None:
+    """:math:`r \\leftarrow (1 - \\alpha) r + \\alpha v` in place, in the statistics' precision, :math:`v` the mean of
+    ``count`` values and their variance divided by ``count - 1``."""
     with torch.no_grad():
-        for average, value in ((running_mean, mean.detach()), (running_var, var.detach())):
+        unbiased = var.detach() * (count / (count - 1))
+        for average, value in ((running_mean, mean.detach()), (running_var, unbiased)):
             if average.dtype == value.dtype:
                 average.mul_(1 - momentum).add_(value, alpha=momentum)
             else:
@@ -279,7 +283,8 @@ class _BatchNormTraining(torch.autograd.Function):
             return kernels.forward(input, weight, bias, eps, relu)  # type: ignore[no-any-return]
         x = input.to(opmath_dtype(input.dtype))
         if plain(x, *_wide(x, weight, bias)):
-            output, mean, var = _norm_plain.normalize(x, *_wide(x, weight, bias), eps, relu)
+            weight, bias = _wide(x, weight, bias)
+            output, mean, var = _norm_plain.normalize(x, weight, bias, eps, relu)
             return output.to(input.dtype), mean, var
         return _normalize_by_batch(input, weight, bias, eps, relu)
 
@@ -352,10 +357,13 @@ class _BatchNormInference(torch.autograd.Function):
     def forward(
         input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
     ) -> Tensor:
+        kernels = kernels_for("_norm_numba", input, mean, var, weight, bias)
+        if kernels and kernels.worth_it(input):
+            return kernels.infer(input, mean, var, weight, bias, eps, relu)  # type: ignore[no-any-return]
         x = input.to(opmath_dtype(input.dtype))
-        vectors = _wide(x, mean, var, weight, bias)
-        if x.dim() > 1 and x.numel() and plain(x, *vectors):
-            return _norm_plain.normalize_by(x, *vectors, eps, relu).to(input.dtype)
+        mean, var, weight, bias = _wide(x, mean, var, weight, bias)
+        if x.dim() > 1 and x.numel() and plain(x, mean, var, weight, bias):
+            return _norm_plain.normalize_by(x, mean, var, weight, bias, eps, relu).to(input.dtype)
         return _normalize(input, mean, var, weight, bias, eps, relu)
 
     @staticmethod
@@ -367,6 +375,15 @@ class _BatchNormInference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, var, weight, rectified = ctx.saved_tensors
+        final = not torch.is_grad_enabled()
+        kernels = kernels_for("_norm_numba", grad, *ctx.saved_tensors) if final else None
+        if kernels and kernels.worth_it(input):
+            wanted, _, _, *of_vectors = ctx.needs_input_grad[:5]
+            statistics = (weight, mean, var, ctx.eps, wanted, any(of_vectors))
+            grad_input, sum_g, sums = kernels.infer_backward(grad, input, rectified, *statistics)
+            to_weight = like(Chain(sum_g, sums, var, weight, ctx.eps).to_weight, weight) if of_vectors[0] else None
+            to_bias = like(sum_g, ctx.bias_dtype) if of_vectors[1] else None
+            return grad_input, None, None, to_weight, to_bias, None, None
         x = input.to(opmath_dtype(input.dtype))
         g, (mean, var) = _unrectified(grad, rectified).to(x.dtype), _wide(x, mean, var)
         if x.dim() < 2:
@@ -375,7 +392,7 @@ class _BatchNormInference(torch.autograd.Function):
         scale = s if weight is None else s * weight.to(x.dtype)
         wanted, _, _, weight_wanted, bias_wanted, _, _ = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = None
-        if not torch.is_grad_enabled() and x.numel() and plain(g, x, mean, scale) and (weight_wanted or bias_wanted):
+        if final and x.numel() and plain(g, x, mean, scale) and (weight_wanted or bias_wanted):
             errors = _norm_plain.Errors(g, x, mean)
             grad_weight, grad_bias = like(s * errors.sum_g_centred, weight), like(errors.sum_g, ctx.bias_dtype)
             grad_input = errors.scaled(scale).to(input.dtype) if wanted else None

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as torch_functional
 
-import reimpl.functional as F
 from parity_tests.functional_cases import each_differentiable_function, reference_of, whole
 from reimpl.testing import FunctionTechnique, seeded_generator
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import ceil, prod
 from typing import Any
 
@@ -46,40 +46,38 @@ def _by_pixel(input: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """How a batch is cut up: see the kernels' file."""
+class _Plan:
+    """How batches of a shape are cut up (see the kernels' file), as the words that do not change from call to call."""
 
-    channels: int
-    size: int
-    rows: int
-    block: int
-    fold: int
-    strips: int
-
-    @property
-    def chunks(self) -> int:
-        return ceil(self.rows / (self.fold * self.strips))
-
-    @property
-    def tasks(self) -> int:
-        return ceil(self.channels / self.block) * self.chunks
-
-    @property
-    def uniform(self) -> bool:
-        return self.size >= _LARGE_PLANE
-
-    @property
-    def places(self) -> int:
-        """Of a strip; rounded up, so that the threads' own lie in lines of the cache apart."""
-        return 16 if self.uniform else ceil(self.fold * self.block * self.size / 16) * 16
+    kernels: Any
+    chunks: int
+    tasks: int
+    places: int
+    """Of a strip; rounded up, so that the threads' own lie in lines of the cache apart."""
+    words: tuple[int, ...]
 
 
-def _cut(input: Tensor) -> _Cut:
-    channels, size = input.shape[1], prod(input.shape[2:]) if input.is_contiguous() else 1
-    rows = input.numel() // (channels * size)
-    block = 1 if size >= _LARGE_PLANE else min(channels, max(1, _STRIP // size))
+@lru_cache(maxsize=1024)
+def _plan(shape: torch.Size, by_pixel: bool, dtype: torch.dtype, eps: float) -> _Plan:
+    channels, size = shape[1], 1 if by_pixel else prod(shape[2:])
+    rows, uniform = prod(shape) // (channels * size), size >= _LARGE_PLANE
+    block = 1 if uniform else min(channels, max(1, _STRIP // size))
     fold = max(1, min(rows, _STRIP // (channels * size))) if block == channels else 1
-    return _Cut(channels, size, rows, block, fold, max(1, _CHUNK // (fold * block * size)))
+    strip = fold * block * size
+    strips = max(1, _CHUNK // strip)
+    chunks = ceil(rows / (fold * strips))
+    tasks = ceil(channels / block) * chunks
+    places = 16 if uniform else ceil(strip / 16) * 16
+    k = _kernels(dtype)
+    words = np.zeros(k.WORDS, np.int64)
+    words[[k.CHANNELS, k.SIZE, k.ROWS, k.BLOCK, k.FOLD]] = channels, size, rows, block, fold
+    words[[k.TASKS, k.CHUNKS, k.STRIPS, k.UNIFORM, k.PLACES]] = tasks, chunks, strips, uniform, places
+    words.view(np.float64)[k.EPS] = eps
+    return _Plan(k, chunks, tasks, places, tuple(words.tolist()))
+
+
+def _planned(input: Tensor, eps: float) -> _Plan:
+    return _plan(input.shape, not input.is_contiguous(), input.dtype, eps)
 
 
 def _vector(vector: Tensor | None, like: Tensor, default: float) -> Tensor:
@@ -87,46 +85,39 @@ def _vector(vector: Tensor | None, like: Tensor, default: float) -> Tensor:
     return torch.full_like(like, default) if vector is None else vector.to(like.dtype).contiguous()
 
 
-class _Job:
-    """The words of one direction, by their index, and the tensors behind them."""
+def _partials(plan: _Plan, mean: Tensor) -> Tensor:
+    """Two sums of each channel in each chunk."""
+    return mean.new_empty((plan.chunks, 2, len(mean)), dtype=torch.float64)
 
-    def __init__(self, input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float, relu: bool) -> None:
-        self.kernels, self.cut = _kernels(input.dtype), _cut(input)
-        cut, k = self.cut, self.kernels
-        self._real = mean.dtype
-        self._kept: list[Tensor] = []
-        self.partials = mean.new_empty((cut.chunks, 2, cut.channels), dtype=torch.float64)
-        self.words: dict[int, int] = dict(
-            [
-                *((k.RELU, int(relu)), (k.EPS, int(np.float64(eps).view(np.int64))), (k.UNIFORM, int(cut.uniform))),
-                *((k.CHANNELS, cut.channels), (k.SIZE, cut.size), (k.ROWS, cut.rows), (k.BLOCK, cut.block)),
-                *((k.FOLD, cut.fold), (k.TASKS, cut.tasks), (k.CHUNKS, cut.chunks), (k.STRIPS, cut.strips)),
-                (k.PLACES, cut.places),
-            ]
-        )
-        self.point(k.SOURCE, input)
-        self.point(k.MEANS, mean)
-        self.point(k.VARIANCES, var)
-        self.point(k.WEIGHT, _vector(weight, mean, 1))
-        self.point(k.PARTIALS, self.partials)
 
-    def point(self, word: int, tensor: Tensor | None) -> None:
-        """Write a tensor's address; of none, that of something readable."""
-        tensor = self.partials if tensor is None else tensor
-        self._kept.append(tensor)
-        self.words[word] = tensor.data_ptr()
+def _run(
+    plan: _Plan,
+    kernel: Any,
+    places: int,
+    tensors: dict[int, Tensor],
+    relu: bool,
+    collect: bool,
+    apply: bool,
+    fixed: bool,
+) -> None:
+    """Run both phases, or one: at once, unless chunks wait for each other's sums.
 
-    def run(self, kernel: Any, rows: int, collect: bool, apply: bool, fixed: bool) -> None:
-        """Run both phases: at once, where no chunk waits for another's sums."""
-        k, threads = self.kernels, min(torch.get_num_threads(), self.cut.tasks)
-        self.point(k.SCRATCH, torch.empty(threads * rows * self.cut.places, dtype=self._real))
-        self.words[k.FIXED] = int(fixed)
-        phases = [k.COLLECT * collect + k.APPLY * apply]
-        if collect and apply and not fixed and self.cut.chunks > 1:
-            phases = [k.COLLECT, k.APPLY]
-        for phase in phases:
-            self.words[k.PHASES] = phase
-            run(kernel, [self.words.get(word, 0) for word in range(1, k.WORDS)], self.cut.tasks)
+    Args:
+        places: how many numbers each place of a strip needs.
+        tensors: what the words point at.
+        collect, apply: the phases.
+        fixed: mean and variance are given.
+    """
+    k, words = plan.kernels, list(plan.words)
+    threads = min(torch.get_num_threads(), plan.tasks)
+    scratch = torch.empty(threads * places * plan.places, dtype=tensors[k.MEANS].dtype)
+    for word, tensor in (tensors | {k.SCRATCH: scratch}).items():
+        words[word] = tensor.data_ptr()
+    words[k.RELU], words[k.FIXED] = relu, fixed
+    waiting = collect and apply and not fixed and plan.chunks > 1
+    for phases in (k.COLLECT, k.APPLY) if waiting else (k.COLLECT * collect + k.APPLY * apply,):
+        words[k.PHASES] = phases
+        run(kernel, words[1:], plan.tasks)
 
 
 def forward(
@@ -155,10 +146,11 @@ def _normalized(
     relu: bool,
     fixed: bool,
 ) -> Tensor:
-    job, output = _Job(input, mean, var, weight, eps, relu), torch.empty_like(input)
-    job.point(job.kernels.OUTPUT, output)
-    job.point(job.kernels.BIAS, _vector(bias, mean, 0))
-    job.run(job.kernels.forward, job.kernels.FORWARD_ROWS, not fixed, True, fixed)
+    plan, output = _planned(input, eps), torch.empty_like(input)
+    k = plan.kernels
+    tensors = {k.SOURCE: input, k.OUTPUT: output, k.MEANS: mean, k.VARIANCES: var, k.PARTIALS: _partials(plan, mean)}
+    tensors |= {k.WEIGHT: _vector(weight, mean, 1), k.BIAS: _vector(bias, mean, 0)}
+    _run(plan, k.forward, k.FORWARD_ROWS, tensors, relu, not fixed, True, fixed)
     return output
 
 
@@ -175,12 +167,8 @@ def backward(
     wanted: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradient of the input (``None`` unless ``wanted``), and the sums of g and g (x - μ)."""
-    job = _Job(input, mean, var, weight, eps, rectified is not None)
-    job.point(job.kernels.GRAD_MEANS, grad_mean.contiguous())
-    job.point(job.kernels.GRAD_VARIANCES, grad_var.contiguous())
-    result = _gradient(job, grad, input, rectified, True, wanted, False)
-    sums = _sums(job, mean)
-    return result, sums[0], sums[1]
+    statistics = (weight, mean, var, grad_mean.contiguous(), grad_var.contiguous())
+    return _gradient(grad, input, rectified, statistics, eps, True, wanted, False)
 
 
 def infer_backward(
@@ -196,24 +184,38 @@ def infer_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The same where mean and variance do not depend on the input; the sums are of use only if ``sums_wanted``."""
     mean, var = (v.to(opmath_dtype(input.dtype)).contiguous() for v in (mean, var))
-    job = _Job(input, mean, var, weight, eps, rectified is not None)
-    result = _gradient(job, grad, input, rectified, sums_wanted, wanted, True)
-    sums = _sums(job, mean) if sums_wanted else (mean, mean)
-    return result, sums[0], sums[1]
+    return _gradient(grad, input, rectified, (weight, mean, var, mean, var), eps, sums_wanted, wanted, True)
 
 
 def _gradient(
-    job: _Job, grad: Tensor, input: Tensor, rectified: Tensor | None, sums: bool, wanted: bool, fixed: bool
-) -> Tensor | None:
-    k, result = job.kernels, torch.empty_like(input) if wanted else None
+    grad: Tensor,
+    input: Tensor,
+    rectified: Tensor | None,
+    statistics: tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor],
+    eps: float,
+    sums_wanted: bool,
+    wanted: bool,
+    fixed: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    weight, mean, var, grad_mean, grad_var = statistics
+    plan, result = _planned(input, eps), torch.empty_like(input) if wanted else None
+    k, partials = plan.kernels, _partials(plan, mean)
     layout = torch.contiguous_format if input.is_contiguous() else torch.channels_last
-    job.point(k.ERRORS, grad.contiguous(memory_format=layout))
-    job.point(k.OUTPUT, input if rectified is None else rectified)
-    job.point(k.TARGET, input if result is None else result)
-    job.run(k.backward, k.BACKWARD_ROWS, sums, wanted, fixed)
-    return result
-
-
-def _sums(job: _Job, like: Tensor) -> Any:
-    total = job.partials[0] if len(job.partials) == 1 else job.partials.sum(0)
-    return total.to(like.dtype)
+    tensors = {
+        k.SOURCE: input,
+        k.ERRORS: grad.contiguous(memory_format=layout),
+        k.PARTIALS: partials,
+        # of what there is none, something that can be pointed at
+        k.OUTPUT: input if rectified is None else rectified,
+        k.TARGET: input if result is None else result,
+        k.MEANS: mean,
+        k.VARIANCES: var,
+        k.WEIGHT: _vector(weight, mean, 1),
+        k.GRAD_MEANS: grad_mean,
+        k.GRAD_VARIANCES: grad_var,
+    }
+    _run(plan, k.backward, k.BACKWARD_ROWS, tensors, rectified is not None, sums_wanted, wanted, fixed)
+    if not sums_wanted:
+        return result, mean, mean
+    sum_g, sum_g_centred = (partials[0] if plan.chunks == 1 else partials.sum(0)).to(mean.dtype).unbind()
+    return result, sum_g, sum_g_centred

@@ -16,11 +16,11 @@ from reimpl.functional._numba_source import load, run
 
 # Below so many numbers PyTorch's own operators are as good.
 _LEAST_NUMBERS = 1 << 13
-# From this size on a plane is a strip of its own; of what is smaller, strips have about so many numbers: the sums and
-# factors of their places stay in the nearest cache.
-_LARGE_PLANE, _STRIP = 128, 512
+# From this size on planes are summed one by one; strips of what is smaller have about so many numbers: the sums and
+# factors of their places stay in the nearest caches.
+_LARGE_PLANE, _STRIP = 128, 2048
 # Numbers to a chunk: what is read of them is still in the second cache when it is read again.
-_CHUNK = 1 << 16
+_CHUNK = 1 << 15
 _TYPES = {
     torch.float32: ("np.float32", "np.float32"),
     torch.float64: ("np.float64", "np.float64"),
@@ -61,13 +61,13 @@ class _Plan:
 def _plan(shape: torch.Size, by_pixel: bool, dtype: torch.dtype, eps: float) -> _Plan:
     channels, size = shape[1], 1 if by_pixel else prod(shape[2:])
     rows, uniform = prod(shape) // (channels * size), size >= _LARGE_PLANE
-    block = 1 if uniform else min(channels, max(1, _STRIP // size))
-    fold = max(1, min(rows, _STRIP // (channels * size))) if block == channels else 1
+    block = min(channels, max(1, (_CHUNK if uniform else _STRIP) // size))
+    fold = max(1, min(rows, _STRIP // (channels * size))) if block == channels and not uniform else 1
     strip = fold * block * size
     strips = max(1, _CHUNK // strip)
     chunks = ceil(rows / (fold * strips))
     tasks = ceil(channels / block) * chunks
-    places = 16 if uniform else ceil(strip / 16) * 16
+    places = ceil((block if uniform else strip) / 16) * 16
     k = _kernels(dtype)
     words = np.zeros(k.WORDS, np.int64)
     words[[k.CHANNELS, k.SIZE, k.ROWS, k.BLOCK, k.FOLD]] = channels, size, rows, block, fold

@@ -1,10 +1,10 @@
 """Batch normalisation as Numba compiles it: a piece of the batch at a time, so that it stays in the cache.
 
 The batch is cut into rows of memory that hold all channels (an image in planes, a pixel of ``channels_last``), rows
-into blocks of channels, and what is left in a block, strip after strip, into chunks. A task is a chunk of a block:
-threads take numbers from a counter. Within a chunk each place of a strip is summed over the strips in the dtype of the
-sums, and the places of a channel in float64; large planes, of a single channel each, go by whole registers. Chunks are
-joined by (count, mean, sum of squared deviations).
+into blocks of channels, and what is left in a block, strip after strip, into chunks, so that memory is walked through
+in its own order. A task is a chunk of a block: threads take numbers from a counter. Within a chunk each place of a
+strip is summed over the strips in the dtype of the sums, and the places of a channel in float64; large planes go by
+whole registers, one by one. Chunks are joined by (count, mean, sum of squared deviations).
 
 Addresses and sizes come in a table of 64-bit words, written in :mod:`reimpl.functional._norm_numba`.
 """
@@ -57,6 +57,12 @@ def strip(w: Any, base: Any, j: Any, s: Any) -> Any:
 
 
 @njit(inline="always")
+def plane(w: Any, values: Any, c: Any) -> Any:
+    """A channel's part of a strip of one row."""
+    return values[c * w[SIZE] : (c + 1) * w[SIZE]]
+
+
+@njit(inline="always")
 def vector(w: Any, word: Any) -> Any:
     return carray(pointer(w[word]), (w[CHANNELS],), REAL)
 
@@ -83,7 +89,7 @@ def total_of(places: Any, w: Any, own: Any, c: Any) -> Any:
 def put(places: Any, w: Any, own: Any, c: Any, value: Any) -> None:
     """The same number at all places of a channel."""
     if w[UNIFORM]:
-        places[0] = value
+        places[c] = value
         return
     for r in range(w[FOLD]):
         start = (r * own + c) * w[SIZE]
@@ -115,14 +121,17 @@ def add_moments(w: Any, sums: Any, mean: Any, moments: Any, j: Any, i: Any) -> N
     first = j * w[BLOCK]
     own = min(w[BLOCK], w[CHANNELS] - first)
     if w[UNIFORM]:
-        total = 0.0
+        moments[i, :, first : first + own] = 0.0
         for s in range(low, high):
-            total += plane_sum(strip(w, w[SOURCE], j, s))
-        moments[i, 0, j] = total / count
-        total = 0.0
+            x = strip(w, w[SOURCE], j, s)
+            for c in range(own):
+                moments[i, 0, first + c] += plane_sum(plane(w, x, c))
+        for c in range(own):
+            moments[i, 0, first + c] /= count
         for s in range(low, high):
-            total += plane_squares(strip(w, w[SOURCE], j, s), REAL(moments[i, 0, j]))
-        moments[i, 1, j] = total
+            x = strip(w, w[SOURCE], j, s)
+            for c in range(own):
+                moments[i, 1, first + c] += plane_squares(plane(w, x, c), REAL(moments[i, 0, first + c]))
         return
     sums[:] = ZERO
     for s in range(low, high):
@@ -145,17 +154,29 @@ def add_moments(w: Any, sums: Any, mean: Any, moments: Any, j: Any, i: Any) -> N
 @njit(error_model="numpy")
 def joined(w: Any, moments: Any, c: Any) -> Any:
     """Mean and variance of a channel from those of its chunks."""
-    count = w[ROWS] * w[SIZE]
-    mean = moments[0, 0, c]
-    if w[CHUNKS] > 1:
-        mean = 0.0
-        for i in range(w[CHUNKS]):
-            mean += moments[i, 0, c] * (span(w, i)[2] / count)
-    squares = 0.0
-    for i in range(w[CHUNKS]):
+    total, count = w[ROWS] * w[SIZE], w[STRIPS] * w[FOLD] * w[SIZE]
+    last = w[CHUNKS] - 1
+    rest = total - last * count
+    mean = moments[last, 0, c] * (rest / total)
+    for i in range(last):
+        mean += moments[i, 0, c] * (count / total)
+    d = moments[last, 0, c] - mean
+    squares = moments[last, 1, c] + rest * d * d
+    for i in range(last):
         d = moments[i, 0, c] - mean
-        squares += moments[i, 1, c] + span(w, i)[2] * d * d
-    return mean, squares / count
+        squares += moments[i, 1, c] + count * d * d
+    return mean, squares / total
+
+
+@njit(error_model="numpy")
+def normalize_plane(x: Any, y: Any, mean: Any, scale: Any, shift: Any, relu: Any) -> None:
+    if relu:
+        for p in range(len(x)):
+            v = (widen(x[p]) - mean) * scale + shift
+            y[p] = narrow(ZERO if v <= ZERO else v)
+    else:
+        for p in range(len(x)):
+            y[p] = narrow((widen(x[p]) - mean) * scale + shift)
 
 
 @njit(error_model="numpy")
@@ -164,14 +185,8 @@ def normalize(w: Any, mean: Any, scale: Any, shift: Any, j: Any, i: Any) -> None
     for s in range(low, high):
         x, y = strip(w, w[SOURCE], j, s), strip(w, w[OUTPUT], j, s)
         if w[UNIFORM]:
-            a, b, c = mean[0], scale[0], shift[0]
-            if w[RELU]:
-                for p in range(len(x)):
-                    v = (widen(x[p]) - a) * b + c
-                    y[p] = narrow(ZERO if v <= ZERO else v)
-            else:
-                for p in range(len(x)):
-                    y[p] = narrow((widen(x[p]) - a) * b + c)
+            for c in range(len(x) // w[SIZE]):
+                normalize_plane(plane(w, x, c), plane(w, y, c), mean[c], scale[c], shift[c], w[RELU])
         elif w[RELU]:
             for p in range(len(x)):
                 v = (widen(x[p]) - mean[p]) * scale[p] + shift[p]
@@ -244,16 +259,18 @@ def add_errors(w: Any, one: Any, two: Any, mean: Any, sums: Any, j: Any, i: Any)
     first = j * w[BLOCK]
     own = min(w[BLOCK], w[CHANNELS] - first)
     if w[UNIFORM]:
-        sums[i, 0, j], sums[i, 1, j] = 0.0, 0.0
+        sums[i, :, first : first + own] = 0.0
     else:
         one[:] = ZERO
         two[:] = ZERO
     for s in range(low, high):
         g, x, y = strip(w, w[ERRORS], j, s), strip(w, w[SOURCE], j, s), strip(w, w[OUTPUT], j, s)
         if w[UNIFORM]:
-            total, total_centred = plane_error_sums(g, x, y, mean[0], w[RELU])
-            sums[i, 0, j] += total
-            sums[i, 1, j] += total_centred
+            for c in range(own):
+                planes = plane(w, g, c), plane(w, x, c), plane(w, y, c)
+                total, total_centred = plane_error_sums(*planes, mean[c], w[RELU])
+                sums[i, 0, first + c] += total
+                sums[i, 1, first + c] += total_centred
         elif w[RELU]:
             for p in range(len(x)):
                 e = ZERO if widen(y[p]) <= ZERO else widen(g[p])
@@ -298,13 +315,15 @@ def gradient(w: Any, mean: Any, scale: Any, slope: Any, offset: Any, j: Any, i: 
     for s in range(low, high):
         g, x, y = strip(w, w[ERRORS], j, s), strip(w, w[SOURCE], j, s), strip(w, w[OUTPUT], j, s)
         d = strip(w, w[TARGET], j, s)
-        if w[FIXED]:
-            if w[UNIFORM]:
-                scale_strip(g, y, d, scale, 0, w[RELU])
-            else:
-                scale_strip(g, y, d, scale, 1, w[RELU])
-        elif w[UNIFORM]:
-            plane_gradient(g, x, y, d, mean[0], scale[0], slope[0], offset[0], w[RELU])
+        if w[UNIFORM]:
+            for c in range(len(d) // w[SIZE]):
+                k = plane(w, g, c), plane(w, x, c), plane(w, y, c), plane(w, d, c)
+                if w[FIXED]:
+                    scale_strip(k[0], k[2], k[3], scale[c : c + 1], 0, w[RELU])
+                else:
+                    plane_gradient(*k, mean[c], scale[c], slope[c], offset[c], w[RELU])
+        elif w[FIXED]:
+            scale_strip(g, y, d, scale, 1, w[RELU])
         elif w[RELU]:
             for p in range(len(d)):
                 e = ZERO if widen(y[p]) <= ZERO else widen(g[p])

@@ -145,42 +145,6 @@ def test_cumulative_averages(shape: tuple[int, ...], device: torch.device) -> No
     assert module.num_batches_tracked == 4
 
 
-def saved_bytes(call: Any) -> int:
-    """Bytes that a call's graph keeps for the backward pass, each storage once."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(kept.values())
-
-
-def test_keeps_no_more_for_the_backward_pass_than_pytorchs(device: torch.device) -> None:
-    x = torch.randn(8, 16, 10, 10, device=device, requires_grad=True)
-    w, b = (torch.randn(16, device=device, requires_grad=True) for _ in range(2))
-    kernel = torch.randn(16, 16, 3, 3, device=device, requires_grad=True)
-    rows, matrix, offset = (torch.randn(s, device=device, requires_grad=True) for s in ((64, 32), (16, 32), (16,)))
-    calls = {
-        "batch_norm": lambda m: m.batch_norm(x, None, None, w, b, training=True),
-        "conv2d": lambda m: m.conv2d(x, kernel, b, padding=1),
-        "fused": lambda m: (
-            F.batch_norm_relu(x, None, None, w, b, training=True)
-            if m is F
-            else m.relu(m.batch_norm(x, None, None, w, b, training=True))
-        ),
-        "linear": lambda m: (
-            F.linear_activation(rows, matrix, offset, "tanh") if m is F else torch.tanh(m.linear(rows, matrix, offset))
-        ),
-    }
-    for name, call in calls.items():
-        ours, theirs = (saved_bytes(lambda m=m, call=call: call(m)) for m in (F, torch_functional))
-        # The statistics of 16 channels may be kept in another form: a few hundred bytes.
-        assert ours <= theirs + 256, (name, ours, theirs)
-
-
 def test_linear_activation_refuses_complex_numbers() -> None:
     with pytest.raises(NotImplementedError, match="ComplexFloat"):
         F.linear_activation(torch.ones(2, 3, dtype=torch.complex64), torch.ones(4, 3, dtype=torch.complex64))
@@ -219,17 +183,73 @@ def _synchronised(rank: int, store: str, images: Tensor, grad: Tensor, results: 
         distributed.destroy_process_group()
 
 
+def _derivatives(function: Any, x: Tensor, coefficients: Tensor) -> list[Tensor]:
+    """Gradients of input and parameters of the first three orders, each order's of a sum made of the last one's."""
+    leaves = (
+        x.clone().requires_grad_(),
+        torch.tensor([0.5, -2.0]).to(x).requires_grad_(),
+        x.new_ones(2).requires_grad_(),
+    )
+    output = function(*leaves)
+    loss, results = (coefficients * output.pow(3)).sum(), []
+    for _ in range(3):
+        grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+        results += [grad.detach() for grad in grads]
+        # squares of what is each image's own; of sums over the images, which processes share out, no squares
+        loss = (coefficients * grads[0].pow(2)).sum() + sum(
+            (k * grad).sum() for k, grad in zip((2, 3), grads[1:], strict=True)
+        )
+    return results
+
+
+def _differentiated(rank: int, store: str, images: Tensor, coefficients: Tensor, results: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+
+        def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.sync_batch_norm(x, None, None, weight, bias, 0.1, 1e-3)
+
+        uneven = _derivatives(function, _shard(rank, images), _shard(rank, coefficients))
+        part = slice(0, 0) if rank else slice(None)
+        results[rank] = uneven, _derivatives(function, images[part], coefficients[part])
+    finally:
+        distributed.destroy_process_group()
+
+
+def _spawned(function: Any, tmp_path: Path, *arguments: Tensor) -> list[Any]:
+    """What two processes of ``function`` leave."""
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(function, (str(tmp_path / "store"), *arguments, results), nprocs=2)
+        return [results[0], results[1]]
+
+
+@pytest.mark.slow
+def test_two_processes_differentiate_as_one_to_any_order(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, coefficients = (torch.randn(8, 2, 3, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    rows = _spawned(_differentiated, tmp_path, images, coefficients)
+
+    def joint(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # PyTorch's own goes to the second order only
+        centred = x - x.mean((0, 2, 3), keepdim=True)
+        var = centred.square().mean((0, 2, 3), keepdim=True)
+        return centred / (var + 1e-3).sqrt() * per_channel(weight, x) + per_channel(bias, x)
+
+    whole = _derivatives(joint, images, coefficients)
+    for case in range(2):  # uneven batches, and an empty one
+        for number, (mine, other, expected) in enumerate(zip(rows[0][case], rows[1][case], whole, strict=True)):
+            ours = torch.cat([mine, other]) if expected.dim() == 4 else mine + other
+            torch.testing.assert_close(ours, expected, msg=lambda text, at=(case, number): f"{at}: {text}")
+
+
 @pytest.mark.slow
 def test_two_processes_normalise_as_one(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(8, 2, 5, 5, dtype=torch.float64, generator=generator)
     grad = torch.randn(8, 3, 3, 3, dtype=torch.float64, generator=generator)
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        arguments = (str(tmp_path / "store"), images, grad, results)
-        torch.multiprocessing.spawn(_synchronised, arguments, nprocs=2)
-        rows = [results[0], results[1]]
+    rows = _spawned(_synchronised, tmp_path, images, grad)
     whole = _network(torch.nn)
     x = images.clone().requires_grad_()
     output = whole(x)

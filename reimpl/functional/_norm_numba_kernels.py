@@ -1,9 +1,12 @@
-"""Batch normalisation as Numba compiles it: a channel at a time, so that its planes stay in the cache between passes.
+"""Batch normalisation as Numba compiles it: a piece of the batch at a time, so that it stays in the cache.
 
-Addresses and sizes come in a table of 64-bit words, written in :mod:`reimpl.functional._norm_numba`; threads share the
-channels by taking numbers from the counter in it. Sums within a plane are taken in float32 by whole registers, sums
-over planes in float64. Small planes go block by block instead, many channels at a time: each place of the block is
-summed over the images in float32, and the places of a channel in float64.
+The batch is cut into rows of memory that hold all channels (an image in planes, a pixel of ``channels_last``), rows
+into blocks of channels, and what is left in a block, strip after strip, into chunks, so that memory is walked through
+in its own order. A task is a chunk of a block: threads take numbers from a counter. Within a chunk each place of a
+strip is summed over the strips in the dtype of the sums, and the places of a channel in float64; large planes go by
+whole registers, one by one. Chunks are joined by (count, mean, sum of squared deviations).
+
+Addresses and sizes come in a table of 64-bit words, written in :mod:`reimpl.functional._norm_numba`.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -16,296 +19,359 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit
 
-from reimpl.optim._numba_ops import pointer, take
+from reimpl.optim._numba_ops import bfloat16_to_float, float_to_bfloat16, pointer, take
 
+# What memory holds and what is summed; the loader puts another pair in the place of this one.
+STORED, REAL = np.float32, np.float32
+
+# What stands in the words of the table; of the bits of PHASES: collect sums, apply them.
+(COUNTER, PHASES, FIXED, RELU, EPS, CHANNELS, SIZE, ROWS, BLOCK, FOLD, TASKS, CHUNKS, STRIPS, UNIFORM) = range(14)
+(SCRATCH, PLACES, PARTIALS, SOURCE, OUTPUT, MEANS, VARIANCES, WEIGHT, BIAS) = range(14, 23)
+(ERRORS, TARGET, GRAD_MEANS, GRAD_VARIANCES, WORDS) = range(23, 28)
+COLLECT, APPLY = 1, 2
+FORWARD_ROWS, BACKWARD_ROWS = 4, 6
+
+BYTES, REAL_BYTES = np.dtype(STORED).itemsize, np.dtype(REAL).itemsize
+ZERO = REAL(0)
 # reassociation lets a sum run in several lanes; NaN and infinities keep their meaning
 _LANES = {"reassoc", "contract", "nsz"}
 
 
+@njit(inline="always")
+def _same(x: Any) -> Any:
+    return x
+
+
+widen = bfloat16_to_float if BYTES == 2 else _same
+narrow = float_to_bfloat16 if BYTES == 2 else _same
+
+
+@njit(inline="always")
+def strip(w: Any, base: Any, j: Any, s: Any) -> Any:
+    """Strip ``s`` of block ``j``; the last one of all may be shorter."""
+    first = j * w[BLOCK]
+    own = min(w[BLOCK], w[CHANNELS] - first)
+    rows = min(w[FOLD], w[ROWS] - s * w[FOLD])
+    start = (s * w[FOLD] * w[CHANNELS] + first) * w[SIZE]
+    return carray(pointer(base + start * BYTES), (rows * own * w[SIZE],), STORED)
+
+
+@njit(inline="always")
+def plane(w: Any, values: Any, c: Any) -> Any:
+    """A channel's part of a strip of one row."""
+    return values[c * w[SIZE] : (c + 1) * w[SIZE]]
+
+
+@njit(inline="always")
+def vector(w: Any, word: Any) -> Any:
+    return carray(pointer(w[word]), (w[CHANNELS],), REAL)
+
+
+@njit(inline="always")
+def span(w: Any, i: Any) -> Any:
+    """First strip of chunk ``i``, the one after its last, and how many values a channel has in it."""
+    low, high = i * w[STRIPS], min((i + 1) * w[STRIPS], -(-w[ROWS] // w[FOLD]))
+    return low, high, (min(high * w[FOLD], w[ROWS]) - low * w[FOLD]) * w[SIZE]
+
+
+@njit(error_model="numpy")
+def total_of(places: Any, w: Any, own: Any, c: Any) -> Any:
+    """The sum of a channel's places."""
+    total = 0.0
+    for r in range(w[FOLD]):
+        start = (r * own + c) * w[SIZE]
+        for p in range(start, start + w[SIZE]):
+            total += places[p]
+    return total
+
+
+@njit(error_model="numpy")
+def put(places: Any, w: Any, own: Any, c: Any, value: Any) -> None:
+    """The same number at all places of a channel."""
+    if w[UNIFORM]:
+        places[c] = value
+        return
+    for r in range(w[FOLD]):
+        start = (r * own + c) * w[SIZE]
+        for p in range(start, start + w[SIZE]):
+            places[p] = value
+
+
 @njit(error_model="numpy", fastmath=_LANES)
-def plane_sum(x: Any, n: Any) -> Any:
-    total = np.float32(0.0)
-    for i in range(n):
-        total += x[i]
+def plane_sum(x: Any) -> Any:
+    total = ZERO
+    for p in range(len(x)):
+        total += widen(x[p])
     return total
 
 
 @njit(error_model="numpy", fastmath=_LANES)
-def plane_squares(x: Any, n: Any, mean: Any) -> Any:
-    total = np.float32(0.0)
-    for i in range(n):
-        d = x[i] - mean
+def plane_squares(x: Any, mean: Any) -> Any:
+    total = ZERO
+    for p in range(len(x)):
+        d = widen(x[p]) - mean
         total += d * d
     return total
 
 
 @njit(error_model="numpy")
-def normalize_plane(x: Any, y: Any, n: Any, mean: Any, scale: Any, shift: Any, relu: Any) -> None:
+def add_moments(w: Any, sums: Any, mean: Any, moments: Any, j: Any, i: Any) -> None:
+    """Mean and squared deviations of a chunk, (4.79) and (4.80)."""
+    low, high, count = span(w, i)
+    first = j * w[BLOCK]
+    own = min(w[BLOCK], w[CHANNELS] - first)
+    if w[UNIFORM]:
+        moments[i, :, first : first + own] = 0.0
+        for s in range(low, high):
+            x = strip(w, w[SOURCE], j, s)
+            for c in range(own):
+                moments[i, 0, first + c] += plane_sum(plane(w, x, c))
+        for c in range(own):
+            moments[i, 0, first + c] /= count
+        for s in range(low, high):
+            x = strip(w, w[SOURCE], j, s)
+            for c in range(own):
+                moments[i, 1, first + c] += plane_squares(plane(w, x, c), REAL(moments[i, 0, first + c]))
+        return
+    sums[:] = ZERO
+    for s in range(low, high):
+        x = strip(w, w[SOURCE], j, s)
+        for p in range(len(x)):
+            sums[p] += widen(x[p])
+    for c in range(own):
+        moments[i, 0, first + c] = total_of(sums, w, own, c) / count
+        put(mean, w, own, c, REAL(moments[i, 0, first + c]))
+    sums[:] = ZERO
+    for s in range(low, high):
+        x = strip(w, w[SOURCE], j, s)
+        for p in range(len(x)):
+            d = widen(x[p]) - mean[p]
+            sums[p] += d * d
+    for c in range(own):
+        moments[i, 1, first + c] = total_of(sums, w, own, c)
+
+
+@njit(error_model="numpy")
+def joined(w: Any, moments: Any, c: Any) -> Any:
+    """Mean and variance of a channel from those of its chunks."""
+    total, count = w[ROWS] * w[SIZE], w[STRIPS] * w[FOLD] * w[SIZE]
+    last = w[CHUNKS] - 1
+    rest = total - last * count
+    mean = moments[last, 0, c] * (rest / total)
+    for i in range(last):
+        mean += moments[i, 0, c] * (count / total)
+    d = moments[last, 0, c] - mean
+    squares = moments[last, 1, c] + rest * d * d
+    for i in range(last):
+        d = moments[i, 0, c] - mean
+        squares += moments[i, 1, c] + count * d * d
+    return mean, squares / total
+
+
+@njit(error_model="numpy")
+def normalize_plane(x: Any, y: Any, mean: Any, scale: Any, shift: Any, relu: Any) -> None:
     if relu:
-        for i in range(n):
-            v = (x[i] - mean) * scale + shift
-            y[i] = np.float32(0.0) if v <= np.float32(0.0) else v
+        for p in range(len(x)):
+            v = (widen(x[p]) - mean) * scale + shift
+            y[p] = narrow(ZERO if v <= ZERO else v)
     else:
-        for i in range(n):
-            y[i] = (x[i] - mean) * scale + shift
+        for p in range(len(x)):
+            y[p] = narrow((widen(x[p]) - mean) * scale + shift)
+
+
+@njit(error_model="numpy")
+def normalize(w: Any, mean: Any, scale: Any, shift: Any, j: Any, i: Any) -> None:
+    low, high, _ = span(w, i)
+    for s in range(low, high):
+        x, y = strip(w, w[SOURCE], j, s), strip(w, w[OUTPUT], j, s)
+        if w[UNIFORM]:
+            for c in range(len(x) // w[SIZE]):
+                normalize_plane(plane(w, x, c), plane(w, y, c), mean[c], scale[c], shift[c], w[RELU])
+        elif w[RELU]:
+            for p in range(len(x)):
+                v = (widen(x[p]) - mean[p]) * scale[p] + shift[p]
+                y[p] = narrow(ZERO if v <= ZERO else v)
+        else:
+            for p in range(len(x)):
+                y[p] = narrow((widen(x[p]) - mean[p]) * scale[p] + shift[p])
+
+
+@njit(inline="always")
+def scratch(w: Any, rows: Any) -> Any:
+    """This thread's places, ``rows`` numbers each."""
+    own = take(w[COUNTER] + 8) * rows * w[PLACES] * REAL_BYTES
+    return carray(pointer(w[SCRATCH] + own), (rows, w[PLACES]), REAL)
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def forward(task: Any) -> None:
-    """Mean, variance and output of each channel, (4.79) and (4.80)."""
-    w = carray(task, (16,), np.int64)
-    counter, channels, count, size, relu = w[0], w[1], w[2], w[3], w[4]
-    numbers = carray(task, (16,), np.float64)
-    eps = numbers[5]
-    source, target = w[6], w[7]
-    weight = carray(pointer(w[8]), (channels,), np.float32)
-    bias = carray(pointer(w[9]), (channels,), np.float32)
-    means = carray(pointer(w[10]), (channels,), np.float32)
-    variances = carray(pointer(w[11]), (channels,), np.float32)
-    has_weight, has_bias = w[12], w[13]
-    step = channels * size * 4
+    """Mean, variance and output; where the statistics are fixed, the output alone."""
+    w = carray(task, (WORDS,), np.int64)
+    eps = carray(task, (WORDS,), np.float64)[EPS]
+    means, variances, weight, bias = vector(w, MEANS), vector(w, VARIANCES), vector(w, WEIGHT), vector(w, BIAS)
+    moments = carray(pointer(w[PARTIALS]), (w[CHUNKS], 2, w[CHANNELS]), np.float64)
+    places = scratch(w, FORWARD_ROWS)
+    sums, mean, scale, shift = places[0], places[1], places[2], places[3]
+    settled = -1
     while True:
-        c = take(counter)
-        if c >= channels:
+        t = take(w[COUNTER])
+        if t >= w[TASKS]:
             return
-        start = source + c * size * 4
-        total = 0.0
-        for n in range(count):
-            total += plane_sum(carray(pointer(start + n * step), (size,), np.float32), size)
-        mean = np.float32(total / (count * size))
-        total = 0.0
-        for n in range(count):
-            total += plane_squares(carray(pointer(start + n * step), (size,), np.float32), size, mean)
-        var = np.float32(total / (count * size))
-        means[c], variances[c] = mean, var
-        scale = 1.0 / math.sqrt(float(var) + eps)
-        if has_weight:
-            scale *= float(weight[c])
-        shift = bias[c] if has_bias else np.float32(0.0)
-        for n in range(count):
-            x = carray(pointer(start + n * step), (size,), np.float32)
-            y = carray(pointer(target + c * size * 4 + n * step), (size,), np.float32)
-            normalize_plane(x, y, size, mean, np.float32(scale), shift, relu)
+        j, i = t // w[CHUNKS], t % w[CHUNKS]
+        if w[PHASES] & COLLECT:
+            add_moments(w, sums, mean, moments, j, i)
+        if not w[PHASES] & APPLY:
+            continue
+        first = j * w[BLOCK]
+        own = min(w[BLOCK], w[CHANNELS] - first)
+        if j != settled:
+            settled = j
+            for c in range(own):
+                k = first + c
+                if not w[FIXED]:
+                    m, v = joined(w, moments, k)
+                    means[k], variances[k] = REAL(m), REAL(v)
+                put(mean, w, own, c, means[k])
+                put(scale, w, own, c, REAL(float(weight[k]) / math.sqrt(float(variances[k]) + eps)))
+                put(shift, w, own, c, bias[k])
+        normalize(w, mean, scale, shift, j, i)
 
 
 @njit(error_model="numpy", fastmath=_LANES)
-def error_sums(g: Any, x: Any, y: Any, n: Any, mean: Any, relu: Any) -> Any:
-    total = np.float32(0.0)
-    total_centred = np.float32(0.0)
+def plane_error_sums(g: Any, x: Any, y: Any, mean: Any, relu: Any) -> Any:
+    total, total_centred = ZERO, ZERO
     if relu:
-        for i in range(n):
-            e = np.float32(0.0) if y[i] <= np.float32(0.0) else g[i]
+        for p in range(len(x)):
+            e = ZERO if widen(y[p]) <= ZERO else widen(g[p])
             total += e
-            total_centred += e * (x[i] - mean)
+            total_centred += e * (widen(x[p]) - mean)
     else:
-        for i in range(n):
-            total += g[i]
-            total_centred += g[i] * (x[i] - mean)
+        for p in range(len(x)):
+            total += widen(g[p])
+            total_centred += widen(g[p]) * (widen(x[p]) - mean)
     return total, total_centred
 
 
 @njit(error_model="numpy")
-def error_plane(
-    g: Any, x: Any, y: Any, d: Any, n: Any, mean: Any, scale: Any, slope: Any, offset: Any, relu: Any
-) -> None:
-    if relu:
-        for i in range(n):
-            e = np.float32(0.0) if y[i] <= np.float32(0.0) else g[i]
-            d[i] = e * scale + ((x[i] - mean) * slope + offset)
+def add_errors(w: Any, one: Any, two: Any, mean: Any, sums: Any, j: Any, i: Any) -> None:
+    """The sums of g and g (x - mean) over a chunk."""
+    low, high, _ = span(w, i)
+    first = j * w[BLOCK]
+    own = min(w[BLOCK], w[CHANNELS] - first)
+    if w[UNIFORM]:
+        sums[i, :, first : first + own] = 0.0
     else:
-        for i in range(n):
-            d[i] = g[i] * scale + ((x[i] - mean) * slope + offset)
+        one[:] = ZERO
+        two[:] = ZERO
+    for s in range(low, high):
+        g, x, y = strip(w, w[ERRORS], j, s), strip(w, w[SOURCE], j, s), strip(w, w[OUTPUT], j, s)
+        if w[UNIFORM]:
+            for c in range(own):
+                planes = plane(w, g, c), plane(w, x, c), plane(w, y, c)
+                total, total_centred = plane_error_sums(*planes, mean[c], w[RELU])
+                sums[i, 0, first + c] += total
+                sums[i, 1, first + c] += total_centred
+        elif w[RELU]:
+            for p in range(len(x)):
+                e = ZERO if widen(y[p]) <= ZERO else widen(g[p])
+                one[p] += e
+                two[p] += e * (widen(x[p]) - mean[p])
+        else:
+            for p in range(len(x)):
+                one[p] += widen(g[p])
+                two[p] += widen(g[p]) * (widen(x[p]) - mean[p])
+    if not w[UNIFORM]:
+        for c in range(own):
+            sums[i, 0, first + c], sums[i, 1, first + c] = total_of(one, w, own, c), total_of(two, w, own, c)
+
+
+@njit(error_model="numpy")
+def scale_strip(g: Any, y: Any, d: Any, scale: Any, step: Any, relu: Any) -> None:
+    """The gradient of the input where the statistics are fixed; ``step`` is 0 for a single factor."""
+    if relu:
+        for p in range(len(d)):
+            e = ZERO if widen(y[p]) <= ZERO else widen(g[p])
+            d[p] = narrow(e * scale[p * step])
+    else:
+        for p in range(len(d)):
+            d[p] = narrow(widen(g[p]) * scale[p * step])
+
+
+@njit(error_model="numpy")
+def plane_gradient(g: Any, x: Any, y: Any, d: Any, mean: Any, scale: Any, slope: Any, offset: Any, relu: Any) -> None:
+    if relu:
+        for p in range(len(d)):
+            e = ZERO if widen(y[p]) <= ZERO else widen(g[p])
+            d[p] = narrow(e * scale + ((widen(x[p]) - mean) * slope + offset))
+    else:
+        for p in range(len(d)):
+            d[p] = narrow(widen(g[p]) * scale + ((widen(x[p]) - mean) * slope + offset))
+
+
+@njit(error_model="numpy")
+def gradient(w: Any, mean: Any, scale: Any, slope: Any, offset: Any, j: Any, i: Any) -> None:
+    """(4.88) over a chunk."""
+    low, high, _ = span(w, i)
+    for s in range(low, high):
+        g, x, y = strip(w, w[ERRORS], j, s), strip(w, w[SOURCE], j, s), strip(w, w[OUTPUT], j, s)
+        d = strip(w, w[TARGET], j, s)
+        if w[UNIFORM]:
+            for c in range(len(d) // w[SIZE]):
+                k = plane(w, g, c), plane(w, x, c), plane(w, y, c), plane(w, d, c)
+                if w[FIXED]:
+                    scale_strip(k[0], k[2], k[3], scale[c : c + 1], 0, w[RELU])
+                else:
+                    plane_gradient(*k, mean[c], scale[c], slope[c], offset[c], w[RELU])
+        elif w[FIXED]:
+            scale_strip(g, y, d, scale, 1, w[RELU])
+        elif w[RELU]:
+            for p in range(len(d)):
+                e = ZERO if widen(y[p]) <= ZERO else widen(g[p])
+                d[p] = narrow(e * scale[p] + ((widen(x[p]) - mean[p]) * slope[p] + offset[p]))
+        else:
+            for p in range(len(d)):
+                d[p] = narrow(widen(g[p]) * scale[p] + ((widen(x[p]) - mean[p]) * slope[p] + offset[p]))
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def backward(task: Any) -> None:
-    """The chain (4.83-4.94), channel by channel, as :class:`reimpl.functional.normalization.Chain` derives it."""
-    w = carray(task, (24,), np.int64)
-    counter, channels, count, size, relu = w[0], w[1], w[2], w[3], w[4]
-    eps = carray(task, (24,), np.float64)[5]
-    errors, source, output, target = w[6], w[7], w[8], w[9]
-    weight = carray(pointer(w[10]), (channels,), np.float32)
-    has_weight = w[11]
-    means = carray(pointer(w[12]), (channels,), np.float32)
-    variances = carray(pointer(w[13]), (channels,), np.float32)
-    grad_means = carray(pointer(w[14]), (channels,), np.float32)
-    grad_variances = carray(pointer(w[15]), (channels,), np.float32)
-    sums = carray(pointer(w[16]), (channels,), np.float32)
-    sums_centred = carray(pointer(w[17]), (channels,), np.float32)
-    wanted = w[18]
-    step = channels * size * 4
+    """The chain (4.83-4.94), as :class:`reimpl.functional.normalization.Chain` derives it."""
+    w = carray(task, (WORDS,), np.int64)
+    eps = carray(task, (WORDS,), np.float64)[EPS]
+    means, variances, weight = vector(w, MEANS), vector(w, VARIANCES), vector(w, WEIGHT)
+    grad_means, grad_variances = vector(w, GRAD_MEANS), vector(w, GRAD_VARIANCES)
+    sums = carray(pointer(w[PARTIALS]), (w[CHUNKS], 2, w[CHANNELS]), np.float64)
+    places = scratch(w, BACKWARD_ROWS)
+    one, two, mean, scale, slope, offset = places[0], places[1], places[2], places[3], places[4], places[5]
+    count = w[ROWS] * w[SIZE]
+    settled = -1
     while True:
-        c = take(counter)
-        if c >= channels:
+        t = take(w[COUNTER])
+        if t >= w[TASKS]:
             return
-        first = c * size * 4
-        mean = means[c]
-        sum_g = 0.0
-        sum_g_centred = 0.0
-        for n in range(count):
-            at = first + n * step
-            g = carray(pointer(errors + at), (size,), np.float32)
-            x = carray(pointer(source + at), (size,), np.float32)
-            y = carray(pointer(output + at), (size,), np.float32)
-            one, two = error_sums(g, x, y, size, mean, relu)
-            sum_g += one
-            sum_g_centred += two
-        sums[c], sums_centred[c] = np.float32(sum_g), np.float32(sum_g_centred)
-        if not wanted:
-            continue
-        s = 1.0 / math.sqrt(float(variances[c]) + eps)
-        scale = s * float(weight[c]) if has_weight else s
-        to_var = float(grad_variances[c]) - 0.5 * scale * s * s * sum_g_centred
-        to_mean = float(grad_means[c]) - scale * sum_g
-        slope, offset = np.float32(to_var * 2.0 / (count * size)), np.float32(to_mean / (count * size))
-        for n in range(count):
-            at = first + n * step
-            g = carray(pointer(errors + at), (size,), np.float32)
-            x = carray(pointer(source + at), (size,), np.float32)
-            y = carray(pointer(output + at), (size,), np.float32)
-            d = carray(pointer(target + at), (size,), np.float32)
-            error_plane(g, x, y, d, size, mean, np.float32(scale), slope, offset, relu)
-
-
-@njit(error_model="numpy")
-def spread(values: Any, size: Any, value: Any, c: Any) -> None:
-    """The same number at all places of a channel."""
-    for i in range(c * size, (c + 1) * size):
-        values[i] = value
-
-
-@njit(error_model="numpy")
-def channel_sum(values: Any, size: Any, c: Any) -> Any:
-    total = 0.0
-    for i in range(c * size, (c + 1) * size):
-        total += values[i]
-        values[i] = np.float32(0.0)
-    return total
-
-
-@cfunc("void(voidptr)", cache=True, error_model="numpy")
-def forward_blocks(task: Any) -> None:
-    """:func:`forward` for small planes, some channels together."""
-    w = carray(task, (18,), np.int64)
-    counter, channels, count, size, relu = w[0], w[1], w[2], w[3], w[4]
-    eps = carray(task, (18,), np.float64)[5]
-    source, target = w[6], w[7]
-    weight = carray(pointer(w[8]), (channels,), np.float32)
-    bias = carray(pointer(w[9]), (channels,), np.float32)
-    means = carray(pointer(w[10]), (channels,), np.float32)
-    variances = carray(pointer(w[11]), (channels,), np.float32)
-    has_weight, has_bias, scratch, block = w[12], w[13], w[14], w[15]
-    step = channels * size * 4
-    while True:
-        first = take(counter) * block
-        if first >= channels:
-            return
-        own = min(block, channels - first)
-        n_own = own * size
-        places = carray(pointer(scratch + 4 * first * 4 * size), (4, n_own), np.float32)
-        sums, mean, scale, shift = places[0], places[1], places[2], places[3]
-        for i in range(n_own):
-            sums[i] = np.float32(0.0)
-        for n in range(count):
-            x = carray(pointer(source + first * size * 4 + n * step), (n_own,), np.float32)
-            for i in range(n_own):
-                sums[i] += x[i]
-        for c in range(own):
-            means[first + c] = np.float32(channel_sum(sums, size, c) / (count * size))
-            spread(mean, size, means[first + c], c)
-        for n in range(count):
-            x = carray(pointer(source + first * size * 4 + n * step), (n_own,), np.float32)
-            for i in range(n_own):
-                d = x[i] - mean[i]
-                sums[i] += d * d
-        for c in range(own):
-            var = np.float32(channel_sum(sums, size, c) / (count * size))
-            variances[first + c] = var
-            factor = 1.0 / math.sqrt(float(var) + eps)
-            if has_weight:
-                factor *= float(weight[first + c])
-            spread(scale, size, np.float32(factor), c)
-            spread(shift, size, bias[first + c] if has_bias else np.float32(0.0), c)
-        for n in range(count):
-            x = carray(pointer(source + first * size * 4 + n * step), (n_own,), np.float32)
-            y = carray(pointer(target + first * size * 4 + n * step), (n_own,), np.float32)
-            if relu:
-                for i in range(n_own):
-                    v = (x[i] - mean[i]) * scale[i] + shift[i]
-                    y[i] = np.float32(0.0) if v <= np.float32(0.0) else v
-            else:
-                for i in range(n_own):
-                    y[i] = (x[i] - mean[i]) * scale[i] + shift[i]
-
-
-@cfunc("void(voidptr)", cache=True, error_model="numpy")
-def backward_blocks(task: Any) -> None:
-    """:func:`backward` for small planes, some channels together."""
-    w = carray(task, (24,), np.int64)
-    counter, channels, count, size, relu = w[0], w[1], w[2], w[3], w[4]
-    eps = carray(task, (24,), np.float64)[5]
-    errors, source, output, target = w[6], w[7], w[8], w[9]
-    weight = carray(pointer(w[10]), (channels,), np.float32)
-    has_weight = w[11]
-    means = carray(pointer(w[12]), (channels,), np.float32)
-    variances = carray(pointer(w[13]), (channels,), np.float32)
-    grad_means = carray(pointer(w[14]), (channels,), np.float32)
-    grad_variances = carray(pointer(w[15]), (channels,), np.float32)
-    sums = carray(pointer(w[16]), (channels,), np.float32)
-    sums_centred = carray(pointer(w[17]), (channels,), np.float32)
-    wanted, scratch, block = w[18], w[19], w[20]
-    step = channels * size * 4
-    while True:
-        first = take(counter) * block
-        if first >= channels:
-            return
-        own = min(block, channels - first)
-        n_own = own * size
-        places = carray(pointer(scratch + 5 * first * 4 * size), (5, n_own), np.float32)
-        one, two, mean, scale, slope = places[0], places[1], places[2], places[3], places[4]
-        for i in range(n_own):
-            one[i] = np.float32(0.0)
-            two[i] = np.float32(0.0)
-        for c in range(own):
-            spread(mean, size, means[first + c], c)
-        for n in range(count):
-            at = first * size * 4 + n * step
-            g = carray(pointer(errors + at), (n_own,), np.float32)
-            x = carray(pointer(source + at), (n_own,), np.float32)
-            y = carray(pointer(output + at), (n_own,), np.float32)
-            if relu:
-                for i in range(n_own):
-                    e = np.float32(0.0) if y[i] <= np.float32(0.0) else g[i]
-                    one[i] += e
-                    two[i] += e * (x[i] - mean[i])
-            else:
-                for i in range(n_own):
-                    one[i] += g[i]
-                    two[i] += g[i] * (x[i] - mean[i])
-        offset = one
-        for c in range(own):
-            k = first + c
-            sum_g, sum_g_centred = channel_sum(one, size, c), channel_sum(two, size, c)
-            sums[k], sums_centred[k] = np.float32(sum_g), np.float32(sum_g_centred)
-            s = 1.0 / math.sqrt(float(variances[k]) + eps)
-            factor = s * float(weight[k]) if has_weight else s
-            to_var = float(grad_variances[k]) - 0.5 * factor * s * s * sum_g_centred
-            to_mean = float(grad_means[k]) - factor * sum_g
-            spread(scale, size, np.float32(factor), c)
-            spread(slope, size, np.float32(to_var * 2.0 / (count * size)), c)
-            spread(offset, size, np.float32(to_mean / (count * size)), c)
-        if not wanted:
-            continue
-        for n in range(count):
-            at = first * size * 4 + n * step
-            g = carray(pointer(errors + at), (n_own,), np.float32)
-            x = carray(pointer(source + at), (n_own,), np.float32)
-            y = carray(pointer(output + at), (n_own,), np.float32)
-            d = carray(pointer(target + at), (n_own,), np.float32)
-            if relu:
-                for i in range(n_own):
-                    e = np.float32(0.0) if y[i] <= np.float32(0.0) else g[i]
-                    d[i] = e * scale[i] + ((x[i] - mean[i]) * slope[i] + offset[i])
-            else:
-                for i in range(n_own):
-                    d[i] = g[i] * scale[i] + ((x[i] - mean[i]) * slope[i] + offset[i])
+        j, i = t // w[CHUNKS], t % w[CHUNKS]
+        first = j * w[BLOCK]
+        own = min(w[BLOCK], w[CHANNELS] - first)
+        if j != settled:
+            for c in range(own):
+                put(mean, w, own, c, means[first + c])
+        if w[PHASES] & COLLECT:
+            add_errors(w, one, two, mean, sums, j, i)
+        if w[PHASES] & APPLY and j != settled:
+            for c in range(own):
+                k = first + c
+                s = 1.0 / math.sqrt(float(variances[k]) + eps)
+                factor = s * float(weight[k])
+                put(scale, w, own, c, REAL(factor))
+                if not w[FIXED]:
+                    sum_g, sum_g_centred = 0.0, 0.0
+                    for n in range(w[CHUNKS]):
+                        sum_g += sums[n, 0, k]
+                        sum_g_centred += sums[n, 1, k]
+                    to_var = float(grad_variances[k]) - 0.5 * factor * s * s * sum_g_centred
+                    to_mean = float(grad_means[k]) - factor * sum_g
+                    put(slope, w, own, c, REAL(to_var * 2.0 / count))
+                    put(offset, w, own, c, REAL(to_mean / count))
+        settled = j
+        if w[PHASES] & APPLY:
+            gradient(w, mean, scale, slope, offset, j, i)

@@ -1,38 +1,139 @@
-"""Batch normalisation in training in few passes over memory, for plain tensors that are not differentiated further.
+"""Batch normalisation in few passes over memory, for plain tensors that are not differentiated further.
 
 The formulas are those of :class:`reimpl.functional.normalization.Chain`; what differs is that results overwrite what is
-no longer needed, which neither ``vmap`` nor a graph allows. Measured over 16 MB of float32 on two threads: a product
-and a sum with one number a channel take 0.7 ms in place of ``addcmul``'s 1.1.
+no longer needed, which neither ``vmap`` nor a graph allows, and that the numbers of the channels are written out as
+long rows. Measured over 2 MB of float32 in planes of 4x4 on two threads: a product with a row takes 0.014 ms, with one
+number a plane 0.15 ms.
 """
 
 from __future__ import annotations
 
+from math import gcd, prod
+
 import torch
 from torch import Tensor
 
+# Below so many images, rows as long as an image cost more than they save; and the length at which a row is long.
+_LEAST_ROWS, _LONG_ROW = 8, 1024
 
-def _column(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.reshape(1, -1, *(1,) * (like.dim() - 2))
+
+class Layout:
+    """A batch as rows of memory, each holding all channels: an image in planes, a pixel of ``channels_last``.
+
+    Of few images it is three-dimensional, (images, channels, places), instead.
+
+    Args:
+        input: not empty; contiguous in one of PyTorch's memory formats.
+    """
+
+    def __init__(self, input: Tensor) -> None:
+        self.shape, self.channels = input.shape, input.shape[1]
+        self.by_pixel = not input.is_contiguous()
+        self.size = 1 if self.by_pixel else prod(input.shape[2:])
+        self.count = input.numel() // self.channels
+        """Values a channel."""
+        rows, length = self.count // self.size, self.channels * self.size
+        self.in_planes = rows < _LEAST_ROWS and self.size > 1
+        self.fold = gcd(rows, max(1, _LONG_ROW // length))
+        """Short rows are taken several at a time."""
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """A tensor of the batch's shape as rows; a view where its layout is the batch's."""
+        if self.in_planes:
+            return tensor.reshape(*self.shape[:2], -1)
+        pixels = tensor.permute(0, 2, 3, 1) if self.by_pixel else tensor
+        return pixels.reshape(-1, self.fold * self.channels * self.size)
+
+    def whole(self, flat: Tensor) -> Tensor:
+        """The inverse of :meth:`flat`."""
+        if not self.by_pixel:
+            return flat.view(self.shape)
+        images, channels, *place = self.shape
+        return flat.view(images, *place, channels).permute(0, 3, 1, 2)
+
+    def sums(self, flat: Tensor) -> Tensor:
+        """The sum of each channel."""
+        if self.in_planes:
+            return flat.sum((0, 2))
+        sums = flat.view(-1, self.channels * self.size).sum(0)
+        return sums.view(-1, self.size).sum(1) if self.size > 1 else sums
+
+    def means(self, flat: Tensor) -> Tensor:
+        """The mean of each channel."""
+        if self.in_planes:
+            return flat.mean((0, 2))
+        means = flat.view(-1, self.channels * self.size).mean(0)
+        return means.view(-1, self.size).mean(1) if self.size > 1 else means
+
+    def spread(self, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """Vectors of one number a channel, at every place of the channel in a row."""
+        if self.in_planes:
+            return tuple(vector.unsqueeze(1) for vector in vectors)
+        if self.size == self.fold == 1:
+            return vectors
+        table = torch.stack(vectors).view(len(vectors), 1, self.channels, 1)
+        return table.expand(-1, self.fold, -1, self.size).reshape(len(vectors), -1).unbind()
 
 
 def normalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mean and variance of a contiguous batch."""
-    dims, count = [d for d in range(input.dim()) if d != 1], input.numel() // input.shape[1]
-    mean = input.mean(dims)
-    values = input - _column(mean, input)
-    # the norm of each plane is taken in one pass, with no squares written out
-    norms = torch.linalg.vector_norm(values.view(*input.shape[:2], -1), dim=2)
-    var = norms.square_().sum(0).div_(count)
+    """Output, mean and variance of a batch."""
+    layout = Layout(input)
+    x = layout.flat(input)
+    mean = layout.means(x)
+    (place_means,) = layout.spread(mean)
+    values = x - place_means
+    var = layout.means(values.square_())
+    # subtracted once more: a second array would cost more, in pages touched for the first time
+    torch.sub(x, place_means, out=values)
+    return _scaled(layout, values, var, weight, bias, eps, relu), mean, var
+
+
+def normalize_by(
+    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> Tensor:
+    """Output for a given mean and variance."""
+    layout = Layout(input)
+    return _scaled(layout, layout.flat(input) - layout.spread(mean)[0], var, weight, bias, eps, relu)
+
+
+def _scaled(
+    layout: Layout, centred: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> Tensor:
+    """The normalised batch, written over ``centred``."""
     scale = torch.rsqrt(var + eps)
-    values.mul_(_column(scale if weight is None else scale * weight, input))
-    if bias is not None:
-        values.add_(_column(bias, input))
-    return torch.maximum(values, values.new_zeros(()), out=values) if relu else values, mean, var
+    scale = scale if weight is None else scale.mul_(weight)
+    factors, *shifts = layout.spread(scale) if bias is None else layout.spread(scale, bias)
+    centred.mul_(factors)
+    for shift in shifts:
+        centred.add_(shift)
+    return layout.whole(torch.maximum(centred, centred.new_zeros(()), out=centred) if relu else centred)
 
 
-def gradient(g: Tensor, centred: Tensor, products: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """(4.88): ``g scale + centred slope + offset``, written over ``centred``; ``products`` is lost too."""
-    centred.mul_(_column(slope, g)).add_(_column(offset, g))
-    return centred.add_(torch.mul(g, _column(scale, g), out=products))
+class Errors:
+    """The gradient ``g`` of a normalised batch on its way back: sums first, then the gradient of the input.
+
+    Args:
+        g: of the output, before the rectification.
+        input: the batch.
+        mean: of each channel.
+    """
+
+    def __init__(self, g: Tensor, input: Tensor, mean: Tensor) -> None:
+        self._layout = Layout(input)
+        self._g, self._x = self._layout.flat(g), self._layout.flat(input)
+        (self._mean,) = self._layout.spread(mean)
+        self._values = (self._x - self._mean).mul_(self._g)
+        self.sum_g = self._layout.sums(self._g)
+        self.sum_g_centred = self._layout.sums(self._values)
+
+    def to_input(self, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+        """(4.88): ``g scale + (x - mean) slope + offset``; can be asked for once, and instead of :meth:`scaled`."""
+        factors, slopes, offsets = self._layout.spread(scale, slope, offset)
+        centred = torch.sub(self._x, self._mean, out=self._values)
+        return self._layout.whole(centred.mul_(slopes).add_(offsets).addcmul_(self._g, factors))
+
+    def scaled(self, scale: Tensor) -> Tensor:
+        """``g scale``: the gradient of the input where mean and variance do not depend on it."""
+        return self._layout.whole(torch.mul(self._g, self._layout.spread(scale)[0], out=self._values))

@@ -18,9 +18,10 @@ from reimpl.optim import _kernel_cache, _numba_ops, _threads
 _APART = (0,) * 16
 
 
-def load(name: str) -> ModuleType:
-    """The kernels of the file ``name`` of this folder, compiled or read back."""
-    source = Path(__file__).with_name(name).read_text()
+def load(name: str, replaced: str = "", by: str = "") -> ModuleType:
+    """The kernels of the file ``name`` of this folder, compiled or read back; a piece of it can be replaced, which
+    makes another module of it."""
+    source = Path(__file__).with_name(name).read_text().replace(replaced, by, 1)
     files = (_numba_tiles.__file__, _losses_numba_math.__file__, _numba_ops.__file__)
     versions = (numba.__version__, np.__version__, *(Path(file).read_text() for file in files))
     return _kernel_cache.load(source, versions)

@@ -15,12 +15,12 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _BLOCK = 1 << 18
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary tensors of one of the wide types, and nothing maps over them."""
+def ordinary(*tensors: Tensor | None) -> bool:
+    """Whether all are tensors of PyTorch's own, their memory holds their numbers, and nothing maps over them."""
     if torch.compiler.is_compiling():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.dtype not in _BITS or _wrapped(t) or _legacy(t)):
+        if t is not None and (type(t) not in _PLAIN or _wrapped(t) or _legacy(t) or t.is_neg()):
             return False
     return True
 
@@ -45,6 +45,11 @@ def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if count < 4 * _BLOCK or not laid_out_alike(*tensors):
         return iter([tensors])
     return zip(*(t.as_strided((count,), (1,)).split(_BLOCK) for t in tensors), strict=True)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether all are :func:`ordinary` tensors of one of the wide types."""
+    return ordinary(*tensors) and all(t is None or t.dtype in _BITS for t in tensors)
 
 
 def masked(grad: Tensor, rectified: Tensor) -> Tensor:

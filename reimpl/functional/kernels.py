@@ -11,25 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._plain import plain
+from reimpl.functional._plain import ordinary
 
 _enabled = False
+# What kernels do beside float32.
+_MORE_DTYPES = {"_norm_numba": {torch.float64, torch.bfloat16}}
 
 
 class use_kernels:
     """Run what has one through a compiled kernel of the library's own, from here on or within a ``with`` block.
 
-    Compiled by Numba (the extra ``fused``) at first use, on the CPU and for float32, and kept from then on in the
+    Compiled by Numba (the extra ``fused``) at first use, on the CPU, for float32, and kept from then on in the
     user's cache folder. Everything else runs as it would without. Results differ by roundings: sums are taken in
     another order. The backward pass runs as the switch stands then.
 
     Args:
         mode: on or off.
 
-    Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation in training, with
-    relu or not, have such kernels.
-    So have ``relu``, ``leaky_relu``, ``sigmoid``, ``tanh``, ``linear_activation``, maximum and average pooling, ``softmax``,
-    ``log_softmax``, ``cross_entropy`` of class indices, ``mse_loss`` and the binary cross-entropies.
+    Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation, with relu or not (in
+    float64 and bfloat16 too), have such kernels; so have ``relu``, ``leaky_relu``, ``sigmoid``, ``tanh``,
+    ``linear_activation``, maximum and average pooling, ``softmax``, ``log_softmax``, ``cross_entropy`` of class indices,
+    ``mse_loss`` and the binary cross-entropies.
     """
 
     def __init__(self, mode: bool = True) -> None:
@@ -68,12 +70,14 @@ def module(name: str) -> Any:
 
 
 def kernels_for(name: str, *tensors: Tensor | None) -> Any:
-    """The kernels of ``name`` where they are on and do for such tensors: plain, float32, on the CPU; else ``None``."""
+    """The kernels of ``name`` where they are on and do for such tensors: ordinary, of a dtype that they do, on the CPU;
+    else ``None``."""
     if not _enabled:
         return None
-    fit = all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
+    dtypes = _MORE_DTYPES.get(name, set()) | {torch.float32}
+    fit = all(t is None or (t.dtype in dtypes and t.device.type == "cpu") for t in tensors)
     # a dispatch mode wants to see operators
-    if not fit or not plain(*tensors) or torch._C._len_torch_dispatch_stack() > 0:
+    if not fit or not ordinary(*tensors) or torch._C._len_torch_dispatch_stack() > 0:
         return None
     return module(name)
 

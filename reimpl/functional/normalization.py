@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -90,7 +91,7 @@ def _batch_norm(
             output, mean, var = call(_BatchNormTraining, _normalize_by_batch, x, weight, bias, eps, relu)
             if running_mean is not None and running_var is not None:
                 count = input.numel() // input.shape[1]
-                move_averages(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
+                move_averages(running_mean, running_var, mean, var, count, momentum)
             return output  # type: ignore[no-any-return]
         zeros = x.new_zeros(x.shape[1] if x.dim() > 1 else 0)
         mean = zeros if running_mean is None else running_mean
@@ -136,11 +137,18 @@ def _check(
             raise RuntimeError("mixed dtype (CPU): all inputs must share same datatype.")
 
 
-def move_averages(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float) -> None:
-    """:math:`r \\leftarrow (1 - \\alpha) r + \\alpha v` in place, in the statistics' precision."""
+def move_averages(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor | int, momentum: float
+) -> None:
+    """:math:`r \\leftarrow (1 - \\alpha) r + \\alpha v` in place, in the statistics' precision, :math:`v` the mean of
+    ``count`` values and their variance divided by ``count - 1``."""
     with torch.no_grad():
-        for average, value in ((running_mean, mean.detach()), (running_var, var.detach())):
-            average.copy_((1 - momentum) * average.to(value.dtype) + momentum * value)
+        unbiased = var.detach() * (count / (count - 1))
+        for average, value in ((running_mean, mean.detach()), (running_var, unbiased)):
+            if average.dtype == value.dtype:
+                average.mul_(1 - momentum).add_(value, alpha=momentum)
+            else:
+                average.copy_((1 - momentum) * average.to(value.dtype) + momentum * value)
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:
@@ -222,7 +230,7 @@ class Chain:
     weight: Tensor | None
     eps: float
 
-    @property
+    @cached_property
     def s(self) -> Tensor:
         r""":math:`(\sigma^2 + \epsilon)^{-1/2}`"""
         return torch.rsqrt(self.var + self.eps)
@@ -273,8 +281,11 @@ class _BatchNormTraining(torch.autograd.Function):
         kernels = kernels_for("_norm_numba", input, weight, bias)
         if kernels and kernels.worth_it(input):
             return kernels.forward(input, weight, bias, eps, relu)  # type: ignore[no-any-return]
-        if plain(input, weight, bias) and input.is_contiguous():
-            return _norm_plain.normalize(input, weight, bias, eps, relu)
+        x = input.to(opmath_dtype(input.dtype))
+        if plain(x, *_wide(x, weight, bias)):
+            weight, bias = _wide(x, weight, bias)
+            output, mean, var = _norm_plain.normalize(x, weight, bias, eps, relu)
+            return output.to(input.dtype), mean, var
         return _normalize_by_batch(input, weight, bias, eps, relu)
 
     @staticmethod
@@ -298,20 +309,27 @@ class _BatchNormTraining(torch.autograd.Function):
             grad_input, sum_g, sums = kernels.backward(grad, input, rectified, *statistics, ctx.eps, wanted)
             chain = Chain(sum_g, sums, var, weight, ctx.eps)
             return grad_input, like(chain.to_weight, weight), like(sum_g, ctx.bias_dtype), None, None
-        dims, count = other_dims(input), prod(input.shape) // input.shape[1]
-        g, centred = _unrectified(grad, rectified).to(mean.dtype), input.to(mean.dtype) - per_channel(mean, input)
-        products = g * centred
-        chain = Chain(g.sum(dims), products.sum(dims), var, weight, ctx.eps)
+        count = input.numel() // input.shape[1]
+        g, x = _unrectified(grad, rectified).to(mean.dtype), input.to(mean.dtype)
         grad_input = None
-        if ctx.needs_input_grad[0]:
-            to_mean, to_var = grad_mean + chain.to_mean, grad_var + chain.to_var
-        final = not torch.is_grad_enabled() and plain(grad, grad_mean, grad_var, *ctx.saved_tensors)
-        if ctx.needs_input_grad[0] and final:
-            scale, slope, offset = chain.times_weight(chain.s), to_var * (2 / count), to_mean / count
-            grad_input = _norm_plain.gradient(g, centred, products, scale, slope, offset)
-        elif ctx.needs_input_grad[0]:
-            grad_input = chain.to_input(g, centred, to_mean, to_var, count).to(input.dtype)
+        if not torch.is_grad_enabled() and plain(g, x, mean, var, grad_mean, grad_var, *_wide(x, weight)):
+            errors = _norm_plain.Errors(g, x, mean)
+            chain = Chain(errors.sum_g, errors.sum_g_centred, var, weight, ctx.eps)
+            if ctx.needs_input_grad[0]:
+                slope, offset = (grad_var + chain.to_var) * (2 / count), (grad_mean + chain.to_mean) / count
+                grad_input = errors.to_input(chain.times_weight(chain.s), slope, offset).to(input.dtype)
+        else:
+            dims, centred = other_dims(input), x - per_channel(mean, x)
+            chain = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, ctx.eps)
+            if ctx.needs_input_grad[0]:
+                to_mean, to_var = grad_mean + chain.to_mean, grad_var + chain.to_var
+                grad_input = chain.to_input(g, centred, to_mean, to_var, count).to(input.dtype)
         return grad_input, like(chain.to_weight, weight), like(chain.sum_g, ctx.bias_dtype), None, None
+
+
+def _wide(like: Tensor, *vectors: Tensor | None) -> tuple[Any, ...]:
+    """The vectors in the dtype of ``like``."""
+    return tuple(v if v is None else v.to(like.dtype) for v in vectors)
 
 
 def _unrectified(grad: Tensor, rectified: Tensor | None) -> Tensor:
@@ -339,6 +357,13 @@ class _BatchNormInference(torch.autograd.Function):
     def forward(
         input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
     ) -> Tensor:
+        kernels = kernels_for("_norm_numba", input, mean, var, weight, bias)
+        if kernels and kernels.worth_it(input):
+            return kernels.infer(input, mean, var, weight, bias, eps, relu)  # type: ignore[no-any-return]
+        x = input.to(opmath_dtype(input.dtype))
+        mean, var, weight, bias = _wide(x, mean, var, weight, bias)
+        if x.dim() > 1 and x.numel() and plain(x, mean, var, weight, bias):
+            return _norm_plain.normalize_by(x, mean, var, weight, bias, eps, relu).to(input.dtype)
         return _normalize(input, mean, var, weight, bias, eps, relu)
 
     @staticmethod
@@ -350,15 +375,32 @@ class _BatchNormInference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, var, weight, rectified = ctx.saved_tensors
-        dtype, dims = opmath_dtype(input.dtype), other_dims(input)
-        g, s = _unrectified(grad, rectified).to(dtype), torch.rsqrt(var.to(dtype) + ctx.eps)
-        scale = s if weight is None else s * weight.to(dtype)
+        final = not torch.is_grad_enabled()
+        kernels = kernels_for("_norm_numba", grad, *ctx.saved_tensors) if final else None
+        if kernels and kernels.worth_it(input):
+            wanted, _, _, *of_vectors = ctx.needs_input_grad[:5]
+            statistics = (weight, mean, var, ctx.eps, wanted, any(of_vectors))
+            grad_input, sum_g, sums = kernels.infer_backward(grad, input, rectified, *statistics)
+            to_weight = like(Chain(sum_g, sums, var, weight, ctx.eps).to_weight, weight) if of_vectors[0] else None
+            to_bias = like(sum_g, ctx.bias_dtype) if of_vectors[1] else None
+            return grad_input, None, None, to_weight, to_bias, None, None
+        x = input.to(opmath_dtype(input.dtype))
+        g, (mean, var) = _unrectified(grad, rectified).to(x.dtype), _wide(x, mean, var)
+        if x.dim() < 2:
+            return g.to(input.dtype), *(None,) * 6
+        s = torch.rsqrt(var + ctx.eps)
+        scale = s if weight is None else s * weight.to(x.dtype)
+        wanted, _, _, weight_wanted, bias_wanted, _, _ = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = None
+        if final and x.numel() and plain(g, x, mean, scale) and (weight_wanted or bias_wanted):
+            errors = _norm_plain.Errors(g, x, mean)
+            grad_weight, grad_bias = like(s * errors.sum_g_centred, weight), like(errors.sum_g, ctx.bias_dtype)
+            grad_input = errors.scaled(scale).to(input.dtype) if wanted else None
+            return grad_input, None, None, grad_weight, grad_bias, None, None
         if ctx.needs_input_grad[0]:
-            grad_input = g.to(input.dtype) if g.dim() < 2 else (g * per_channel(scale, g)).to(input.dtype)
+            grad_input = (g * per_channel(scale, g)).to(input.dtype)
         if ctx.needs_input_grad[3]:
-            centred = input.to(dtype) - per_channel(mean.to(dtype), g)
-            grad_weight = like(s * (g * centred).sum(dims), weight)
+            grad_weight = like(s * (g * (x - per_channel(mean, x))).sum(other_dims(x)), weight)
         if ctx.needs_input_grad[4]:
-            grad_bias = like(g.sum(dims), ctx.bias_dtype)
+            grad_bias = like(g.sum(other_dims(x)), ctx.bias_dtype)
         return grad_input, None, None, grad_weight, grad_bias, None, None

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
 
 from reimpl.functional._dispatch import autocast_disabled, memory_format_of, opmath_dtype
 from reimpl.functional.normalization import Chain, like, move_averages, other_dims, per_channel, scaled
@@ -30,8 +29,9 @@ def sync_batch_norm(
         m = \sum_k m_k, \quad \mu = \frac1m \sum_k m_k \mu_k, \quad
         \sigma^2 = \frac1m \sum_k \left(S_k + m_k (\mu_k - \mu)^2\right).
 
-    The backward pass adds up the two sums of (4.92) and (4.94) over the processes; the gradients of weight and bias
-    stay each process's own, which distributed training averages. Batches may differ in size and be empty.
+    The backward pass adds up (4.92) and (4.94) over the processes; the gradients of weight and bias stay each process's
+    own, which distributed training averages. What is differentiated, to any order, is the sum of what the processes
+    differentiate, and all of them must do so alike. Batches may differ in size and be empty.
 
     Args:
         input: shape :math:`(N, C, *)`, this process's batch.
@@ -44,7 +44,6 @@ def sync_batch_norm(
 
     Raises:
         ValueError: there is a single value a channel in all processes together.
-        RuntimeError: the result is differentiated twice.
 
     Source: F10; the joined variance: Chan, Golub and LeVeque, 1979. PyTorch: :class:`torch.nn.SyncBatchNorm`.
     """
@@ -52,7 +51,7 @@ def sync_batch_norm(
     with autocast_disabled(input.device):
         output, mean, var, count = _SyncBatchNorm.apply(x, weight, bias, eps, process_group)
         if running_mean is not None and running_var is not None:
-            move_averages(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
+            move_averages(running_mean, running_var, mean, var, count, momentum)
     return output  # type: ignore[no-any-return]
 
 
@@ -68,8 +67,24 @@ def _joined(count: float, mean: Tensor, squares: Tensor, group: Any) -> tuple[Te
     return total, joined, (sums + counts * deviations * deviations).sum(0) / total
 
 
+class _SumOfProcesses(torch.autograd.Function):
+    """The sum of all processes' tensors. Each of them enters every process's sum: their gradients add up likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOfProcesses.apply(grad, ctx.group), None
+
+
 class _SyncBatchNorm(torch.autograd.Function):
-    """The derivatives are :class:`~reimpl.functional.normalization.Chain`'s, its sums taken over all processes."""
+    """The derivatives are :class:`~reimpl.functional.normalization.Chain`'s; (4.92) and (4.94) add up over all
+    processes, with whatever else depends on the statistics, which are differentiable outputs."""
 
     @staticmethod
     def forward(
@@ -85,21 +100,19 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx.group, ctx.eps = group, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(input, weight, joined, var, total)
-        ctx.mark_non_differentiable(joined, var, total)
+        ctx.mark_non_differentiable(total)
         output = scaled(x - per_channel(joined, x), var, weight, bias, eps, False).to(input.dtype)
         return output, joined, var, total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, total = ctx.saved_tensors
         dims, g = other_dims(input), grad.to(mean.dtype)
         centred = input.to(mean.dtype) - per_channel(mean, input)
-        own = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, ctx.eps)
+        chain = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, ctx.eps)
         grad_input = None
         if ctx.needs_input_grad[0]:
-            sums = torch.stack([own.sum_g, own.sum_g_centred])
-            distributed.all_reduce(sums, group=ctx.group)
-            chain = Chain(sums[0], sums[1], var, weight, ctx.eps)
-            grad_input = chain.to_input(g, centred, chain.to_mean, chain.to_var, total).to(input.dtype)
-        return grad_input, like(own.to_weight, weight), like(own.sum_g, ctx.bias_dtype), None, None
+            own = torch.stack([grad_mean + chain.to_mean, grad_var + chain.to_var])
+            to_mean, to_var = _SumOfProcesses.apply(own, ctx.group)
+            grad_input = chain.to_input(g, centred, to_mean, to_var, total).to(input.dtype)
+        return grad_input, like(chain.to_weight, weight), like(chain.sum_g, ctx.bias_dtype), None, None

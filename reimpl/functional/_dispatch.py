@@ -33,15 +33,25 @@ _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
 _AUTOCAST_DEVICES = frozenset(filter(torch.amp.is_autocast_available, _DEVICE_TYPES))
 
 
-def call(function: type[torch.autograd.Function], composition: Callable[..., Any], *args: Any) -> Any:
+def call(
+    function: type[torch.autograd.Function],
+    composition: Callable[..., Any],
+    *args: Any,
+    operator: Callable[..., Any] | None = None,
+) -> Any:
     """Run ``function.apply(*args)``, or the differentiable ``composition(*args)`` where a Function would not do.
 
     Compilers trace the composition: they differentiate and fuse it themselves. Forward mode takes it too: a
     ``jvp`` of an autograd Function stops ``torch.compile(fullgraph=True)``, and one inside another ``jvp`` loses
     the inner tangent without a word, whereas the composition has tangents of every order.
+
+    What no compiler makes good code of comes with an ``operator``, which ``torch.compile`` puts into its graph whole.
+    An exported program keeps the composition, and so needs PyTorch alone.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return composition(*args)
+    if torch.compiler.is_compiling():
+        return composition(*args) if operator is None or torch.compiler.is_exporting() else operator(*args)
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return _in_one(function).apply(*args)

@@ -11,6 +11,7 @@ from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._conv_arguments import Geometry, check, check_dims, geometry_of
 from reimpl.functional._conv_kernels import convolve, convolve_input, convolve_weight
+from reimpl.functional._conv_operators import convolution, differentiable_by_operators
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_lower, call, memory_format_of, opmath_dtype
 
 
@@ -115,7 +116,8 @@ def _convolution(
     if dims == 1:
         batch, weight, layout = batch.unsqueeze(2), weight.unsqueeze(2), torch.contiguous_format
     with autocast_disabled(input.device):
-        output: Tensor = call(_Conv2d, _composition, batch, weight, bias, geometry)
+        operator = convolution if differentiable_by_operators(batch, weight, bias) else None
+        output: Tensor = call(_Conv2d, _composition, batch, weight, bias, geometry, operator=operator)
     output = output.contiguous(memory_format=layout)
     if dims == 1:
         output = output.squeeze(2)

@@ -1,0 +1,179 @@
+"""The convolution's operators: what ``torch.compile`` calls, their derivatives, layouts, maps, and who keeps clear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as torch_functional
+
+import reimpl.functional as F
+from reimpl.functional import _conv_operators
+from reimpl.functional._conv_arguments import geometry_of
+
+# PyTorch's word about what its gradcheck imports.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+
+GEOMETRIES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "padded": ((2, 3, 5, 4), (4, 3, 3, 3), {"padding": 1}),
+    "strided": ((2, 2, 6, 5), (3, 2, 3, 2), {"stride": 2, "padding": (1, 0)}),
+    "dilated groups": ((1, 4, 6, 5), (2, 2, 2, 2), {"dilation": (2, 1), "groups": 2}),
+    "1x1": ((3, 2, 3, 3), (4, 2, 1, 1), {}),
+}
+
+
+def arguments(case: str, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    shape, kernel, _ = GEOMETRIES[case]
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(s, generator=generator, dtype=dtype) for s in (shape, kernel, kernel[:1]))
+    return tuple(t.to(device).requires_grad_() for t in drawn)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+def graph_of(function: Callable[..., Any], *args: Any) -> set[str]:
+    """The names of the operators that Dynamo puts into the graph."""
+    torch._dynamo.reset()
+    names: set[str] = set()
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        names.update(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    torch.compile(function, fullgraph=True, backend=backend)(*args)
+    return names
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels_last"])
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_operators_pass_pytorchs_own_check(case: str, layout: torch.memory_format, device: torch.device) -> None:
+    """Schema, fake results' shapes and strides, registration, and traced derivatives with static and dynamic shapes."""
+    x, w, b = arguments(case, device)
+    x, w = (t.detach().to(memory_format=layout).requires_grad_() for t in (x, w))
+    options: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | GEOMETRIES[case][2]
+    words = _conv_operators._words(geometry_of(w, **options, algorithm=None))
+    grad = torch.randn_like(torch_functional.conv2d(x, w, b, **options)).requires_grad_()
+    for operator, args in (
+        (_conv_operators._convolution, (x, w, b, *words)),
+        (_conv_operators._convolution_input, (grad, w, list(x.shape[2:]), *words)),
+        (_conv_operators._convolution_weight, (grad, x, list(w.shape[2:]), *words)),
+    ):
+        torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_derivatives_of_the_operators(case: str, device: torch.device) -> None:
+    x, w, b = arguments(case, device)
+    geometry = geometry_of(
+        w, **({"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | GEOMETRIES[case][2]), algorithm=None
+    )
+
+    def function(*tensors: Tensor) -> Tensor:
+        return _conv_operators.convolution(*tensors, geometry)
+
+    assert torch.autograd.gradcheck(function, (x, w, b)) and torch.autograd.gradgradcheck(function, (x, w, b))
+
+
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_compiled_convolution_is_pytorchs(case: str, device: torch.device) -> None:
+    leaves, options = arguments(case, device), GEOMETRIES[case][2]
+    ours = compiled(lambda *t: F.conv2d(*t, **options))(*leaves)
+    theirs = torch_functional.conv2d(*leaves, **options)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
+
+
+def test_one_compilation_serves_many_sizes(device: torch.device) -> None:
+    function = compiled(lambda x, w: F.conv2d(x, w, padding=1, stride=2), dynamic=True)
+    w = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
+    for shape in ((2, 3, 8, 8), (3, 3, 9, 7), (5, 3, 12, 10)):
+        x = torch.randn(shape, device=device, requires_grad=True)
+        with torch.compiler.set_stance("default" if shape[0] == 2 else "fail_on_recompile"):
+            ours = function(x, w)
+        theirs = torch_functional.conv2d(x, w, padding=1, stride=2)
+        # Sums of 27 products of size 1, taken in two orders.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        got, expected = (torch.autograd.grad(y.square().sum(), (x, w)) for y in (ours, theirs))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_graph_holds_the_operator_and_an_exported_program_does_not(device: torch.device) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return F.conv2d(x, w, padding=1)
+
+    x, w, _ = arguments("padded", device)
+    assert any("reimpl.convolution" in name for name in graph_of(Layer(), x, w))
+    program = torch.export.export(Layer(), (x, w))
+    assert not any("reimpl" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x, w), torch_functional.conv2d(x, w, padding=1))
+
+
+def test_what_the_operators_do_not_do_is_composed(device: torch.device) -> None:
+    """Complex numbers, forward mode and maps inside the compiled function."""
+    x, w, _ = (t.detach() for t in arguments("padded", device))
+    z = torch.complex(x, x.flip(0)), torch.complex(w, w.flip(1))
+    assert not any("reimpl" in name for name in graph_of(F.conv2d, *z))
+    torch.testing.assert_close(compiled(F.conv2d)(*z), torch_functional.conv2d(*z))
+
+    def tangent(x: Tensor, w: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: F.conv2d(x, w), (x,), (w.sum() * x,))[1]  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(compiled(tangent)(x, w), tangent(x, w))
+
+
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_maps_inside_the_compiled_function(dims: tuple[int | None, int | None], device: torch.device) -> None:
+    x, w, _ = (t.detach() for t in arguments("padded", device))
+    args = tuple(t if d is None else torch.stack([t, 2 * t]) for t, d in zip((x, w), dims, strict=True))
+    mapped = torch.vmap(F.conv2d, dims)
+    torch.testing.assert_close(compiled(lambda *a: mapped(*a))(*args), mapped(*args))
+
+
+def test_gradient_taken_inside_the_compiled_function(device: torch.device) -> None:
+    x, w, _ = (t.detach() for t in arguments("padded", device))
+
+    def slope(x: Tensor, w: Tensor) -> Tensor:
+        return torch.func.grad(lambda x, w: F.conv2d(x, w).pow(3).sum(), (0, 1))(x, w)  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(compiled(slope)(x, w), slope(x, w))
+
+
+def test_kernels_run_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    from reimpl.functional import _conv_numba
+
+    ran: list[str] = []
+    original = _conv_numba.run
+
+    def noting(kernel: Any, *args: Any) -> None:
+        ran.append(kernel.__name__)
+        original(kernel, *args)
+
+    monkeypatch.setattr(_conv_numba, "run", noting)
+    x, w = torch.randn(4, 16, 16, 16, requires_grad=True), torch.randn(16, 16, 3, 3, requires_grad=True)
+    function = compiled(lambda x, w: F.conv2d(x, w, padding=1))
+    function(x, w).sum().backward()
+    assert not ran
+    with F.use_kernels():
+        function(x, w).sum().backward()
+    assert {"convolve", "convolve_weight"} <= set(ran)
+
+
+def test_autocast_around_compiled_code(device: torch.device) -> None:
+    x, w = torch.randn(2, 3, 5, 5, device=device), torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        output = compiled(F.conv2d)(x, w)
+    assert output.dtype is torch.bfloat16
+    (grad,) = torch.autograd.grad(output.float().sum(), w)
+    expected = torch_functional.conv2d(x, w)
+    assert grad.dtype is torch.float32
+    # bfloat16 keeps 8 bits; each gradient is a sum of 18 such numbers of size 1.
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), w)[0], rtol=2**-6, atol=18 * 2**-7)

@@ -10,13 +10,18 @@ _PLAIN = {Tensor, Parameter}
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary tensors of one of the wide types, and nothing maps over them."""
+def ordinary(*tensors: Tensor | None) -> bool:
+    """Whether all are tensors of PyTorch's own, their memory holds their numbers, and nothing maps over them."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     legacy = torch._C._functorch.is_legacy_batchedtensor
     return not torch.compiler.is_compiling() and all(
-        t is None or (type(t) in _PLAIN and t.dtype in _BITS and not wrapped(t) and not legacy(t)) for t in tensors
+        t is None or (type(t) in _PLAIN and not wrapped(t) and not legacy(t) and not t.is_neg()) for t in tensors
     )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether all are :func:`ordinary` tensors of one of the wide types."""
+    return ordinary(*tensors) and all(t is None or t.dtype in _BITS for t in tensors)
 
 
 def masked(grad: Tensor, rectified: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The switch for the library's own compiled kernels: when they run, and what is said where Numba is missing."""
+"""The switch for the library's own compiled kernels: when they run, and what is said where a compiler is missing."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._plain import plain
+from reimpl.functional._plain import ordinary
 
 _enabled = False
+
+COMPILERS = {"cpu": "numba", "cuda": "triton"}
+"""What compiles the kernels for the tensors of a device."""
+
+_DTYPES = {"numba": {torch.float32}, "triton": {torch.float32, torch.bfloat16, torch.float16}}
+# The module of Triton kernels behind the same functions as one of Numba's.
+_TRITON = {"_conv_numba": "_triton_conv", "_norm_numba": "_triton_norm"}
 
 
 class use_kernels:
     """Run what has one through a compiled kernel of the library's own, from here on or within a ``with`` block.
 
-    Compiled by Numba (the extra ``fused``) at first use, on the CPU and for float32, and kept from then on in the
-    user's cache folder. Everything else runs as it would without. Results differ by roundings: sums are taken in
-    another order. The backward pass runs as the switch stands then.
+    Compiled at first use (the extra ``fused``), by Numba on the CPU, for float32, and by Triton on CUDA, for float32,
+    bfloat16 and float16 with sums in float32; kept from then on in the user's cache folder. Everything else runs as it
+    would without. Results differ by roundings: sums are taken in another order. The backward pass runs as the switch
+    stands then.
 
     Args:
         mode: on or off.
 
     Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation in training, with
-    relu or not, have such kernels.
+    relu or not, have such kernels; on CUDA batch normalisation by running averages too.
     """
 
     def __init__(self, mode: bool = True) -> None:
@@ -53,11 +61,11 @@ def kernels_enabled() -> bool:
 
 
 @cache
-def module(name: str) -> Any:
-    """The module of this package that holds the kernels, ``None`` (and once a warning) where Numba is missing."""
-    if importlib.util.find_spec("numba") is None:
+def module(name: str, compiler: str = "numba") -> Any:
+    """The module of this package that holds the kernels, ``None`` (and once a warning) without their compiler."""
+    if importlib.util.find_spec(compiler) is None:
         warnings.warn(
-            "use_kernels needs numba, which is not installed (pip install 'reimpl[fused]'); "
+            f"use_kernels needs {compiler}, which is not installed (pip install 'reimpl[fused]'); "
             "everything runs without compiled kernels",
             stacklevel=3,
         )
@@ -66,11 +74,22 @@ def module(name: str) -> Any:
 
 
 def kernels_for(name: str, *tensors: Tensor | None) -> Any:
-    """The kernels of ``name`` where they are on and do for such tensors: plain, float32, on the CPU; else ``None``."""
+    """The kernels of ``name`` where they are on and do for such tensors, else ``None``.
+
+    Args:
+        name: the module of Numba's; on CUDA its twin is taken.
+        tensors: ordinary ones, on one device, of a dtype that its compiler's kernels do.
+    """
     if not _enabled:
         return None
-    fit = all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
-    # a dispatch mode wants to see operators
-    if not fit or not plain(*tensors) or torch._C._len_torch_dispatch_stack() > 0:
+    given = [t for t in tensors if t is not None]
+    device = given[0].device
+    compiler = COMPILERS.get(device.type)
+    if compiler is None or not all(t.device == device and t.dtype in _DTYPES[compiler] for t in given):
         return None
-    return module(name)
+    # a dispatch mode wants to see operators
+    if not ordinary(*given) or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if compiler == "numba":
+        return module(name)
+    return module(_TRITON[name], compiler) if name in _TRITON else None

@@ -339,6 +339,9 @@ class _BatchNormInference(torch.autograd.Function):
     def forward(
         input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
     ) -> Tensor:
+        kernels = kernels_for("_norm_numba", input, mean, var, weight, bias)
+        if hasattr(kernels, "infer") and kernels.worth_it(input):
+            return kernels.infer(input, mean, var, weight, bias, eps, relu)  # type: ignore[no-any-return]
         return _normalize(input, mean, var, weight, bias, eps, relu)
 
     @staticmethod
@@ -350,6 +353,15 @@ class _BatchNormInference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, var, weight, rectified = ctx.saved_tensors
+        kernels = None if torch.is_grad_enabled() else kernels_for("_norm_numba", grad, *ctx.saved_tensors)
+        if hasattr(kernels, "infer_backward") and kernels.worth_it(input):
+            wanted, _, _, *of_vectors = ctx.needs_input_grad[:5]
+            grad_input, sum_g, sums = kernels.infer_backward(
+                grad, input, rectified, weight, mean, var, ctx.eps, wanted, any(of_vectors)
+            )
+            to_weight = like(Chain(sum_g, sums, var, weight, ctx.eps).to_weight, weight) if of_vectors[0] else None
+            to_bias = like(sum_g, ctx.bias_dtype) if of_vectors[1] else None
+            return grad_input, None, None, to_weight, to_bias, None, None
         dtype, dims = opmath_dtype(input.dtype), other_dims(input)
         g, s = _unrectified(grad, rectified).to(dtype), torch.rsqrt(var.to(dtype) + ctx.eps)
         scale = s if weight is None else s * weight.to(dtype)

@@ -353,7 +353,8 @@ class _BatchNormInference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, var, weight, rectified = ctx.saved_tensors
-        kernels = None if torch.is_grad_enabled() else kernels_for("_norm_numba", grad, *ctx.saved_tensors)
+        ready = not torch.is_grad_enabled()
+        kernels: Any = kernels_for("_norm_numba", grad, *ctx.saved_tensors) if ready else None
         if hasattr(kernels, "infer_backward") and kernels.worth_it(input):
             wanted, _, _, *of_vectors = ctx.needs_input_grad[:5]
             grad_input, sum_g, sums = kernels.infer_backward(

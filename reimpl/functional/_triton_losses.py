@@ -1,0 +1,360 @@
+"""Softmax, its logarithm and the cross-entropy of class indices as Triton kernels, each row read once or twice.
+
+Rows lie either one after the other, or (where the classes are not the last dimension) side by side in planes; a tile
+is some rows by some classes. A row that fits into a tile stays in registers; a longer one is walked through with a
+running maximum and a sum that is scaled down when the maximum grows, and then once more.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reimpl.functional._triton_common import blocks, exp, launch, log, power_of_two
+
+# Numbers of a tile, and of those the rows where they lie side by side: 128 bytes of float32 are read at once.
+_TILE, _SIDE_BY_SIDE = 4_096, 32
+# A target that is no class stops the program, as PyTorch's does; other checks of the compiler's are left out.
+_CHECKED = {"debug": True, "sanitize_overflow": False}
+
+
+@triton.jit
+def _rows(count: Any, classes: Any, inner: Any, ROWS: tl.constexpr, PLANES: tl.constexpr) -> Any:
+    """Where the tile's rows begin, their numbers, and which of them exist."""
+    block = tl.program_id(0)
+    if PLANES:
+        in_plane = tl.cdiv(inner, ROWS)
+        outer = (block // in_plane).to(tl.int64)
+        i = (block % in_plane) * ROWS + tl.arange(0, ROWS)
+        return outer * classes * inner + i, outer * inner + i, i < inner
+    else:
+        r = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        return r * classes, r, r < count
+
+
+@triton.jit
+def _columns(base: Any, live: Any, at: Any, classes: Any, inner: Any, WIDTH: tl.constexpr) -> Any:
+    """The classes from ``at`` on, their places, and which of them exist."""
+    c = at + tl.arange(0, WIDTH)
+    return c, base[:, None] + c[None, :].to(tl.int64) * inner, live[:, None] & (c < classes)[None, :]
+
+
+@triton.jit
+def _largest_and_total(
+    x: Any, base: Any, live: Any, classes: Any, inner: Any, ROWS: tl.constexpr, WIDTH: tl.constexpr
+) -> Any:
+    """The maximum of each row, and the sum of the exponentials of what lies below it."""
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for at in range(0, classes, WIDTH):
+        c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+        v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(largest, tl.max(v, 1))
+        # before the first finite number nothing is to be scaled
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * exp(largest - shift) + tl.sum(exp(v - shift[:, None]), 1)
+        largest = higher
+    return largest, total
+
+
+@triton.jit
+def _forward(
+    x: Any,
+    y: Any,
+    count: Any,
+    classes: Any,
+    inner: Any,
+    LOG: tl.constexpr,
+    PLANES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> Any:
+    base, _, live = _rows(count, classes, inner, ROWS, PLANES)
+    if WHOLE:
+        c, place, there = _columns(base, live, 0, classes, inner, WIDTH)
+        v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
+        v -= tl.max(v, 1)[:, None]
+        powers = exp(v)
+        total = tl.sum(powers, 1)[:, None]
+        if LOG:
+            v -= log(total)
+        else:
+            v = tl.div_rn(powers, tl.broadcast_to(total, [ROWS, WIDTH]))
+        tl.store(y + place, v.to(y.dtype.element_ty), mask=there)
+    else:
+        largest, total = _largest_and_total(x, base, live, classes, inner, ROWS, WIDTH)
+        for at in range(0, classes, WIDTH):
+            c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32) - largest[:, None]
+            if LOG:
+                v -= log(total)[:, None]
+            else:
+                v = tl.div_rn(exp(v), tl.broadcast_to(total[:, None], [ROWS, WIDTH]))
+            tl.store(y + place, v.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _gradient(g: Any, y: Any, total: Any, LOG: tl.constexpr) -> Any:
+    if LOG:
+        return g - exp(y) * total[:, None]
+    else:
+        return y * (g - total[:, None])
+
+
+@triton.jit
+def _backward(
+    grad: Any,
+    y: Any,
+    result: Any,
+    count: Any,
+    classes: Any,
+    inner: Any,
+    LOG: tl.constexpr,
+    PLANES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> Any:
+    base, _, live = _rows(count, classes, inner, ROWS, PLANES)
+    if WHOLE:
+        c, place, there = _columns(base, live, 0, classes, inner, WIDTH)
+        g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
+        v = tl.load(y + place, mask=there, other=0.0).to(tl.float32)
+        total = tl.sum(g if LOG else g * v, 1)
+        tl.store(result + place, _gradient(g, v, total, LOG).to(result.dtype.element_ty), mask=there)
+    else:
+        total = tl.zeros([ROWS], tl.float32)
+        for at in range(0, classes, WIDTH):
+            c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
+            if not LOG:
+                g *= tl.load(y + place, mask=there, other=0.0).to(tl.float32)
+            total += tl.sum(g, 1)
+        for at in range(0, classes, WIDTH):
+            c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
+            v = tl.load(y + place, mask=there, other=0.0).to(tl.float32)
+            tl.store(result + place, _gradient(g, v, total, LOG).to(result.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _targets(indices: Any, sample: Any, live: Any, classes: Any, ignore_index: Any) -> Any:
+    """The class of each sample, -1 where it does not count."""
+    target = tl.load(indices + sample, mask=live, other=0)
+    kept = live & (target != ignore_index)
+    inside = (target >= 0) & (target < classes)
+    tl.device_assert(inside | (kept == 0), "Target is out of bounds.")
+    return tl.where(kept & inside, target, -1)
+
+
+@triton.jit
+def _loss_parts(
+    log_probs: Any, c: Any, there: Any, target: Any, weight: Any, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr
+) -> Any:
+    """What the classes of a tile add: the target's log-probability, and the sum of all, weighted."""
+    picked = tl.sum(tl.where(c[None, :] == target[:, None], log_probs, 0.0), 1)
+    spread = tl.zeros_like(picked)
+    if SMOOTH:
+        if HAS_WEIGHT:
+            log_probs *= tl.load(weight + c[None, :], mask=there, other=0.0).to(tl.float32)
+        spread = tl.sum(tl.where(there, log_probs, 0.0), 1)
+    return picked, spread
+
+
+@triton.jit
+def _loss_forward(
+    x: Any,
+    log_probs: Any,
+    loss: Any,
+    indices: Any,
+    weight: Any,
+    ignore_index: Any,
+    smoothing: Any,
+    count: Any,
+    classes: Any,
+    inner: Any,
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    PLANES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> Any:
+    base, sample, live = _rows(count, classes, inner, ROWS, PLANES)
+    target = _targets(indices, sample, live, classes, ignore_index)
+    if WHOLE:
+        c, place, there = _columns(base, live, 0, classes, inner, WIDTH)
+        v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
+        v -= tl.max(v, 1)[:, None]
+        v -= log(tl.sum(exp(v), 1))[:, None]
+        tl.store(log_probs + place, v, mask=there)
+        picked, spread = _loss_parts(v, c, there, target, weight, HAS_WEIGHT, SMOOTH)
+    else:
+        largest, total = _largest_and_total(x, base, live, classes, inner, ROWS, WIDTH)
+        shift = log(total)
+        picked = tl.zeros([ROWS], tl.float32)
+        spread = tl.zeros([ROWS], tl.float32)
+        for at in range(0, classes, WIDTH):
+            c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
+            v = v - largest[:, None] - shift[:, None]
+            tl.store(log_probs + place, v, mask=there)
+            of_target, of_all = _loss_parts(v, c, there, target, weight, HAS_WEIGHT, SMOOTH)
+            picked += of_target
+            spread += of_all
+    if HAS_WEIGHT:
+        picked *= tl.load(weight + target, mask=target >= 0, other=0.0).to(tl.float32)
+    value = -picked
+    if SMOOTH:
+        value = (1 - smoothing) * value - tl.div_rn(smoothing, classes.to(tl.float32)) * spread
+    tl.store(loss + sample, tl.where(target >= 0, value, 0.0), mask=live)
+
+
+@triton.jit
+def _loss_backward(
+    grad: Any,
+    log_probs: Any,
+    result: Any,
+    indices: Any,
+    weight: Any,
+    weights_total: Any,
+    grad_stride: Any,
+    ignore_index: Any,
+    smoothing: Any,
+    count: Any,
+    classes: Any,
+    inner: Any,
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> Any:
+    """g (softmax (sum of w q) - w q), q the smoothed target."""
+    base, sample, live = _rows(count, classes, inner, ROWS, PLANES)
+    target = _targets(indices, sample, live, classes, ignore_index)
+    counts = target >= 0
+    g = tl.load(grad + sample * grad_stride, mask=counts, other=0.0).to(tl.float32)
+    at_target = g
+    if HAS_WEIGHT:
+        at_target *= tl.load(weight + target, mask=counts, other=0.0).to(tl.float32)
+    whole = at_target
+    everywhere = tl.zeros_like(g)
+    if SMOOTH:
+        everywhere = g * tl.div_rn(smoothing, classes.to(tl.float32))
+        at_target *= 1 - smoothing
+        if HAS_WEIGHT:
+            whole = at_target + everywhere * tl.load(weights_total).to(tl.float32)
+        else:
+            whole = at_target + g * smoothing
+    for at in range(0, classes, WIDTH):
+        c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+        v = exp(tl.load(log_probs + place, mask=there, other=0.0)) * whole[:, None]
+        v -= tl.where(c[None, :] == target[:, None], at_target[:, None], 0.0)
+        if SMOOTH:
+            if HAS_WEIGHT:
+                v -= tl.load(weight + c[None, :], mask=there, other=0.0).to(tl.float32) * everywhere[:, None]
+            else:
+                v -= everywhere[:, None]
+        tl.store(result + place, v.to(result.dtype.element_ty), mask=there)
+
+
+def worth_it(input: Tensor, dim: int) -> bool:
+    """Whether there is anything to do along a dimension that exists."""
+    return input.dim() > 0 and input.numel() > 0
+
+
+def _split(input: Tensor, dim: int) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
+    """How many programs, how many rows, classes and rows side by side, and the form of a tile."""
+    dim %= input.dim()
+    classes, inner = input.shape[dim], prod(input.shape[dim + 1 :])
+    outer = prod(input.shape[:dim])
+    planes = inner > 1
+    width = power_of_two(classes, 1, _TILE // _SIDE_BY_SIDE if planes else _TILE)
+    rows = power_of_two(inner if planes else outer, 1, min(_TILE // width, _SIDE_BY_SIDE))
+    programs = outer * blocks(inner, rows) if planes else blocks(outer, rows)
+    return programs, (outer * inner, classes, inner), {"PLANES": planes, "ROWS": rows, "WIDTH": width}
+
+
+def _apply(input: Tensor, dim: int, log: bool) -> Tensor:
+    x = input.contiguous()
+    y = x.new_empty(x.shape)
+    programs, sizes, tile = _split(x, dim)
+    launch(_forward, (programs,), x, y, *sizes, LOG=log, WHOLE=sizes[1] <= tile["WIDTH"], **tile)
+    return y
+
+
+def _differentiate(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tensor:
+    grad, output = grad.contiguous(), output.contiguous()
+    result = output.new_empty(output.shape)
+    programs, sizes, tile = _split(output, dim)
+    launch(_backward, (programs,), grad, output, result, *sizes, LOG=log, WHOLE=sizes[1] <= tile["WIDTH"], **tile)
+    return result
+
+
+def softmax(input: Tensor, dim: int) -> Tensor:
+    """``exp(x - m) / sum exp(x - m)`` along ``dim``, ``m`` the maximum; contiguous."""
+    return _apply(input, dim, False)
+
+
+def softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+    """``y (grad - sum grad y)``."""
+    return _differentiate(grad, output, dim, False)
+
+
+def log_softmax(input: Tensor, dim: int) -> Tensor:
+    """``x - m - log sum exp(x - m)`` along ``dim``, ``m`` the maximum; contiguous."""
+    return _apply(input, dim, True)
+
+
+def log_softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+    """``grad - exp(y) sum grad``."""
+    return _differentiate(grad, output, dim, True)
+
+
+def cross_entropy(
+    input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Loss of each sample and the log-probabilities, both float32; dimension 1 holds the classes."""
+    x, indices = input.contiguous(), indices.contiguous()
+    log_probs, loss = (x.new_empty(shape, dtype=torch.float32) for shape in (x.shape, indices.shape))
+    programs, sizes, tile = _split(x, 1)
+    launch(
+        _loss_forward, (programs,), x, log_probs, loss, indices, loss if weight is None else weight.contiguous(),
+        ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0,
+        WHOLE=sizes[1] <= tile["WIDTH"], **_CHECKED, **tile,
+    )  # fmt: skip
+    return loss, log_probs
+
+
+def cross_entropy_backward(
+    grad: Tensor,
+    log_probs: Tensor,
+    indices: Tensor,
+    ignore_index: int,
+    weight: Tensor | None,
+    smoothing: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of the logits in ``dtype`` from those of the samples' losses."""
+    # the gradient of a sum or a mean is one number for all samples
+    same = all(stride == 0 or size == 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
+    grad, log_probs = grad if same else grad.contiguous(), log_probs.contiguous()
+    result = log_probs.new_empty(log_probs.shape, dtype=dtype)
+    weight = None if weight is None else weight.contiguous()
+    total = weight.sum(dtype=torch.float32) if weight is not None and smoothing != 0 else log_probs
+    programs, sizes, tile = _split(log_probs, 1)
+    launch(
+        _loss_backward, (programs,), grad, log_probs, result, indices.contiguous(),
+        log_probs if weight is None else weight, total, int(not same), ignore_index, smoothing, *sizes,
+        HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0, **_CHECKED, **tile,
+    )  # fmt: skip
+    return result

@@ -34,6 +34,11 @@ if INTERPRETED:
         # float64 leaves enough digits after the subtraction; -0 stays -0
         return tl.where(x == 0, x, (tl.exp(x.to(tl.float64)) - 1.0).to(tl.float32))
 
+    @triton.jit
+    def dot(a: Any, b: Any, total: Any) -> Any:
+        # the interpreter takes the bits of bfloat16 for whole numbers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+
 else:
     # within 2 ulp, where tl.exp and tl.log, made of one instruction each, lose digits as the exponent grows
 
@@ -48,6 +53,10 @@ else:
     @triton.jit
     def expm1(x: Any) -> Any:
         return libdevice.expm1(x)
+
+    @triton.jit
+    def dot(a: Any, b: Any, total: Any) -> Any:
+        return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -84,11 +93,14 @@ def through(grad: Any, y: Any, slope: Any, ACTIVATION: tl.constexpr) -> Any:
 
 
 @cache
+def processors(device: torch.device) -> int:
+    """How many processors the device has; the interpreter pretends to two."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
+
+
 def programs_wanted(device: torch.device) -> int:
-    """How many programs fill the device."""
-    if device.type == "cpu":
-        return _PROGRAMS_PER_PROCESSOR
-    return _PROGRAMS_PER_PROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    """How many small programs fill the device."""
+    return _PROGRAMS_PER_PROCESSOR * processors(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:

@@ -87,7 +87,7 @@ def convolve(
             total = dot(a, b, total)
     else:
         blocks = tl.cdiv(channels, BLOCK_K)
-        for step in range(0, K_H * K_W * blocks):
+        for step in range(K_H * K_W * blocks):
             tap = step // blocks
             c = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
             down, right = tap // K_W * D_H, tap % K_W * D_W
@@ -155,7 +155,7 @@ def convolve_input(
     h, w = residue_h + h * S_H, residue_w + w * S_W
     blocks = tl.cdiv(outputs, BLOCK_K)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, taps_h * taps_w * blocks):
+    for step in range(taps_h * taps_w * blocks):
         tap = step // blocks
         o = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         k_h, k_w = first_h + tap // taps_w * STEP_H, first_w + tap % taps_w * STEP_W

@@ -54,7 +54,7 @@ def _largest_and_total(
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for at in range(0, classes, WIDTH):
-        c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+        _, place, there = _columns(base, live, at, classes, inner, WIDTH)
         v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(largest, tl.max(v, 1))
         # before the first finite number nothing is to be scaled
@@ -92,7 +92,7 @@ def _forward(
     else:
         largest, total = _largest_and_total(x, base, live, classes, inner, ROWS, WIDTH)
         for at in range(0, classes, WIDTH):
-            c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            _, place, there = _columns(base, live, at, classes, inner, WIDTH)
             v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32) - largest[:, None]
             if LOG:
                 v -= log(total)[:, None]
@@ -139,7 +139,7 @@ def _backward(
                 g *= tl.load(y + place, mask=there, other=0.0).to(tl.float32)
             total += tl.sum(g, 1)
         for at in range(0, classes, WIDTH):
-            c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            _, place, there = _columns(base, live, at, classes, inner, WIDTH)
             g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
             v = tl.load(y + place, mask=there, other=0.0).to(tl.float32)
             tl.store(result + place, _gradient(g, v, total, LOG).to(result.dtype.element_ty), mask=there)

@@ -1,6 +1,6 @@
 """What the Triton kernels of the layers share: elementary functions, activations, and how a kernel is started."""
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if INTERPRETED:
     # the interpreter has no libdevice
 
     @triton.jit
-    def exp(x: Any) -> Any:
+    def exp(x):
         return tl.exp(x)
 
     @triton.jit
-    def log(x: Any) -> Any:
+    def log(x):
         return tl.log(x)
 
     @triton.jit
-    def expm1(x: Any) -> Any:
+    def expm1(x):
         # float64 leaves enough digits after the subtraction; -0 stays -0
         return tl.where(x == 0, x, (tl.exp(x.to(tl.float64)) - 1.0).to(tl.float32))
 
     @triton.jit
-    def dot(a: Any, b: Any, total: Any) -> Any:
+    def dot(a, b, total):
         # the interpreter takes the bits of bfloat16 for whole numbers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
 
@@ -43,24 +43,24 @@ else:
     # within 2 ulp, where tl.exp and tl.log, made of one instruction each, lose digits as the exponent grows
 
     @triton.jit
-    def exp(x: Any) -> Any:
+    def exp(x):
         return libdevice.exp(x)
 
     @triton.jit
-    def log(x: Any) -> Any:
+    def log(x):
         return libdevice.log(x)
 
     @triton.jit
-    def expm1(x: Any) -> Any:
+    def expm1(x):
         return libdevice.expm1(x)
 
     @triton.jit
-    def dot(a: Any, b: Any, total: Any) -> Any:
+    def dot(a, b, total):
         return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
-def activate(x: Any, slope: Any, ACTIVATION: tl.constexpr) -> Any:
+def activate(x, slope, ACTIVATION: tl.constexpr):
     """The activation's value in float32; NaN passes all of them."""
     if ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, x)
@@ -78,7 +78,7 @@ def activate(x: Any, slope: Any, ACTIVATION: tl.constexpr) -> Any:
 
 
 @triton.jit
-def through(grad: Any, y: Any, slope: Any, ACTIVATION: tl.constexpr) -> Any:
+def through(grad, y, slope, ACTIVATION: tl.constexpr):
     """The gradient before the activation whose value (for ``leaky_relu``: whose sign) is ``y``."""
     if ACTIVATION == "relu":
         return tl.where(y <= 0, 0.0, grad)
@@ -109,9 +109,9 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **opti
         return
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            kernel[grid](first, *args, **options)
+            kernel[grid](first, *args, enable_fp_fusion=True, **options)
     else:
-        kernel[grid](first, *args, **options)
+        kernel[grid](first, *args, enable_fp_fusion=True, **options)
 
 
 def blocks(count: int, size: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -17,6 +17,8 @@ from reimpl.functional._triton_common import blocks, launch, power_of_two, proce
 # Fewer channels than this in a group leave most of a tile idle; the least side of a tile is 16.
 _LEAST_CHANNELS = 8
 _LEAST_SIDE = 16
+# Columns for which a tile gives up width to lie in one tap, which spares it the places of each.
+_WIDE_ENOUGH = 32
 # The partial sums of a kernel's gradient: each over so many blocks of pixels at least.
 _LEAST_BLOCKS = 8
 # Places are counted in 32 bits, with room for what a tile reaches beyond.
@@ -39,21 +41,17 @@ class _Tile:
 
 
 def _tile(rows: int, columns: int, summed: int, parts: int, like: Tensor) -> _Tile:
-    """The largest tile that leaves no processor without one.
-
-    Accumulators fill at most half of the registers: 64 numbers a thread for the matrix units, 32 for float32, whose
-    operands are held in registers too.
-    """
+    """The largest tile that leaves no processor without one; the matrix units want 64 rows and four warps."""
     wide = like.dtype != torch.float32
-    m = power_of_two(rows, _LEAST_SIDE, 128 if wide else 64)
-    n = power_of_two(columns, _LEAST_SIDE, 128 if wide else 64)
-    while parts * blocks(rows, m) * blocks(columns, n) < processors(like.device) and max(m, n) > 32:
-        if m >= n:
+    side, least_m = (128, 64) if wide else (64, 32)
+    m, n = power_of_two(rows, _LEAST_SIDE, side), power_of_two(columns, _LEAST_SIDE, side)
+    while parts * blocks(rows, m) * blocks(columns, n) < processors(like.device) and (m > least_m or n > 32):
+        if m > max(n, least_m) or n <= 32:
             m //= 2
         else:
             n //= 2
     k = power_of_two(summed, _LEAST_SIDE, 64 if wide else 32)
-    return _Tile(m, n, k, max(1, min(8, m * n // (2_048 if wide else 1_024))))
+    return _Tile(m, n, k, 8 if m * n > 8_192 else 4)
 
 
 def worth_it(input: Tensor, weight: Tensor, output: tuple[int, int], groups: int) -> bool:
@@ -117,6 +115,9 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     length, pixels = kernel[0] * kernel[1] * channels, grad.shape[0] * grad.shape[2] * grad.shape[3]
     # the pixels are shared out, so that small results need no small tiles
     tile = _tile(outputs, length, pixels, processors(g.device), g)
+    in_one_tap = gcd(channels, tile.n)
+    if in_one_tap >= _WIDE_ENOUGH:
+        tile = replace(tile, n=in_one_tap)
     tiles = blocks(outputs, tile.m) * blocks(length, tile.n)
     most = blocks(blocks(pixels, tile.k), _LEAST_BLOCKS)
     per_part = blocks(blocks(pixels, tile.k), max(1, min(most, 2 * processors(g.device) // (tiles * groups)))) * tile.k

@@ -4,11 +4,9 @@ Planes have their channels last, and kernels are (outputs, rows, columns, channe
 the result; float32 is multiplied in float32, the half-width types on the matrix units, and all sums are float32.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,7 +15,7 @@ from reimpl.functional._triton_common import dot
 
 
 @triton.jit
-def _tile(columns: Any, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> Any:
+def _tile(columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows and columns of a program's tile; neighbours share the rows, which are the larger operand."""
     tiles = tl.cdiv(columns, BLOCK_N)
     m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -25,7 +23,7 @@ def _tile(columns: Any, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _split_pixels(m: Any, height: Any, width: Any) -> Any:
+def _split_pixels(m, height, width):
     """Image, row and column."""
     image = m // (height * width)
     pixel = m % (height * width)
@@ -34,22 +32,22 @@ def _split_pixels(m: Any, height: Any, width: Any) -> Any:
 
 @triton.jit
 def convolve(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    y: Any,
-    images: Any,
-    height: Any,
-    width: Any,
-    channels: Any,
-    out_height: Any,
-    out_width: Any,
-    outputs: Any,
-    pad_h: Any,
-    pad_w: Any,
-    stride_n: Any,
-    stride_c: Any,
-    stride_p: Any,
+    x,
+    weight,
+    bias,
+    y,
+    images,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    outputs,
+    pad_h,
+    pad_w,
+    stride_n,
+    stride_c,
+    stride_p,
     K_H: tl.constexpr,
     K_W: tl.constexpr,
     S_H: tl.constexpr,
@@ -61,7 +59,7 @@ def convolve(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> Any:
+):
     """Output pixels by outputs; ``channels`` and ``outputs`` are a group's, the strides those of ``y``.
 
     FLAT takes taps and channels together, for channels that are fewer than a block.
@@ -106,7 +104,7 @@ def convolve(
 
 
 @triton.jit
-def _taps(residue: Any, pad: Any, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr) -> Any:
+def _taps(residue, pad, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr):
     """First tap over the pixels of a residue by the stride, and how many there are, STEP apart."""
     first = K
     for k in tl.static_range(STEP):
@@ -116,21 +114,21 @@ def _taps(residue: Any, pad: Any, K: tl.constexpr, S: tl.constexpr, D: tl.conste
 
 @triton.jit
 def convolve_input(
-    grad: Any,
-    weight: Any,
-    result: Any,
-    images: Any,
-    height: Any,
-    width: Any,
-    channels: Any,
-    out_height: Any,
-    out_width: Any,
-    outputs: Any,
-    pad_h: Any,
-    pad_w: Any,
-    stride_n: Any,
-    stride_c: Any,
-    stride_p: Any,
+    grad,
+    weight,
+    result,
+    images,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    outputs,
+    pad_h,
+    pad_w,
+    stride_n,
+    stride_c,
+    stride_p,
     K_H: tl.constexpr,
     K_W: tl.constexpr,
     S_H: tl.constexpr,
@@ -142,7 +140,7 @@ def convolve_input(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> Any:
+):
     """Input pixels by channels. Those of one residue by the stride lie under the same taps: axis 2 of the grid."""
     group, all_outputs = tl.program_id(1), outputs * tl.num_programs(1)
     residue_h, residue_w = tl.program_id(2) // S_W, tl.program_id(2) % S_W
@@ -175,19 +173,19 @@ def convolve_input(
 
 @triton.jit
 def convolve_weight(
-    grad: Any,
-    x: Any,
-    partial: Any,
-    images: Any,
-    height: Any,
-    width: Any,
-    channels: Any,
-    out_height: Any,
-    out_width: Any,
-    outputs: Any,
-    pad_h: Any,
-    pad_w: Any,
-    per_part: Any,
+    grad,
+    x,
+    partial,
+    images,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    outputs,
+    pad_h,
+    pad_w,
+    per_part,
     K_H: tl.constexpr,
     K_W: tl.constexpr,
     S_H: tl.constexpr,
@@ -198,7 +196,7 @@ def convolve_weight(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> Any:
+):
     """Outputs by taps and channels, summed over a part of the output pixels: axis 2 of the grid.
 
     ONE_TAP says that a tile's columns are of one tap.

@@ -5,7 +5,7 @@ is some rows by some classes. A row that fits into a tile stays in registers; a 
 running maximum and a sum that is scaled down when the maximum grows, and then once more.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reimpl.functional._triton_common import blocks, exp, launch, log, power_of_two
+from reimpl.functional._triton_common import blocks, exp, launch, log, power_of_two, processors
 
 # Numbers of a tile, and of those the rows where they lie side by side: 128 bytes of float32 are read at once.
 _TILE, _SIDE_BY_SIDE = 4_096, 32
@@ -26,7 +26,7 @@ _CHECKED = {"debug": True, "sanitize_overflow": False}
 
 
 @triton.jit
-def _rows(count: Any, classes: Any, inner: Any, ROWS: tl.constexpr, PLANES: tl.constexpr) -> Any:
+def _rows(count, classes, inner, ROWS: tl.constexpr, PLANES: tl.constexpr):
     """Where the tile's rows begin, their numbers, and which of them exist."""
     block = tl.program_id(0)
     if PLANES:
@@ -40,21 +40,19 @@ def _rows(count: Any, classes: Any, inner: Any, ROWS: tl.constexpr, PLANES: tl.c
 
 
 @triton.jit
-def _columns(base: Any, live: Any, at: Any, classes: Any, inner: Any, WIDTH: tl.constexpr) -> Any:
-    """The classes from ``at`` on, their places, and which of them exist."""
-    c = at + tl.arange(0, WIDTH)
-    return c, base[:, None] + c[None, :].to(tl.int64) * inner, live[:, None] & (c < classes)[None, :]
+def _places(base, live, c, classes, inner):
+    """Where the classes ``c`` of each row lie, and which of them exist."""
+    return base[:, None] + c[None, :].to(tl.int64) * inner, live[:, None] & (c < classes)[None, :]
 
 
 @triton.jit
-def _largest_and_total(
-    x: Any, base: Any, live: Any, classes: Any, inner: Any, ROWS: tl.constexpr, WIDTH: tl.constexpr
-) -> Any:
+def _largest_and_total(x, base, live, classes, inner, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """The maximum of each row, and the sum of the exponentials of what lies below it."""
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for at in range(0, classes, WIDTH):
-        _, place, there = _columns(base, live, at, classes, inner, WIDTH)
+        c = at + tl.arange(0, WIDTH)
+        place, there = _places(base, live, c, classes, inner)
         v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(largest, tl.max(v, 1))
         # before the first finite number nothing is to be scaled
@@ -66,20 +64,21 @@ def _largest_and_total(
 
 @triton.jit
 def _forward(
-    x: Any,
-    y: Any,
-    count: Any,
-    classes: Any,
-    inner: Any,
+    x,
+    y,
+    count,
+    classes,
+    inner,
     LOG: tl.constexpr,
     PLANES: tl.constexpr,
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-) -> Any:
+):
     base, _, live = _rows(count, classes, inner, ROWS, PLANES)
     if WHOLE:
-        c, place, there = _columns(base, live, 0, classes, inner, WIDTH)
+        c = tl.arange(0, WIDTH)
+        place, there = _places(base, live, c, classes, inner)
         v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
         v -= tl.max(v, 1)[:, None]
         powers = exp(v)
@@ -92,7 +91,8 @@ def _forward(
     else:
         largest, total = _largest_and_total(x, base, live, classes, inner, ROWS, WIDTH)
         for at in range(0, classes, WIDTH):
-            _, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            c = at + tl.arange(0, WIDTH)
+            place, there = _places(base, live, c, classes, inner)
             v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32) - largest[:, None]
             if LOG:
                 v -= log(total)[:, None]
@@ -102,7 +102,7 @@ def _forward(
 
 
 @triton.jit
-def _gradient(g: Any, y: Any, total: Any, LOG: tl.constexpr) -> Any:
+def _gradient(g, y, total, LOG: tl.constexpr):
     if LOG:
         return g - exp(y) * total[:, None]
     else:
@@ -111,21 +111,22 @@ def _gradient(g: Any, y: Any, total: Any, LOG: tl.constexpr) -> Any:
 
 @triton.jit
 def _backward(
-    grad: Any,
-    y: Any,
-    result: Any,
-    count: Any,
-    classes: Any,
-    inner: Any,
+    grad,
+    y,
+    result,
+    count,
+    classes,
+    inner,
     LOG: tl.constexpr,
     PLANES: tl.constexpr,
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-) -> Any:
+):
     base, _, live = _rows(count, classes, inner, ROWS, PLANES)
     if WHOLE:
-        c, place, there = _columns(base, live, 0, classes, inner, WIDTH)
+        c = tl.arange(0, WIDTH)
+        place, there = _places(base, live, c, classes, inner)
         g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
         v = tl.load(y + place, mask=there, other=0.0).to(tl.float32)
         total = tl.sum(g if LOG else g * v, 1)
@@ -133,20 +134,22 @@ def _backward(
     else:
         total = tl.zeros([ROWS], tl.float32)
         for at in range(0, classes, WIDTH):
-            c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            c = at + tl.arange(0, WIDTH)
+            place, there = _places(base, live, c, classes, inner)
             g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
             if not LOG:
                 g *= tl.load(y + place, mask=there, other=0.0).to(tl.float32)
             total += tl.sum(g, 1)
         for at in range(0, classes, WIDTH):
-            _, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            c = at + tl.arange(0, WIDTH)
+            place, there = _places(base, live, c, classes, inner)
             g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
             v = tl.load(y + place, mask=there, other=0.0).to(tl.float32)
             tl.store(result + place, _gradient(g, v, total, LOG).to(result.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _targets(indices: Any, sample: Any, live: Any, classes: Any, ignore_index: Any) -> Any:
+def _targets(indices, sample, live, classes, ignore_index):
     """The class of each sample, -1 where it does not count."""
     target = tl.load(indices + sample, mask=live, other=0)
     kept = live & (target != ignore_index)
@@ -156,9 +159,7 @@ def _targets(indices: Any, sample: Any, live: Any, classes: Any, ignore_index: A
 
 
 @triton.jit
-def _loss_parts(
-    log_probs: Any, c: Any, there: Any, target: Any, weight: Any, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr
-) -> Any:
+def _loss_parts(log_probs, c, there, target, weight, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr):
     """What the classes of a tile add: the target's log-probability, and the sum of all, weighted."""
     picked = tl.sum(tl.where(c[None, :] == target[:, None], log_probs, 0.0), 1)
     spread = tl.zeros_like(picked)
@@ -171,27 +172,28 @@ def _loss_parts(
 
 @triton.jit
 def _loss_forward(
-    x: Any,
-    log_probs: Any,
-    loss: Any,
-    indices: Any,
-    weight: Any,
-    ignore_index: Any,
-    smoothing: Any,
-    count: Any,
-    classes: Any,
-    inner: Any,
+    x,
+    log_probs,
+    loss,
+    indices,
+    weight,
+    ignore_index,
+    smoothing,
+    count,
+    classes,
+    inner,
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
     PLANES: tl.constexpr,
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-) -> Any:
+):
     base, sample, live = _rows(count, classes, inner, ROWS, PLANES)
     target = _targets(indices, sample, live, classes, ignore_index)
     if WHOLE:
-        c, place, there = _columns(base, live, 0, classes, inner, WIDTH)
+        c = tl.arange(0, WIDTH)
+        place, there = _places(base, live, c, classes, inner)
         v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
         v -= tl.max(v, 1)[:, None]
         v -= log(tl.sum(exp(v), 1))[:, None]
@@ -203,7 +205,8 @@ def _loss_forward(
         picked = tl.zeros([ROWS], tl.float32)
         spread = tl.zeros([ROWS], tl.float32)
         for at in range(0, classes, WIDTH):
-            c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+            c = at + tl.arange(0, WIDTH)
+            place, there = _places(base, live, c, classes, inner)
             v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
             v = v - largest[:, None] - shift[:, None]
             tl.store(log_probs + place, v, mask=there)
@@ -220,24 +223,24 @@ def _loss_forward(
 
 @triton.jit
 def _loss_backward(
-    grad: Any,
-    log_probs: Any,
-    result: Any,
-    indices: Any,
-    weight: Any,
-    weights_total: Any,
-    grad_stride: Any,
-    ignore_index: Any,
-    smoothing: Any,
-    count: Any,
-    classes: Any,
-    inner: Any,
+    grad,
+    log_probs,
+    result,
+    indices,
+    weight,
+    weights_total,
+    grad_stride,
+    ignore_index,
+    smoothing,
+    count,
+    classes,
+    inner,
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-) -> Any:
+):
     """g (softmax (sum of w q) - w q), q the smoothed target."""
     base, sample, live = _rows(count, classes, inner, ROWS, PLANES)
     target = _targets(indices, sample, live, classes, ignore_index)
@@ -256,7 +259,8 @@ def _loss_backward(
         else:
             whole = at_target + g * smoothing
     for at in range(0, classes, WIDTH):
-        c, place, there = _columns(base, live, at, classes, inner, WIDTH)
+        c = at + tl.arange(0, WIDTH)
+        place, there = _places(base, live, c, classes, inner)
         v = exp(tl.load(log_probs + place, mask=there, other=0.0)) * whole[:, None]
         v -= tl.where(c[None, :] == target[:, None], at_target[:, None], 0.0)
         if SMOOTH:
@@ -279,7 +283,8 @@ def _split(input: Tensor, dim: int) -> tuple[int, tuple[int, int, int], dict[str
     outer = prod(input.shape[:dim])
     planes = inner > 1
     width = power_of_two(classes, 1, _TILE // _SIDE_BY_SIDE if planes else _TILE)
-    rows = power_of_two(inner if planes else outer, 1, min(_TILE // width, _SIDE_BY_SIDE))
+    # rows that lie one after the other are shared out to all processors
+    rows = power_of_two(inner if planes else outer // processors(input.device), 1, min(_TILE // width, _SIDE_BY_SIDE))
     programs = outer * blocks(inner, rows) if planes else blocks(outer, rows)
     return programs, (outer * inner, classes, inner), {"PLANES": planes, "ROWS": rows, "WIDTH": width}
 

@@ -5,11 +5,9 @@ are last. Each place of a tile has sums of its own, merged at the end of the par
 second kernel of a pass merges the parts by itself, which saves a third.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,25 +16,25 @@ from reimpl.functional._triton_common import through
 
 
 @triton.jit
-def _places(rows: Any, size: Any, stride_n: Any, stride_s: Any) -> Any:
+def _places(rows, size, stride_n, stride_s):
     """Where the numbers of a channel lie, counted over all images."""
     return (rows // size).to(tl.int64) * stride_n + (rows % size) * stride_s
 
 
 @triton.jit
 def moments(
-    x: Any,
-    partial: Any,
-    channels: Any,
-    count: Any,
-    per_part: Any,
-    size: Any,
-    stride_n: Any,
-    stride_c: Any,
-    stride_s: Any,
+    x,
+    partial,
+    channels,
+    count,
+    per_part,
+    size,
+    stride_n,
+    stride_c,
+    stride_s,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> Any:
+):
     """Mean and sum of squared deviations of each part of each channel, by Welford's recurrence in every place."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
@@ -67,15 +65,15 @@ def moments(
 
 @triton.jit
 def _merged(
-    partial: Any,
-    parts: Any,
-    c: Any,
-    channels: Any,
-    count: Any,
-    per_part: Any,
+    partial,
+    parts,
+    c,
+    channels,
+    count,
+    per_part,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> Any:
+):
     """Mean and variance of whole channels."""
     total = tl.zeros([PARTS, COLUMNS], tl.float32)
     for at in range(0, parts, PARTS):
@@ -97,7 +95,7 @@ def _merged(
 
 
 @triton.jit
-def _vector(pointer: Any, c: Any, live: Any, otherwise: Any, GIVEN: tl.constexpr) -> Any:
+def _vector(pointer, c, live, otherwise, GIVEN: tl.constexpr):
     """A number for each channel, ``otherwise`` where there is none."""
     if GIVEN:
         return tl.load(pointer + c, mask=live, other=0.0).to(tl.float32)
@@ -107,22 +105,22 @@ def _vector(pointer: Any, c: Any, live: Any, otherwise: Any, GIVEN: tl.constexpr
 
 @triton.jit
 def normalize(
-    x: Any,
-    y: Any,
-    partial: Any,
-    means: Any,
-    variances: Any,
-    weight: Any,
-    bias: Any,
-    eps: Any,
-    parts: Any,
-    channels: Any,
-    count: Any,
-    per_part: Any,
-    size: Any,
-    stride_n: Any,
-    stride_c: Any,
-    stride_s: Any,
+    x,
+    y,
+    partial,
+    means,
+    variances,
+    weight,
+    bias,
+    eps,
+    parts,
+    channels,
+    count,
+    per_part,
+    size,
+    stride_n,
+    stride_c,
+    stride_s,
     TRAINING: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -130,7 +128,7 @@ def normalize(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
-) -> Any:
+):
     """(x - mean) scale + shift, by the moments that the parts give, or by given ones."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
@@ -160,22 +158,22 @@ def normalize(
 
 @triton.jit
 def error_sums(
-    grad: Any,
-    x: Any,
-    y: Any,
-    means: Any,
-    partial: Any,
-    channels: Any,
-    count: Any,
-    per_part: Any,
-    size: Any,
-    stride_n: Any,
-    stride_c: Any,
-    stride_s: Any,
+    grad,
+    x,
+    y,
+    means,
+    partial,
+    channels,
+    count,
+    per_part,
+    size,
+    stride_n,
+    stride_c,
+    stride_s,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> Any:
+):
     """The sums of g and g (x - mean) over each part of each channel."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
@@ -201,7 +199,7 @@ def error_sums(
 
 
 @triton.jit
-def _totals(partial: Any, parts: Any, c: Any, channels: Any, PARTS: tl.constexpr, COLUMNS: tl.constexpr) -> Any:
+def _totals(partial, parts, c, channels, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     plain = tl.zeros([PARTS, COLUMNS], tl.float32)
     centred = tl.zeros([PARTS, COLUMNS], tl.float32)
     for at in range(0, parts, PARTS):
@@ -215,27 +213,27 @@ def _totals(partial: Any, parts: Any, c: Any, channels: Any, PARTS: tl.constexpr
 
 @triton.jit
 def gradient(
-    grad: Any,
-    x: Any,
-    y: Any,
-    result: Any,
-    partial: Any,
-    means: Any,
-    variances: Any,
-    weight: Any,
-    grad_means: Any,
-    grad_variances: Any,
-    sums: Any,
-    sums_centred: Any,
-    eps: Any,
-    parts: Any,
-    channels: Any,
-    count: Any,
-    per_part: Any,
-    size: Any,
-    stride_n: Any,
-    stride_c: Any,
-    stride_s: Any,
+    grad,
+    x,
+    y,
+    result,
+    partial,
+    means,
+    variances,
+    weight,
+    grad_means,
+    grad_variances,
+    sums,
+    sums_centred,
+    eps,
+    parts,
+    channels,
+    count,
+    per_part,
+    size,
+    stride_n,
+    stride_c,
+    stride_s,
     TRAINING: tl.constexpr,
     SUMMED: tl.constexpr,
     WANTED: tl.constexpr,
@@ -244,7 +242,7 @@ def gradient(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
-) -> Any:
+):
     """The chain (4.83-4.94), as :class:`reimpl.functional.normalization.Chain` derives it."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)

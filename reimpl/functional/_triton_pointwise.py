@@ -1,10 +1,8 @@
 """Activations as Triton kernels, alone and behind a bias: one pass over memory each way."""
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +26,7 @@ _COLUMNS, _ROWS = 32, 32
 
 
 @triton.jit
-def _forward(x: Any, y: Any, count: Any, slope: Any, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr) -> Any:
+def _forward(x, y, count, slope, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     live = lane < count - start
@@ -37,9 +35,7 @@ def _forward(x: Any, y: Any, count: Any, slope: Any, ACTIVATION: tl.constexpr, B
 
 
 @triton.jit
-def _backward(
-    grad: Any, y: Any, result: Any, count: Any, slope: Any, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-) -> Any:
+def _backward(grad, y, result, count, slope, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     live = lane < count - start
@@ -49,9 +45,7 @@ def _backward(
 
 
 @triton.jit
-def _bias_forward(
-    u: Any, bias: Any, y: Any, count: Any, columns: Any, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-) -> Any:
+def _bias_forward(u, bias, y, count, columns, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     live = lane < count - start
@@ -62,17 +56,17 @@ def _bias_forward(
 
 @triton.jit
 def _bias_backward(
-    grad: Any,
-    y: Any,
-    error: Any,
-    sums: Any,
-    rows: Any,
-    columns: Any,
-    rows_per_part: Any,
+    grad,
+    y,
+    error,
+    sums,
+    rows,
+    columns,
+    rows_per_part,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> Any:
+):
     """The error before the activation, and its sum over a part of the rows."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)

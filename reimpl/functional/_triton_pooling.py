@@ -4,12 +4,11 @@ A batch of planes is (outer, rows, columns, inner), with the images and channels
 lie one after the other, and with the channels as the inner one where they are last.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +27,7 @@ _MOST = 2**31 - _TILE
 
 
 @triton.jit
-def _decoded(count: Any, height: Any, width: Any, inner: Any, BLOCK: tl.constexpr) -> Any:
+def _decoded(count, height, width, inner, BLOCK: tl.constexpr):
     """The places of a block, which of them exist, and their outer index, row, column and inner index."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pixel = at // inner
@@ -38,17 +37,17 @@ def _decoded(count: Any, height: Any, width: Any, inner: Any, BLOCK: tl.constexp
 
 @triton.jit
 def _max_forward(
-    x: Any,
-    y: Any,
-    places: Any,
-    count: Any,
-    height: Any,
-    width: Any,
-    out_height: Any,
-    out_width: Any,
-    inner: Any,
-    pad_h: Any,
-    pad_w: Any,
+    x,
+    y,
+    places,
+    count,
+    height,
+    width,
+    out_height,
+    out_width,
+    inner,
+    pad_h,
+    pad_w,
     K_H: tl.constexpr,
     K_W: tl.constexpr,
     S_H: tl.constexpr,
@@ -56,7 +55,7 @@ def _max_forward(
     D_H: tl.constexpr,
     D_W: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:
+):
     at, live, outer, i, j, c = _decoded(count, out_height, out_width, inner, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     place = tl.full([BLOCK], -1, tl.int32)
@@ -76,23 +75,23 @@ def _max_forward(
 
 @triton.jit
 def _max_backward(
-    grad: Any,
-    places: Any,
-    result: Any,
-    count: Any,
-    height: Any,
-    width: Any,
-    out_height: Any,
-    out_width: Any,
-    inner: Any,
-    pad_h: Any,
-    pad_w: Any,
+    grad,
+    places,
+    result,
+    count,
+    height,
+    width,
+    out_height,
+    out_width,
+    inner,
+    pad_h,
+    pad_w,
     S_H: tl.constexpr,
     S_W: tl.constexpr,
     OVER_H: tl.constexpr,
     OVER_W: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:
+):
     """Each input adds up the gradients of the windows over it that chose it: no two programs write to one place."""
     at, live, outer, h, w, c = _decoded(count, height, width, inner, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -108,7 +107,7 @@ def _max_backward(
 
 
 @triton.jit
-def _covered(i: Any, size: Any, kernel: Any, stride: Any, pad: Any, INCLUDE_PAD: tl.constexpr) -> Any:
+def _covered(i, size, kernel, stride, pad, INCLUDE_PAD: tl.constexpr):
     """How many elements a window counts along one dimension."""
     start = i * stride - pad
     if INCLUDE_PAD:
@@ -119,24 +118,24 @@ def _covered(i: Any, size: Any, kernel: Any, stride: Any, pad: Any, INCLUDE_PAD:
 
 @triton.jit
 def _average_forward(
-    x: Any,
-    y: Any,
-    count: Any,
-    height: Any,
-    width: Any,
-    out_height: Any,
-    out_width: Any,
-    inner: Any,
-    pad_h: Any,
-    pad_w: Any,
-    divisor: Any,
+    x,
+    y,
+    count,
+    height,
+    width,
+    out_height,
+    out_width,
+    inner,
+    pad_h,
+    pad_w,
+    divisor,
     K_H: tl.constexpr,
     K_W: tl.constexpr,
     S_H: tl.constexpr,
     S_W: tl.constexpr,
     INCLUDE_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:
+):
     at, live, outer, i, j, c = _decoded(count, out_height, out_width, inner, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(K_H):
@@ -153,24 +152,24 @@ def _average_forward(
 
 @triton.jit
 def _average_backward(
-    grad: Any,
-    result: Any,
-    count: Any,
-    height: Any,
-    width: Any,
-    out_height: Any,
-    out_width: Any,
-    inner: Any,
-    pad_h: Any,
-    pad_w: Any,
-    divisor: Any,
+    grad,
+    result,
+    count,
+    height,
+    width,
+    out_height,
+    out_width,
+    inner,
+    pad_h,
+    pad_w,
+    divisor,
     K_H: tl.constexpr,
     K_W: tl.constexpr,
     S_H: tl.constexpr,
     S_W: tl.constexpr,
     INCLUDE_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:
+):
     at, live, outer, h, w, c = _decoded(count, height, width, inner, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in range((K_H - 1) // S_H + 1):
@@ -189,19 +188,19 @@ def _average_backward(
 
 @triton.jit
 def _adaptive(
-    x: Any,
-    y: Any,
-    count: Any,
-    height: Any,
-    width: Any,
-    out_height: Any,
-    out_width: Any,
-    inner: Any,
+    x,
+    y,
+    count,
+    height,
+    width,
+    out_height,
+    out_width,
+    inner,
     MOST_H: tl.constexpr,
     MOST_W: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:
+):
     """Means over windows from floor(i h/m) up to ceil((i + 1) h/m), at most MOST long.
 
     That an element lies in a window reads the same with the two lengths exchanged, so that the way back is the same
@@ -228,9 +227,7 @@ def _adaptive(
 
 
 @triton.jit
-def _plane_means(
-    x: Any, y: Any, count: Any, size: Any, inner: Any, PLANES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-) -> Any:
+def _plane_means(x, y, count, size, inner, PLANES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """The mean of each plane."""
     if PLANES:
         r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -175,6 +175,7 @@ def _loss_forward(
     x,
     log_probs,
     loss,
+    partial,
     indices,
     weight,
     ignore_index,
@@ -184,6 +185,7 @@ def _loss_forward(
     inner,
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
+    REDUCED: tl.constexpr,
     PLANES: tl.constexpr,
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -213,12 +215,36 @@ def _loss_forward(
             of_target, of_all = _loss_parts(v, c, there, target, weight, HAS_WEIGHT, SMOOTH)
             picked += of_target
             spread += of_all
+    share = tl.where(target >= 0, 1.0, 0.0)
     if HAS_WEIGHT:
-        picked *= tl.load(weight + target, mask=target >= 0, other=0.0).to(tl.float32)
+        share = tl.load(weight + target, mask=target >= 0, other=0.0).to(tl.float32)
+        picked *= share
     value = -picked
     if SMOOTH:
         value = (1 - smoothing) * value - tl.div_rn(smoothing, classes.to(tl.float32)) * spread
-    tl.store(loss + sample, tl.where(target >= 0, value, 0.0), mask=live)
+    value = tl.where(target >= 0, value, 0.0)
+    if REDUCED:
+        tl.store(partial + tl.program_id(0), tl.sum(value, 0))
+        tl.store(partial + tl.num_programs(0) + tl.program_id(0), tl.sum(share, 0))
+    else:
+        tl.store(loss + sample, value.to(loss.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _loss_finish(partial, loss, divisor, count, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of all programs' losses, divided by that of the weights for a mean; one program."""
+    total = tl.zeros([BLOCK], tl.float32)
+    shares = tl.zeros([BLOCK], tl.float32)
+    for at in range(0, count, BLOCK):
+        k = at + tl.arange(0, BLOCK)
+        total += tl.load(partial + k, mask=k < count, other=0.0)
+        shares += tl.load(partial + count + k, mask=k < count, other=0.0)
+    value = tl.sum(total, 0)
+    if MEAN:
+        share = tl.sum(shares, 0)
+        value = tl.div_rn(value, share)
+        tl.store(divisor, share)
+    tl.store(loss, value.to(loss.dtype.element_ty))
 
 
 @triton.jit
@@ -229,6 +255,7 @@ def _loss_backward(
     indices,
     weight,
     weights_total,
+    divisor,
     grad_stride,
     ignore_index,
     smoothing,
@@ -237,6 +264,7 @@ def _loss_backward(
     inner,
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
+    MEAN: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -246,6 +274,8 @@ def _loss_backward(
     target = _targets(indices, sample, live, classes, ignore_index)
     counts = target >= 0
     g = tl.load(grad + sample * grad_stride, mask=counts, other=0.0).to(tl.float32)
+    if MEAN:
+        g = tl.where(counts, tl.div_rn(g, tl.zeros_like(g) + tl.load(divisor)), 0.0)
     at_target = g
     if HAS_WEIGHT:
         at_target *= tl.load(weight + target, mask=counts, other=0.0).to(tl.float32)
@@ -271,11 +301,6 @@ def _loss_backward(
         tl.store(result + place, v.to(result.dtype.element_ty), mask=there)
 
 
-def worth_it(input: Tensor, dim: int) -> bool:
-    """Whether there is anything to do along a dimension that exists."""
-    return input.dim() > 0 and input.numel() > 0
-
-
 def _split(input: Tensor, dim: int) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
     """How many programs, how many rows, classes and rows side by side, and the form of a tile."""
     dim %= input.dim()
@@ -289,7 +314,8 @@ def _split(input: Tensor, dim: int) -> tuple[int, tuple[int, int, int], dict[str
     return programs, (outer * inner, classes, inner), {"PLANES": planes, "ROWS": rows, "WIDTH": width}
 
 
-def _apply(input: Tensor, dim: int, log: bool) -> Tensor:
+def softmax(input: Tensor, dim: int, log: bool) -> Tensor:
+    """``exp(x - m) / sum exp(x - m)`` along ``dim``, ``m`` the maximum, or its logarithm; contiguous."""
     x = input.contiguous()
     y = x.new_empty(x.shape)
     programs, sizes, tile = _split(x, dim)
@@ -297,7 +323,8 @@ def _apply(input: Tensor, dim: int, log: bool) -> Tensor:
     return y
 
 
-def _differentiate(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tensor:
+def softmax_gradient(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tensor:
+    """``y (grad - sum grad y)``, or for the logarithm ``grad - exp(y) sum grad``."""
     grad, output = grad.contiguous(), output.contiguous()
     result = output.new_empty(output.shape)
     programs, sizes, tile = _split(output, dim)
@@ -305,61 +332,50 @@ def _differentiate(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tensor:
     return result
 
 
-def softmax(input: Tensor, dim: int) -> Tensor:
-    """``exp(x - m) / sum exp(x - m)`` along ``dim``, ``m`` the maximum; contiguous."""
-    return _apply(input, dim, False)
+def index_loss(
+    input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss in the dtype of ``input``, float32 log-probabilities, and what the sum was divided by (read for a mean).
 
-
-def softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
-    """``y (grad - sum grad y)``."""
-    return _differentiate(grad, output, dim, False)
-
-
-def log_softmax(input: Tensor, dim: int) -> Tensor:
-    """``x - m - log sum exp(x - m)`` along ``dim``, ``m`` the maximum; contiguous."""
-    return _apply(input, dim, True)
-
-
-def log_softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
-    """``grad - exp(y) sum grad``."""
-    return _differentiate(grad, output, dim, True)
-
-
-def cross_entropy(
-    input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Loss of each sample and the log-probabilities, both float32; dimension 1 holds the classes."""
+    Dimension 1 of ``input`` holds the classes.
+    """
     x, indices = input.contiguous(), indices.contiguous()
-    log_probs, loss = (x.new_empty(shape, dtype=torch.float32) for shape in (x.shape, indices.shape))
+    log_probs, reduced = x.new_empty(x.shape, dtype=torch.float32), reduction != "none"
+    loss = x.new_empty(() if reduced else indices.shape)
     programs, sizes, tile = _split(x, 1)
+    partial = x.new_empty((2, programs) if reduced else (1,), dtype=torch.float32)
     launch(
-        _loss_forward, (programs,), x, log_probs, loss, indices, loss if weight is None else weight.contiguous(),
-        ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0,
-        WHOLE=sizes[1] <= tile["WIDTH"], **_CHECKED, **tile,
+        _loss_forward, (programs,), x, log_probs, loss, partial, indices,
+        loss if weight is None else weight.contiguous(), ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None,
+        SMOOTH=smoothing != 0, REDUCED=reduced, WHOLE=sizes[1] <= tile["WIDTH"], **_CHECKED, **tile,
     )  # fmt: skip
-    return loss, log_probs
+    divisor = x.new_empty((), dtype=torch.float32)
+    if reduced:
+        block = power_of_two(programs, 1, _TILE)
+        launch(_loss_finish, (1,), partial, loss, divisor, programs, MEAN=reduction == "mean", BLOCK=block)
+    return loss, log_probs, divisor
 
 
-def cross_entropy_backward(
+def index_loss_gradient(
     grad: Tensor,
     log_probs: Tensor,
     indices: Tensor,
     ignore_index: int,
     weight: Tensor | None,
     smoothing: float,
-    dtype: torch.dtype,
+    divisor: Tensor | None,
 ) -> Tensor:
-    """The gradient of the logits in ``dtype`` from those of the samples' losses."""
-    # the gradient of a sum or a mean is one number for all samples
+    """The gradient of the logits, in the dtype of that of each loss, or of their sum or (with a divisor) mean."""
     same = all(stride == 0 or size == 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     grad, log_probs = grad if same else grad.contiguous(), log_probs.contiguous()
-    result = log_probs.new_empty(log_probs.shape, dtype=dtype)
+    result = log_probs.new_empty(log_probs.shape, dtype=grad.dtype)
     weight = None if weight is None else weight.contiguous()
     total = weight.sum(dtype=torch.float32) if weight is not None and smoothing != 0 else log_probs
     programs, sizes, tile = _split(log_probs, 1)
     launch(
         _loss_backward, (programs,), grad, log_probs, result, indices.contiguous(),
-        log_probs if weight is None else weight, total, int(not same), ignore_index, smoothing, *sizes,
-        HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0, **_CHECKED, **tile,
+        log_probs if weight is None else weight, total, log_probs if divisor is None else divisor, int(not same),
+        ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0,
+        MEAN=divisor is not None, **_CHECKED, **tile,
     )  # fmt: skip
     return result

@@ -35,8 +35,12 @@ def moments(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of each part of each channel, by Welford's recurrence in every place."""
+    """Mean and sum of squared deviations of each part of each channel, by Welford's recurrence in every place.
+
+    The mean is that of what lies above the channel's first number, so that it rounds like the deviations.
+    """
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    origin = tl.load(x + c * stride_c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
     part = tl.program_id(1)
     first = part * per_part
     last = tl.minimum(first + per_part, count)
@@ -48,7 +52,7 @@ def moments(
         rows = at + lane
         live = (rows < last)[:, None] & (c < channels)[None, :]
         where = _places(rows, size, stride_n, stride_s)[:, None] + (c * stride_c)[None, :]
-        v = tl.load(x + where, mask=live, other=0.0).to(tl.float32)
+        v = tl.load(x + where, mask=live, other=0.0).to(tl.float32) - origin
         seen += 1.0
         before = v - mean
         moved = mean + before * (1.0 / seen)
@@ -74,7 +78,7 @@ def _merged(
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Mean and variance of whole channels."""
+    """Mean above the channel's first number, and variance, of whole channels."""
     total = tl.zeros([PARTS, COLUMNS], tl.float32)
     for at in range(0, parts, PARTS):
         p = at + tl.arange(0, PARTS)
@@ -135,6 +139,7 @@ def normalize(
     known = c < channels
     if TRAINING:
         mean, var = _merged(partial, parts, c, channels, count, per_part, PARTS, COLUMNS)
+        mean += tl.load(x + c * stride_c, mask=known, other=0.0).to(tl.float32)
         if part == 0:
             tl.store(means + c, mean, mask=known)
             tl.store(variances + c, var, mask=known)

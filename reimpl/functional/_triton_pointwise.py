@@ -84,65 +84,26 @@ def _bias_backward(
     tl.store(sums + part * columns + c, tl.sum(total, 0), mask=c < columns)
 
 
-def worth_it(input: Tensor) -> bool:
+def worth_it(*tensors: Tensor) -> bool:
     """Whether there is anything to do."""
-    return input.numel() > 0
+    return tensors[0].numel() > 0
 
 
-def _activated(input: Tensor, name: str, slope: float = 0.0) -> Tensor:
+def forward(name: str, input: Tensor, slope: float = 0.0, out: Tensor | None = None) -> Tensor:
+    """relu, leaky_relu, sigmoid or tanh of the input, in its strides, into ``out`` of the same where given."""
     x = dense(input)
-    y = torch.empty_like(x)
-    count = x.numel()
+    y, count = torch.empty_like(x) if out is None else out, x.numel()
     launch(_forward, (blocks(count, _BLOCK),), x, y, count, slope, ACTIVATION=name, BLOCK=_BLOCK)
     return y
 
 
-def _error(grad: Tensor, output: Tensor, name: str, slope: float = 0.0) -> Tensor:
-    output = dense(output)
-    grad = laid_out_as(grad, output)
-    result, count = torch.empty_like(output), output.numel()
-    launch(_backward, (blocks(count, _BLOCK),), grad, output, result, count, slope, ACTIVATION=name, BLOCK=_BLOCK)
+def backward(name: str, grad: Tensor, kept: Tensor, slope: float = 0.0, out: Tensor | None = None) -> Tensor:
+    """The gradient of the input, given that of the output, and the output (for leaky_relu what has its sign)."""
+    y = dense(kept)
+    g = laid_out_as(grad, y)
+    result, count = torch.empty_like(y) if out is None else out, y.numel()
+    launch(_backward, (blocks(count, _BLOCK),), g, y, result, count, slope, ACTIVATION=name, BLOCK=_BLOCK)
     return result
-
-
-def relu(input: Tensor) -> Tensor:
-    """``max(x, 0)``, NaN where ``x`` is, in the strides of ``input``."""
-    return _activated(input, "relu")
-
-
-def relu_backward(grad: Tensor, output: Tensor) -> Tensor:
-    """``grad`` where the output is not 0 or less, else 0."""
-    return _error(grad, output, "relu")
-
-
-def leaky_relu(input: Tensor, slope: float) -> Tensor:
-    """``x`` where it is positive, else ``slope x``."""
-    return _activated(input, "leaky_relu", slope)
-
-
-def leaky_relu_backward(grad: Tensor, signed: Tensor, slope: float) -> Tensor:
-    """``grad`` where ``signed`` (the input, or an output of its sign) is positive, else ``slope grad``."""
-    return _error(grad, signed, "leaky_relu", slope)
-
-
-def sigmoid(input: Tensor) -> Tensor:
-    """``1/(1 + exp(-x))``."""
-    return _activated(input, "sigmoid")
-
-
-def sigmoid_backward(grad: Tensor, output: Tensor) -> Tensor:
-    """``grad y (1 - y)``."""
-    return _error(grad, output, "sigmoid")
-
-
-def tanh(input: Tensor) -> Tensor:
-    """``-t/(t + 2)``, ``t = exp(-2|x|) - 1``, with the sign of ``x``."""
-    return _activated(input, "tanh")
-
-
-def tanh_backward(grad: Tensor, output: Tensor) -> Tensor:
-    """``grad (1 - y^2)``."""
-    return _error(grad, output, "tanh")
 
 
 def bias_activation(product: Tensor, bias: Tensor, activation: str) -> Tensor:

@@ -20,7 +20,13 @@ COMPILERS = {"cpu": "numba", "cuda": "triton"}
 
 _DTYPES = {"numba": {torch.float32}, "triton": {torch.float32, torch.bfloat16, torch.float16}}
 # The module of Triton kernels behind the same functions as one of Numba's.
-_TRITON = {"_conv_numba": "_triton_conv", "_norm_numba": "_triton_norm"}
+_TRITON = {
+    "_conv_numba": "_triton_conv",
+    "_losses_numba": "_triton_losses",
+    "_norm_numba": "_triton_norm",
+    "_pointwise_numba": "_triton_pointwise",
+    "_pooling_numba": "_triton_pooling",
+}
 
 
 class use_kernels:

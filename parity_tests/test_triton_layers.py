@@ -1,4 +1,4 @@
-"""Triton kernels of layers: what they compute, that they compile for a GPU that is not here, and what starting costs."""
+"""Triton kernels of layers: what they compute, that they compile for a GPU that is not here, and when they run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reimpl.functional._windows import plan_windows
 
 pytest.importorskip("triton", reason="the kernels are compiled by Triton")
 
-from reimpl.functional import (  # noqa: E402
+from reimpl.functional import (
     _triton_common,
     _triton_conv,
     _triton_losses,
@@ -110,8 +110,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Launch]]:
 
 def _convolutions(dtype: torch.dtype) -> None:
     for channels, outputs, size, stride, layout in (
-        (64, 128, 32, 2, torch.channels_last), (64, 64, 32, 1, torch.contiguous_format), (3, 64, 32, 1, torch.channels_last),
-    ):  # fmt: skip
+        (64, 128, 32, 2, torch.channels_last),
+        (64, 64, 32, 1, torch.contiguous_format),
+        (3, 64, 32, 1, torch.channels_last),
+    ):
         x = torch.empty((64, channels, size, size), dtype=dtype, memory_format=layout)
         grad = torch.empty((64, outputs, size // stride, size // stride), dtype=dtype, memory_format=layout)
         weight = torch.empty((outputs, channels, 3, 3), dtype=dtype)

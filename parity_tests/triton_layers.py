@@ -164,12 +164,11 @@ def _has_subnormal(sample: Sample) -> bool:
 def test_declared_cases(name: str, dtype: torch.dtype, device: torch.device, ran: list[str]) -> None:
     technique = replace(row_of(name), ours=DECLARED[name])
     assert technique.samples is not None
-    for seed in range(2):
-        for number, sample in enumerate(technique.samples(device, dtype, seeded_generator(seed, name))):
-            if INTERPRETED and name == "softmax" and dtype is torch.bfloat16 and _has_subnormal(sample):
-                continue
-            for quantity, verdict in verdicts(technique, sample, seed):
-                verdict.check(name, f"sample {number}, {dtype}", quantity)
+    for number, sample in enumerate(technique.samples(device, dtype, seeded_generator(0, name))):
+        if INTERPRETED and name == "softmax" and dtype is torch.bfloat16 and _has_subnormal(sample):
+            continue
+        for quantity, verdict in verdicts(technique, sample, 0):
+            verdict.check(name, f"sample {number}, {dtype}", quantity)
     assert ran
 
 

@@ -56,19 +56,20 @@ def _tile(rows: int, columns: int, summed: int, parts: int, like: Tensor) -> _Ti
 
 def worth_it(input: Tensor, weight: Tensor, output: tuple[int, int], groups: int) -> bool:
     """Whether groups are wide enough for tiles, and all is countable; for gradients the two swap their parts."""
-    result = input.shape[0] * weight.shape[0] * output[0] * output[1]
-    sizes = input.numel(), weight.numel(), result
-    return min(sizes) > 0 and max(sizes) < _MOST and _fills(weight.shape[0] // groups, input.shape[1] // groups, groups)
+    if not min(input.numel(), weight.numel(), *output) or max(input.numel(), weight.numel()) >= _MOST:
+        return False
+    others = weight.shape[0] * weight.shape[1] * groups // input.shape[1]
+    return input.shape[0] * output[0] * output[1] < _MOST and _fills(others, input.shape[1], groups)
 
 
 def worth_it_for_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], groups: int) -> bool:
     """The same for the gradient of the kernel."""
     sizes = grad.numel(), input.numel()
-    return min(sizes) > 0 and max(sizes) < _MOST and _fills(grad.shape[1] // groups, input.shape[1] // groups, groups)
+    return min(sizes) > 0 and max(sizes) < _MOST and _fills(grad.shape[1], input.shape[1], groups)
 
 
 def _fills(outputs: int, channels: int, groups: int) -> bool:
-    return groups == 1 or min(outputs, channels) >= _LEAST_CHANNELS
+    return groups == 1 or min(outputs, channels) // groups >= _LEAST_CHANNELS
 
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -98,7 +98,7 @@ def convolve(
             total = dot(a, b, total)
     if HAS_BIAS:
         total += tl.load(bias + group * outputs + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    place = image * stride_n + (i * out_width + j) * stride_p
+    place = image.to(tl.int64) * stride_n + (i * out_width + j) * stride_p
     place = place[:, None] + ((group * outputs + n) * stride_c)[None, :]
     tl.store(y + place, total.to(y.dtype.element_ty), mask=exists[:, None] & (n < outputs)[None, :])
 
@@ -166,7 +166,7 @@ def convolve_input(
         place = (((group * outputs + o) * K_H + k_h) * K_W + k_w)[:, None] * channels + n[None, :]
         b = tl.load(weight + place, mask=(o < outputs)[:, None] & (n < channels)[None, :], other=0.0)
         total = dot(a, b, total)
-    place = image * stride_n + (h * width + w) * stride_p
+    place = image.to(tl.int64) * stride_n + (h * width + w) * stride_p
     place = place[:, None] + ((group * channels + n) * stride_c)[None, :]
     tl.store(result + place, total.to(result.dtype.element_ty), mask=exists[:, None] & (n < channels)[None, :])
 

@@ -113,7 +113,7 @@ def cross_entropy(
         input,
         lambda x: _triton_losses.index_loss(x, target, *options, reduction),
         lambda grad, x, loss, log_probs, divisor: _triton_losses.index_loss_gradient(
-            grad, log_probs, target, *options, divisor if reduction == "mean" else None
+            grad, log_probs, target, *options, divisor
         ),
     )
 
@@ -387,6 +387,7 @@ def test_numbers_that_are_not_finite(device: torch.device) -> None:
 def test_strides_of_every_kind(device: torch.device) -> None:
     base = drawn((6, 8, 10), torch.float32, device).detach()
     for x in (base.permute(2, 0, 1), base[:, ::2, ::3], base[:1].expand(4, 8, 10), base[0, 0, 0], base[:0]):
+        torch.testing.assert_close(_triton_losses.softmax(x, -1, True), torch_functional.log_softmax(x, -1))
         y = _triton_pointwise.forward("sigmoid", x)
         torch.testing.assert_close(y, torch.sigmoid(x))
         assert y.stride() == torch.sigmoid(x).stride()
@@ -424,6 +425,18 @@ def test_gives_way_where_it_must(device: torch.device, ran: list[str]) -> None:
         limit = 256 * torch.finfo(torch.float32).eps * float(other.abs().max())  # a chain of eight layers of sums
         torch.testing.assert_close(mine.double(), other, rtol=0, atol=limit)
     assert ran
+
+
+def test_losses_of_no_sample(device: torch.device) -> None:
+    none = torch.zeros(0, 5, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    ignored = torch.randn(3, 5, device=device), torch.full((3,), -100, device=device)
+    for x, target in (none, ignored):
+        for reduction in ("none", "mean", "sum"):
+            loss, log_probs, divisor = _triton_losses.index_loss(x, target, -100, None, 0.0, reduction)
+            expected = torch_functional.cross_entropy(x, target, reduction=reduction)
+            torch.testing.assert_close(loss, expected, equal_nan=True)
+            grad = torch.ones_like(loss)
+            assert not _triton_losses.index_loss_gradient(grad, log_probs, target, -100, None, 0.0, divisor).any()
 
 
 def test_empty_batches(device: torch.device, ran: list[str]) -> None:

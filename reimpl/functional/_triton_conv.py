@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import gcd
 from typing import Any
 
@@ -34,18 +35,22 @@ class _Tile:
     k: int
     warps: int
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         """The kernels' constants and launch options."""
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "num_warps": self.warps, "num_stages": 3}
 
 
 def _tile(rows: int, columns: int, summed: int, parts: int, like: Tensor) -> _Tile:
+    return _tile_of(rows, columns, summed, parts, like.dtype != torch.float32, processors(like.device))
+
+
+@lru_cache(1_024)
+def _tile_of(rows: int, columns: int, summed: int, parts: int, wide: bool, wanted: int) -> _Tile:
     """The largest tile that leaves no processor without one; the matrix units want 64 rows and four warps."""
-    wide = like.dtype != torch.float32
     side, least_m = (128, 64) if wide else (64, 32)
     m, n = power_of_two(rows, _LEAST_SIDE, side), power_of_two(columns, _LEAST_SIDE, side)
-    while parts * blocks(rows, m) * blocks(columns, n) < processors(like.device) and (m > least_m or n > 32):
+    while parts * blocks(rows, m) * blocks(columns, n) < wanted and (m > least_m or n > 32):
         if m > max(n, least_m) or n <= 32:
             m //= 2
         else:

@@ -240,10 +240,10 @@ def _loss_finish(partial, loss, divisor, count, MEAN: tl.constexpr, BLOCK: tl.co
         total += tl.load(partial + k, mask=k < count, other=0.0)
         shares += tl.load(partial + count + k, mask=k < count, other=0.0)
     value = tl.sum(total, 0)
+    share = tl.sum(shares, 0) if MEAN else 1.0
     if MEAN:
-        share = tl.sum(shares, 0)
         value = tl.div_rn(value, share)
-        tl.store(divisor, share)
+    tl.store(divisor, share)
     tl.store(loss, value.to(loss.dtype.element_ty))
 
 
@@ -264,7 +264,6 @@ def _loss_backward(
     inner,
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
-    MEAN: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -274,8 +273,8 @@ def _loss_backward(
     target = _targets(indices, sample, live, classes, ignore_index)
     counts = target >= 0
     g = tl.load(grad + sample * grad_stride, mask=counts, other=0.0).to(tl.float32)
-    if MEAN:
-        g = tl.where(counts, tl.div_rn(g, tl.zeros_like(g) + tl.load(divisor)), 0.0)
+    # where no sample counts, the divisor is 0
+    g = tl.where(counts, tl.div_rn(g, tl.zeros_like(g) + tl.load(divisor)), 0.0)
     at_target = g
     if HAS_WEIGHT:
         at_target *= tl.load(weight + target, mask=counts, other=0.0).to(tl.float32)
@@ -303,9 +302,9 @@ def _loss_backward(
 
 def _split(input: Tensor, dim: int) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
     """How many programs, how many rows, classes and rows side by side, and the form of a tile."""
-    dim %= input.dim()
-    classes, inner = input.shape[dim], prod(input.shape[dim + 1 :])
-    outer = prod(input.shape[:dim])
+    shape = input.shape or (1,)
+    dim %= len(shape)
+    outer, classes, inner = prod(shape[:dim]), shape[dim], prod(shape[dim + 1 :])
     planes = inner > 1
     width = power_of_two(classes, 1, _TILE // _SIDE_BY_SIDE if planes else _TILE)
     # rows that lie one after the other are shared out to all processors
@@ -335,7 +334,7 @@ def softmax_gradient(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tenso
 def index_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss in the dtype of ``input``, float32 log-probabilities, and what the sum was divided by (read for a mean).
+    """Loss in the dtype of ``input``, float32 log-probabilities, and what the sum was divided by.
 
     Dimension 1 of ``input`` holds the classes.
     """
@@ -349,7 +348,7 @@ def index_loss(
         loss if weight is None else weight.contiguous(), ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None,
         SMOOTH=smoothing != 0, REDUCED=reduced, WHOLE=sizes[1] <= tile["WIDTH"], **_CHECKED, **tile,
     )  # fmt: skip
-    divisor = x.new_empty((), dtype=torch.float32)
+    divisor = (x.new_empty if reduced else x.new_ones)((), dtype=torch.float32)
     if reduced:
         block = power_of_two(programs, 1, _TILE)
         launch(_loss_finish, (1,), partial, loss, divisor, programs, MEAN=reduction == "mean", BLOCK=block)
@@ -363,9 +362,9 @@ def index_loss_gradient(
     ignore_index: int,
     weight: Tensor | None,
     smoothing: float,
-    divisor: Tensor | None,
+    divisor: Tensor,
 ) -> Tensor:
-    """The gradient of the logits, in the dtype of that of each loss, or of their sum or (with a divisor) mean."""
+    """The gradient of the logits, in the dtype of that of each loss or of what they were reduced to."""
     same = all(stride == 0 or size == 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     grad, log_probs = grad if same else grad.contiguous(), log_probs.contiguous()
     result = log_probs.new_empty(log_probs.shape, dtype=grad.dtype)
@@ -374,8 +373,7 @@ def index_loss_gradient(
     programs, sizes, tile = _split(log_probs, 1)
     launch(
         _loss_backward, (programs,), grad, log_probs, result, indices.contiguous(),
-        log_probs if weight is None else weight, total, log_probs if divisor is None else divisor, int(not same),
-        ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0,
-        MEAN=divisor is not None, **_CHECKED, **tile,
+        log_probs if weight is None else weight, total, divisor, int(not same),
+        ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0, **_CHECKED, **tile,
     )  # fmt: skip
     return result

@@ -145,14 +145,14 @@ def _pools(dtype: torch.dtype) -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.empty((64, 64, 32, 32), dtype=dtype, memory_format=layout)
         windows = plan_windows("max_pool2d", x, 3, 2, 1, 1, False)
-        y, places = _triton_pooling.max_pool2d(x, windows)
-        _triton_pooling.max_pool2d_backward(y, places, (32, 32), windows)
-        _triton_pooling.avg_pool2d_backward(
-            _triton_pooling.avg_pool2d(x, windows, True, None), (32, 32), windows, True, None
-        )
+        plane, output = (32, 32), windows.output
+        lines = _triton_pooling.bounds(windows, plane)
+        y, places = _triton_pooling.largest(x, lines, output, (1, 1))
+        _triton_pooling.scatter(y, places, plane, lines)
+        _triton_pooling.spread(_triton_pooling.means(x, lines, output), lines, plane, layout)
         for sizes in ((1, 1), (6, 6)):
-            y = _triton_pooling.adaptive_avg_pool2d(x, sizes)
-            _triton_pooling.adaptive_avg_pool2d_backward(y, (32, 32))
+            lines = _triton_pooling.adaptive(sizes, plane)
+            _triton_pooling.spread(_triton_pooling.means(x, lines, sizes), lines, plane, layout)
 
 
 def _activations(dtype: torch.dtype) -> None:

@@ -28,8 +28,10 @@ from reimpl.functional import (
     _triton_pooling,
     kernels,
 )
+from reimpl.functional._dispatch import memory_format_of
 from reimpl.functional._triton_common import INTERPRETED
-from reimpl.functional._windows import Windows, plan_windows
+from reimpl.functional._triton_pooling import Lines
+from reimpl.functional._windows import plan_windows
 from reimpl.testing import Sample, judge, random_tensor, seeded_generator, to_oracle
 
 MODULES = (_triton_conv, _triton_losses, _triton_norm, _triton_pointwise, _triton_pooling)
@@ -118,30 +120,21 @@ def cross_entropy(
     )
 
 
-def max_pool2d(input: Tensor, windows: Windows) -> Tensor:
+def max_pool2d(input: Tensor, lines: Lines, output: tuple[int, int], step: tuple[int, int]) -> Tensor:
     plane = (input.shape[-2], input.shape[-1])
     return _Kernels.apply(  # type: ignore[no-any-return]
         input,
-        lambda x: _triton_pooling.max_pool2d(x, windows),
-        lambda grad, x, y, places: _triton_pooling.max_pool2d_backward(grad, places, plane, windows),
+        lambda x: _triton_pooling.largest(x, lines, output, step),
+        lambda grad, x, y, places: _triton_pooling.scatter(grad, places, plane, lines),
     )
 
 
-def avg_pool2d(input: Tensor, windows: Windows, include_pad: bool, override: int | None) -> Tensor:
-    plane = (input.shape[-2], input.shape[-1])
+def avg_pool2d(input: Tensor, lines: Lines, output: tuple[int, int]) -> Tensor:
+    plane, layout = (input.shape[-2], input.shape[-1]), memory_format_of(input)
     return _Kernels.apply(  # type: ignore[no-any-return]
         input,
-        lambda x: _triton_pooling.avg_pool2d(x, windows, include_pad, override),
-        lambda grad, x, y: _triton_pooling.avg_pool2d_backward(grad, plane, windows, include_pad, override),
-    )
-
-
-def adaptive_avg_pool2d(input: Tensor, sizes: tuple[int, int]) -> Tensor:
-    plane = (input.shape[-2], input.shape[-1])
-    return _Kernels.apply(  # type: ignore[no-any-return]
-        input,
-        lambda x: _triton_pooling.adaptive_avg_pool2d(x, sizes),
-        lambda grad, x, y: _triton_pooling.adaptive_avg_pool2d_backward(grad, plane),
+        lambda x: _triton_pooling.means(x, lines, output),
+        lambda grad, x, y: _triton_pooling.spread(grad, lines, plane, layout),
     )
 
 
@@ -322,20 +315,30 @@ def test_pooling_with_every_option(layout: torch.memory_format, device: torch.de
             torch_functional.max_pool2d, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation,
             ceil_mode=ceil, return_indices=True,
         )  # fmt: skip
-        hold(partial(max_pool2d, windows=windows), lambda x, f=reference: f(x)[0], (x,), 25, case)
-        for mine, other in zip(_triton_pooling.max_pool2d(x.detach(), windows), reference(x.detach()), strict=True):
+        plane, output, step = (x.shape[-2], x.shape[-1]), windows.output, windows.dilation
+        lines = _triton_pooling.bounds(windows, plane)
+        ours = partial(max_pool2d, lines=lines, output=output, step=step)
+        hold(ours, lambda x, f=reference: f(x)[0], (x,), 25, case)
+        results = _triton_pooling.largest(x.detach(), lines, output, step)
+        for mine, other in zip(results, reference(x.detach()), strict=True):
             assert torch.equal(mine, other) and mine.stride() == other.stride()
         for include_pad, override in ((True, None), (False, None), (True, 5)) if dilation == 1 else ():
             hold(
-                partial(avg_pool2d, windows=windows, include_pad=include_pad, override=override),
+                partial(avg_pool2d, lines=_triton_pooling.bounds(windows, plane, include_pad, override), output=output),
                 lambda x, o=(*options, ceil, include_pad, override): torch_functional.avg_pool2d(x, *o),
                 (x,), 25, (case, include_pad, override),
             )  # fmt: skip
     for number, sizes in enumerate([(1, 1), (2, 3), (5, 7), (9, 4)]):
         x = drawn((1, 33, 7, 8), DTYPES[number % 3], device).detach().to(memory_format=layout).requires_grad_()
+        lines = _triton_pooling.adaptive(sizes, (7, 8))
         reference = partial(torch_functional.adaptive_avg_pool2d, output_size=sizes)
-        output = hold(partial(adaptive_avg_pool2d, sizes=sizes), reference, (x,), 56, sizes)
+        output = hold(partial(avg_pool2d, lines=lines, output=sizes), reference, (x,), 56, sizes)
         assert output.stride() == reference(x).stride()
+        reference = partial(torch_functional.adaptive_max_pool2d, output_size=sizes, return_indices=True)
+        ours = partial(max_pool2d, lines=lines, output=sizes, step=(1, 1))
+        hold(ours, lambda x, f=reference: f(x)[0], (x,), 56, sizes)
+        _, places = _triton_pooling.largest(x.detach(), lines, sizes, (1, 1))
+        assert torch.equal(places, reference(x)[1])
 
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
@@ -371,7 +374,7 @@ def test_numbers_that_are_not_finite(device: torch.device) -> None:
         wide[0, 4_500] = 1.0
         torch.testing.assert_close(_triton_losses.softmax(wide, 1, log), reference(wide, 1), equal_nan=True)
     windows = plan_windows("max_pool2d", x[None], 2, 2, 1, 1, False)
-    ours = _triton_pooling.max_pool2d(x[None], windows)
+    ours = _triton_pooling.largest(x[None], _triton_pooling.bounds(windows, (4, 5)), windows.output, (1, 1))
     expected = torch_functional.max_pool2d(x[None], 2, 2, 1, return_indices=True)
     torch.testing.assert_close(ours, expected, equal_nan=True)
     planes = torch.ones(1, 16, 6, 6, device=device)
@@ -397,7 +400,9 @@ def test_strides_of_every_kind(device: torch.device) -> None:
     assert _triton_pointwise.forward("relu", base, out=out) is out and torch.equal(out, base.clamp_min(0))
     torch.testing.assert_close(_triton_losses.softmax(base.mT, 1, False), torch_functional.softmax(base.mT, 1))
     windows = plan_windows("max_pool2d", base.mT, 2, 2, 0, 1, False)
-    assert torch.equal(_triton_pooling.max_pool2d(base.mT, windows)[0], torch_functional.max_pool2d(base.mT, 2))
+    lines = _triton_pooling.bounds(windows, (10, 8))
+    values, _ = _triton_pooling.largest(base.mT, lines, windows.output, (1, 1))
+    assert torch.equal(values, torch_functional.max_pool2d(base.mT, 2))
 
 
 def test_gives_way_where_it_must(device: torch.device, ran: list[str]) -> None:

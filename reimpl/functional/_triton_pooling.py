@@ -8,6 +8,7 @@ lie one after the other, and with the channels as the inner one where they are l
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -36,6 +37,12 @@ def _decoded(count, height, width, inner, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _adaptive_bounds(i, windows, size):
+    """First element of an adaptive window, and the one after its last."""
+    return i * size // windows, ((i + 1) * size + windows - 1) // windows
+
+
+@triton.jit
 def _max_forward(
     x,
     y,
@@ -54,16 +61,22 @@ def _max_forward(
     S_W: tl.constexpr,
     D_H: tl.constexpr,
     D_W: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at, live, outer, i, j, c = _decoded(count, out_height, out_width, inner, BLOCK)
+    if ADAPTIVE:
+        top, bottom = _adaptive_bounds(i, out_height, height)
+        left, right = _adaptive_bounds(j, out_width, width)
+    else:
+        top, bottom, left, right = i * S_H - pad_h, height, j * S_W - pad_w, width
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     place = tl.full([BLOCK], -1, tl.int32)
     for k in range(K_H):
-        h = i * S_H - pad_h + k * D_H
+        h = top + k * D_H
         for m in range(K_W):
-            w = j * S_W - pad_w + m * D_W
-            inside = live & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+            w = left + m * D_W
+            inside = live & (h >= 0) & (h < bottom) & (w >= 0) & (w < right)
             v = tl.load(x + ((outer * height + h) * width + w) * inner + c, mask=inside, other=0.0).to(tl.float32)
             # the first element stands until a larger one comes; of several NaN the last
             better = inside & ((v > best) | (v != v) | (place < 0))
@@ -90,15 +103,21 @@ def _max_backward(
     S_W: tl.constexpr,
     OVER_H: tl.constexpr,
     OVER_W: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each input adds up the gradients of the windows over it that chose it: no two programs write to one place."""
     at, live, outer, h, w, c = _decoded(count, height, width, inner, BLOCK)
+    if ADAPTIVE:
+        # that an element lies in a window reads the same with the two lengths exchanged
+        lowest, rightmost = _adaptive_bounds(h, height, out_height)[1] - 1, _adaptive_bounds(w, width, out_width)[1] - 1
+    else:
+        lowest, rightmost = (h + pad_h) // S_H, (w + pad_w) // S_W
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(OVER_H):
-        i = (h + pad_h) // S_H - k
+        i = lowest - k
         for m in range(OVER_W):
-            j = (w + pad_w) // S_W - m
+            j = rightmost - m
             inside = live & (i >= 0) & (i < out_height) & (j >= 0) & (j < out_width)
             where = ((outer * out_height + i) * out_width + j) * inner + c
             chosen = inside & (tl.load(places + where, mask=inside, other=-1) == h * width + w)
@@ -207,8 +226,8 @@ def _adaptive(
     walk, over windows of gradients, each divided by the area of its own window.
     """
     at, live, outer, i, j, c = _decoded(count, out_height, out_width, inner, BLOCK)
-    top, bottom = i * height // out_height, ((i + 1) * height + out_height - 1) // out_height
-    left, right = j * width // out_width, ((j + 1) * width + out_width - 1) // out_width
+    top, bottom = _adaptive_bounds(i, out_height, height)
+    left, right = _adaptive_bounds(j, out_width, width)
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(MOST_H):
         h = top + k
@@ -249,14 +268,38 @@ def _plane_means(x, y, count, size, inner, PLANES: tl.constexpr, ROWS: tl.conste
     tl.store(y + r, mean.to(y.dtype.element_ty), mask=live)
 
 
+@dataclass(frozen=True)
+class Lines:
+    """Where windows lie: those of a kernel, and how they count, or (without them) those of a grid."""
+
+    windows: Windows | None
+    include_pad: bool = True
+    divisor: int | None = None
+
+
+def bounds(windows: Windows, plane: tuple[int, int], include_pad: bool = True, divisor: int | None = None) -> Lines:
+    """The windows of a kernel; the kernels read the plane off the tensors."""
+    return Lines(windows, include_pad, divisor)
+
+
+def adaptive(output: tuple[int, int], plane: tuple[int, int]) -> Lines:
+    """Those of a grid."""
+    return Lines(None)
+
+
 def worth_it(input: Tensor) -> bool:
     """Whether there is anything to do, and no more than the kernels can count."""
     return 0 < input.numel() < _MOST
 
 
-def _layout(tensor: Tensor) -> tuple[Tensor, torch.memory_format, int]:
+def worth_spreading(grad: Tensor, plane: tuple[int, int]) -> bool:
+    """The same for what the gradient goes to."""
+    return grad.numel() > 0 and prod(grad.shape[:-2]) * prod(plane) < _MOST
+
+
+def _layout(tensor: Tensor, layout: torch.memory_format | None = None) -> tuple[Tensor, torch.memory_format, int]:
     """The tensor, or a copy where its planes lie scattered, its layout, and the inner dimension of that."""
-    layout = memory_format_of(tensor)
+    layout = layout or memory_format_of(tensor)
     inner = tensor.shape[1] if layout is torch.channels_last else 1
     return tensor.contiguous(memory_format=layout), layout, inner
 
@@ -269,88 +312,90 @@ def _grid(result: Tensor) -> tuple[int]:
     return (blocks(result.numel(), _BLOCK),)
 
 
-def _tiling(windows: Windows, dilated: bool) -> dict[str, int]:
-    names = {"K": windows.kernel, "S": windows.stride} | ({"D": windows.dilation} if dilated else {})
-    return {f"{name}_{side}": pair[i] for name, pair in names.items() for i, side in enumerate("HW")}
+def _sides(**pairs: tuple[int, int]) -> dict[str, int]:
+    return {f"{name}_{side}": pair[i] for name, pair in pairs.items() for i, side in enumerate("HW")}
 
 
-def max_pool2d(input: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    """The maxima of the windows, and their places ``row * width + column``, in the layout of ``input``."""
+def _longest(plane: tuple[int, int], output: tuple[int, int]) -> tuple[int, int]:
+    """Bounds of the numbers of elements in an adaptive window."""
+    rows, columns = (
+        size // count if size % count == 0 else min(size, size // count + 2)
+        for size, count in zip(plane, output, strict=True)
+    )
+    return rows, columns
+
+
+def largest(input: Tensor, lines: Lines, output: tuple[int, int], step: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The largest number of each window, whose elements are ``step`` apart, and its place ``row * width + column``."""
     x, layout, inner = _layout(input)
-    values, places = (_empty(x, windows.output, layout, dtype) for dtype in (x.dtype, torch.int64))
+    plane, windows = (x.shape[-2], x.shape[-1]), lines.windows
+    kernel = _longest(plane, output) if windows is None else windows.kernel
+    stride, padding = ((1, 1), (0, 0)) if windows is None else (windows.stride, windows.padding)
+    values, places = (_empty(x, output, layout, dtype) for dtype in (x.dtype, torch.int64))
     launch(
-        _max_forward, _grid(values), x, values, places, values.numel(), *x.shape[-2:], *windows.output, inner,
-        *windows.padding, **_tiling(windows, True), BLOCK=_BLOCK,
+        _max_forward, _grid(values), x, values, places, values.numel(), *plane, *output, inner, *padding,
+        **_sides(K=kernel, S=stride, D=step), ADAPTIVE=windows is None, BLOCK=_BLOCK,
     )  # fmt: skip
     return values, places
 
 
-def max_pool2d_backward(grad: Tensor, places: Tensor, plane: tuple[int, int], windows: Windows) -> Tensor:
-    """The gradient of an input of height and width ``plane``."""
+def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], lines: Lines) -> Tensor:
+    """The gradient of what :func:`largest` was taken of."""
     places, layout, inner = _layout(places)
-    grad = grad.contiguous(memory_format=layout)
-    result = _empty(grad, plane, layout, grad.dtype)
-    spans = [d * (k - 1) // s + 1 for d, k, s in zip(windows.dilation, windows.kernel, windows.stride, strict=True)]
+    grad, windows = grad.contiguous(memory_format=layout), lines.windows
+    result, output = _empty(grad, plane, layout, grad.dtype), (grad.shape[-2], grad.shape[-1])
+    over, stride, padding = _longest(output, plane), (1, 1), (0, 0)
+    if windows is not None:
+        stride, padding = windows.stride, windows.padding
+        over_h, over_w = (
+            d * (k - 1) // s + 1 for d, k, s in zip(windows.dilation, windows.kernel, stride, strict=True)
+        )
+        over = over_h, over_w
     launch(
-        _max_backward, _grid(result), grad, places, result, result.numel(), *plane, *windows.output, inner,
-        *windows.padding, S_H=windows.stride[0], S_W=windows.stride[1], OVER_H=spans[0], OVER_W=spans[1], BLOCK=_BLOCK,
+        _max_backward, _grid(result), grad, places, result, result.numel(), *plane, *output, inner, *padding,
+        **_sides(S=stride, OVER=over), ADAPTIVE=windows is None, BLOCK=_BLOCK,
     )  # fmt: skip
     return result
 
 
-def avg_pool2d(input: Tensor, windows: Windows, include_pad: bool, override: int | None) -> Tensor:
-    """The means of the windows."""
+def means(input: Tensor, lines: Lines, output: tuple[int, int]) -> Tensor:
+    """The mean of each window."""
     x, layout, inner = _layout(input)
-    result = _empty(x, windows.output, layout, x.dtype)
-    launch(
-        _average_forward, _grid(result), x, result, result.numel(), *x.shape[-2:], *windows.output, inner,
-        *windows.padding, override or 0, INCLUDE_PAD=include_pad, **_tiling(windows, False), BLOCK=_BLOCK,
-    )  # fmt: skip
+    result = _empty(x, output, layout, x.dtype)
+    if lines.windows is None and output == (1, 1):
+        _means_of_planes(x, result, inner)
+    else:
+        _average(x, result, inner, lines, back=False)
     return result
 
 
-def avg_pool2d_backward(
-    grad: Tensor, plane: tuple[int, int], windows: Windows, include_pad: bool, override: int | None
-) -> Tensor:
-    """The gradient of an input of height and width ``plane``."""
-    grad, layout, inner = _layout(grad)
+def spread(grad: Tensor, lines: Lines, plane: tuple[int, int], layout: torch.memory_format) -> Tensor:
+    """The gradient, in that layout, of what :func:`means` was taken of."""
+    grad, layout, inner = _layout(grad, layout)
     result = _empty(grad, plane, layout, grad.dtype)
-    launch(
-        _average_backward, _grid(result), grad, result, result.numel(), *plane, *windows.output, inner,
-        *windows.padding, override or 0, INCLUDE_PAD=include_pad, **_tiling(windows, False), BLOCK=_BLOCK,
-    )  # fmt: skip
+    _average(grad, result, inner, lines, back=True)
     return result
 
 
-def _longest(length: int, windows: int) -> int:
-    """A bound of the number of elements in an adaptive window."""
-    return length // windows if length % windows == 0 else min(length, length // windows + 2)
-
-
-def _adapted(x: Tensor, plane: tuple[int, int], layout: torch.memory_format, inner: int, backward: bool) -> Tensor:
-    result, size = _empty(x, plane, layout, x.dtype), (x.shape[-2], x.shape[-1])
+def _average(x: Tensor, result: Tensor, inner: int, lines: Lines, back: bool) -> None:
+    here, there = (x.shape[-2], x.shape[-1]), (result.shape[-2], result.shape[-1])
+    if lines.windows is None:
+        launch(
+            _adaptive, _grid(result), x, result, result.numel(), *here, *there, inner,
+            **_sides(MOST=_longest(here, there)), BACKWARD=back, BLOCK=_BLOCK,
+        )  # fmt: skip
+        return
+    windows, sizes = lines.windows, (*there, *here) if back else (*here, *there)
     launch(
-        _adaptive, _grid(result), x, result, result.numel(), *size, *plane, inner, MOST_H=_longest(size[0], plane[0]),
-        MOST_W=_longest(size[1], plane[1]), BACKWARD=backward, BLOCK=_BLOCK,
+        _average_backward if back else _average_forward, _grid(result), x, result, result.numel(), *sizes, inner,
+        *windows.padding, lines.divisor or 0, **_sides(K=windows.kernel, S=windows.stride),
+        INCLUDE_PAD=lines.include_pad, BLOCK=_BLOCK,
     )  # fmt: skip
-    return result
 
 
-def adaptive_avg_pool2d(input: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """The means over a grid of windows that cover the input."""
-    x, layout, inner = _layout(input)
-    if sizes != (1, 1):
-        return _adapted(x, sizes, layout, inner, False)
-    result, size = _empty(x, sizes, layout, x.dtype), prod(x.shape[-2:])
-    count = result.numel()
+def _means_of_planes(x: Tensor, result: Tensor, inner: int) -> None:
+    size, count = prod(x.shape[-2:]), result.numel()
     rows = power_of_two(count if inner == 1 else inner, 1, 32)
     width = power_of_two(size, 1, _TILE // rows)
     programs = blocks(count, rows) if inner == 1 else count // inner * blocks(inner, rows)
     launch(_plane_means, (programs,), x, result, count, size, inner, PLANES=inner == 1, ROWS=rows, WIDTH=width)
-    return result
-
-
-def adaptive_avg_pool2d_backward(grad: Tensor, plane: tuple[int, int]) -> Tensor:
-    """The gradient of an input of height and width ``plane``."""
-    grad, layout, inner = _layout(grad)
-    return _adapted(grad, plane, layout, inner, True)

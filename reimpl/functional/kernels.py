@@ -25,7 +25,6 @@ _TRITON = {
     "_losses_numba": "_triton_losses",
     "_norm_numba": "_triton_norm",
     "_pointwise_numba": "_triton_pointwise",
-    "_pooling_numba": "_triton_pooling",
 }
 
 

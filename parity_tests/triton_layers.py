@@ -201,7 +201,7 @@ def hold(
 
 def _geometries() -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]:
     rng = np.random.default_rng(1)
-    for _ in range(24):
+    for _ in range(18):
         groups, count = int(rng.choice([1, 1, 1, 2])), int(rng.choice([1, 3, 7]))
         kernel, dilation = rng.integers(1, 5, 2), rng.integers(1, 3, 2)
         padding, stride = rng.integers(0, 4, 2), rng.integers(1, 5, 2)
@@ -234,7 +234,7 @@ def test_batch_norm_in_every_layout(
     training: bool, device: torch.device, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # many parts of planes; many parts of rows; small planes; a tile that fits; features; sequences; volumes
-    shapes = [(9, 2, 23, 25), (300, 3, 5, 5), (9, 70, 4, 4), (4, 1, 16, 16), (301, 7), (4, 3, 9), (2, 3, 2, 9, 8)]
+    shapes = [(9, 2, 23, 25), (300, 3, 5, 5), (9, 35, 4, 4), (4, 1, 16, 16), (301, 7), (4, 3, 9), (2, 3, 2, 9, 8)]
     layouts = {4: (torch.contiguous_format, torch.channels_last)}
     cases = [(shape, layout) for shape in shapes for layout in layouts.get(len(shape), (torch.contiguous_format,))]
     for number, ((shape, layout), relu) in enumerate(product(cases, (False, True))):
@@ -332,8 +332,9 @@ def test_pooling_with_every_option(layout: torch.memory_format, device: torch.de
                 lambda x, o=(*options, ceil, include_pad, override): torch_functional.avg_pool2d(x, *o),
                 (x,), 25, (case, include_pad, override),
             )  # fmt: skip
-    for number, sizes in enumerate([(1, 1), (2, 3), (5, 7), (9, 4)]):
-        x = drawn((1, 33, 7, 8), DTYPES[number % 3], device).detach().to(memory_format=layout).requires_grad_()
+    for number, sizes in enumerate([(1, 1), (2, 3), (9, 4)]):
+        channels = 33 if sizes == (1, 1) else 5
+        x = drawn((1, channels, 7, 8), DTYPES[number % 3], device).detach().to(memory_format=layout).requires_grad_()
         lines = _triton_pooling.adaptive(sizes, (7, 8))
         reference = partial(torch_functional.adaptive_avg_pool2d, output_size=sizes)
         output = hold(partial(avg_pool2d, lines=lines, output=sizes), reference, (x,), 56, sizes)

@@ -163,6 +163,29 @@ def _activations(dtype: torch.dtype) -> None:
     _triton_pointwise.bias_activation_backward(y, y, "tanh")
 
 
+def _ones(dtype: torch.dtype) -> None:
+    """Sizes of 1, which the runtime makes constants of: their kernels are others."""
+    x, target = torch.empty((1, 1, 1, 1), dtype=dtype), torch.zeros((1, 1, 1), dtype=torch.int64)
+    weight, vector = torch.empty((1, 1, 1, 1), dtype=dtype), torch.empty(1)
+    geometry = geometry_of(weight, 1, 0, 1, 1, None)
+    _triton_conv.convolve(x, weight, vector, geometry)
+    _triton_conv.convolve_input(x, weight, (1, 1), geometry)
+    _triton_conv.convolve_weight(x, x, (1, 1), geometry)
+    for batch in (x, x.expand(2, 1, 1, 1).contiguous()):
+        _triton_norm.forward(batch, vector, vector, 1, True)
+        _triton_norm.backward(batch, batch, batch, vector, *(vector,) * 4, 1, True)
+    loss, log_probs, divisor = _triton_losses.index_loss(x, target, 1, vector, 1, "mean")
+    _triton_losses.index_loss_gradient(loss, log_probs, target, 1, vector, 1, divisor)
+    _triton_losses.softmax_gradient(x, _triton_losses.softmax(x, 1, True), 1, True)
+    windows = plan_windows("max_pool2d", x, 1, 1, 0, 1, False)
+    for lines in (_triton_pooling.bounds(windows, (1, 1), True, 1), _triton_pooling.adaptive((1, 1), (1, 1))):
+        _triton_pooling.scatter(*_triton_pooling.largest(x, lines, (1, 1), (1, 1)), (1, 1), lines)
+        y = _triton_pooling.means(x, lines, (1, 1))
+        _triton_pooling.spread(y, lines, (1, 1), torch.contiguous_format)
+    _triton_pointwise.backward("leaky_relu", x, _triton_pointwise.forward("leaky_relu", x, 1), 1)
+    _triton_pointwise.bias_activation_backward(x, _triton_pointwise.bias_activation(x, x, "relu"), "relu")
+
+
 # the kernels, their dtype, and what must be in their code: 16 bytes at a time, copies that run ahead
 FAMILIES: dict[str, tuple[Callable[[torch.dtype], None], torch.dtype, int, str]] = {
     "convolution, float32": (_convolutions, torch.float32, 3, "cp.async"),
@@ -171,6 +194,7 @@ FAMILIES: dict[str, tuple[Callable[[torch.dtype], None], torch.dtype, int, str]]
     "losses": (_losses, torch.bfloat16, 5, ""),
     "pooling": (_pools, torch.float16, 6, ""),
     "activations": (_activations, torch.bfloat16, 4, ".v4.b32"),
+    "sizes of 1": (_ones, torch.float32, 20, ""),
 }
 
 

@@ -221,7 +221,7 @@ def _loss_forward(
         picked *= share
     value = -picked
     if SMOOTH:
-        value = (1 - smoothing) * value - tl.div_rn(smoothing, classes.to(tl.float32)) * spread
+        value = (1 - smoothing) * value - tl.div_rn(smoothing, classes * 1.0) * spread
     value = tl.where(target >= 0, value, 0.0)
     if REDUCED:
         tl.store(partial + tl.program_id(0), tl.sum(value, 0))
@@ -281,7 +281,7 @@ def _loss_backward(
     whole = at_target
     everywhere = tl.zeros_like(g)
     if SMOOTH:
-        everywhere = g * tl.div_rn(smoothing, classes.to(tl.float32))
+        everywhere = g * tl.div_rn(smoothing, classes * 1.0)
         at_target *= 1 - smoothing
         if HAS_WEIGHT:
             whole = at_target + everywhere * tl.load(weights_total).to(tl.float32)
@@ -345,8 +345,9 @@ def index_loss(
     partial = x.new_empty((2, programs) if reduced else (1,), dtype=torch.float32)
     launch(
         _loss_forward, (programs,), x, log_probs, loss, partial, indices,
-        loss if weight is None else weight.contiguous(), ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None,
-        SMOOTH=smoothing != 0, REDUCED=reduced, WHOLE=sizes[1] <= tile["WIDTH"], **_CHECKED, **tile,
+        loss if weight is None else weight.contiguous(), ignore_index, float(smoothing), *sizes,
+        HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0, REDUCED=reduced, WHOLE=sizes[1] <= tile["WIDTH"],
+        **_CHECKED, **tile,
     )  # fmt: skip
     divisor = (x.new_empty if reduced else x.new_ones)((), dtype=torch.float32)
     if reduced:
@@ -374,6 +375,7 @@ def index_loss_gradient(
     launch(
         _loss_backward, (programs,), grad, log_probs, result, indices.contiguous(),
         log_probs if weight is None else weight, total, divisor, int(not same),
-        ignore_index, smoothing, *sizes, HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0, **_CHECKED, **tile,
+        ignore_index, float(smoothing), *sizes, HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0,
+        **_CHECKED, **tile,
     )  # fmt: skip
     return result

@@ -93,7 +93,7 @@ def _normalized(
     output = torch.empty_like(input)
     launch(
         kernels.normalize, split.grid, input, output, _or(partial, mean), mean, var, _or(weight, mean), _or(bias, mean),
-        eps, split.parts, *split.arguments, TRAINING=partial is not None, HAS_WEIGHT=weight is not None,
+        float(eps), split.parts, *split.arguments, TRAINING=partial is not None, HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None, RELU=relu, PARTS=power_of_two(split.parts, 1, _PARTS), **split.tile,
     )  # fmt: skip
     return output
@@ -141,7 +141,7 @@ def _gradients(
     if wanted or summed:
         launch(
             kernels.gradient, grid, grad, input, output, input if result is None else result, partial, mean, var,
-            _or(weight, mean), grad_mean, grad_var, sum_g, sum_g_centred, eps, split.parts, *split.arguments,
+            _or(weight, mean), grad_mean, grad_var, sum_g, sum_g_centred, float(eps), split.parts, *split.arguments,
             TRAINING=to_statistics is not None, SUMMED=summed, WANTED=wanted, HAS_WEIGHT=weight is not None,
             PARTS=power_of_two(split.parts, 1, _PARTS), **flags,
         )  # fmt: skip

@@ -93,7 +93,7 @@ def forward(name: str, input: Tensor, slope: float = 0.0, out: Tensor | None = N
     """relu, leaky_relu, sigmoid or tanh of the input, in its strides, into ``out`` of the same where given."""
     x = dense(input)
     y, count = torch.empty_like(x) if out is None else out, x.numel()
-    launch(_forward, (blocks(count, _BLOCK),), x, y, count, slope, ACTIVATION=name, BLOCK=_BLOCK)
+    launch(_forward, (blocks(count, _BLOCK),), x, y, count, float(slope), ACTIVATION=name, BLOCK=_BLOCK)
     return y
 
 
@@ -102,7 +102,7 @@ def backward(name: str, grad: Tensor, kept: Tensor, slope: float = 0.0, out: Ten
     y = dense(kept)
     g = laid_out_as(grad, y)
     result, count = torch.empty_like(y) if out is None else out, y.numel()
-    launch(_backward, (blocks(count, _BLOCK),), g, y, result, count, slope, ACTIVATION=name, BLOCK=_BLOCK)
+    launch(_backward, (blocks(count, _BLOCK),), g, y, result, count, float(slope), ACTIVATION=name, BLOCK=_BLOCK)
     return result
 
 

@@ -90,8 +90,8 @@ def largest(input: Tensor, lines: Bounds, output: tuple[int, int], step: tuple[i
     return values, places
 
 
-def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int]) -> Tensor:
-    """The gradient of what :func:`largest` was taken of."""
+def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], lines: Bounds) -> Tensor:
+    """The gradient of what :func:`largest` was taken of; the places suffice here, ``lines`` are for the twin."""
     layout = layout_of(places)
     result, grad = _empty(grad, plane, layout), grad.contiguous(memory_format=layout)
     tasks, *shares = _shares(places, layout)

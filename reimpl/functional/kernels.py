@@ -1,4 +1,4 @@
-"""The switch for the library's own compiled kernels: when they run, and what is said where Numba is missing."""
+"""The switch for the library's own compiled kernels: when they run, and what is said where a compiler is missing."""
 
 from __future__ import annotations
 
@@ -14,24 +14,38 @@ from torch import Tensor
 from reimpl.functional._plain import ordinary
 
 _enabled = False
-# What kernels do beside float32.
-_MORE_DTYPES = {"_norm_numba": {torch.float64, torch.bfloat16}}
+COMPILERS = {"cpu": "numba", "cuda": "triton"}
+"""What compiles the kernels for the tensors of a device."""
+
+_SOURCES = {"numba": "pip install 'reimpl[fused]'", "triton": "PyTorch's CUDA wheels bring it"}
+_DTYPES = {"numba": {torch.float32}, "triton": {torch.float32, torch.bfloat16, torch.float16}}
+# What some of Numba's do beside float32.
+_MORE_DTYPES = {"_norm_numba": {torch.float32, torch.float64, torch.bfloat16}}
+# The module of Triton kernels behind the same functions as one of Numba's.
+_TRITON = {
+    "_conv_numba": "_triton_conv",
+    "_losses_numba": "_triton_losses",
+    "_norm_numba": "_triton_norm",
+    "_pointwise_numba": "_triton_pointwise",
+    "_pooling_numba": "_triton_pooling",
+}
 
 
 class use_kernels:
     """Run what has one through a compiled kernel of the library's own, from here on or within a ``with`` block.
 
-    Compiled by Numba (the extra ``fused``) at first use, on the CPU, for float32, and kept from then on in the
-    user's cache folder. Everything else runs as it would without. Results differ by roundings: sums are taken in
-    another order. The backward pass runs as the switch stands then.
+    Compiled at first use (the extra ``fused``), by Numba on the CPU, for float32, and by Triton on CUDA, for float32,
+    bfloat16 and float16 with sums in float32; kept from then on in the user's cache folder. Everything else runs as it
+    would without. Results differ by roundings: sums are taken in another order. The backward pass runs as the switch
+    stands then.
 
     Args:
         mode: on or off.
 
-    Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation, with relu or not (in
-    float64 and bfloat16 too), have such kernels; so have ``relu``, ``leaky_relu``, ``sigmoid``, ``tanh``,
-    ``linear_activation``, maximum and average pooling, ``softmax``, ``log_softmax``, ``cross_entropy`` of class indices,
-    ``mse_loss`` and the binary cross-entropies.
+    Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation, with relu or not
+    (on the CPU in float64 and bfloat16 too), have such kernels; so have ``relu``, ``leaky_relu``, ``sigmoid``,
+    ``tanh``, ``linear_activation``, maximum and average pooling, ``softmax``, ``log_softmax``, ``cross_entropy`` of
+    class indices and, on the CPU, ``mse_loss`` and the binary cross-entropies.
     """
 
     def __init__(self, mode: bool = True) -> None:
@@ -57,12 +71,12 @@ def kernels_enabled() -> bool:
 
 
 @cache
-def module(name: str) -> Any:
-    """The module of this package that holds the kernels, ``None`` (and once a warning) where Numba is missing."""
-    if importlib.util.find_spec("numba") is None:
+def module(name: str, compiler: str = "numba") -> Any:
+    """The module of this package that holds the kernels, ``None`` (and once a warning) without their compiler."""
+    if importlib.util.find_spec(compiler) is None:
         warnings.warn(
-            "use_kernels needs numba, which is not installed (pip install 'reimpl[fused]'); "
-            "everything runs without compiled kernels",
+            f"use_kernels needs {compiler}, which is not installed ({_SOURCES[compiler]}); everything runs without "
+            "compiled kernels",
             stacklevel=3,
         )
         return None
@@ -70,16 +84,29 @@ def module(name: str) -> Any:
 
 
 def kernels_for(name: str, *tensors: Tensor | None) -> Any:
-    """The kernels of ``name`` where they are on and do for such tensors: ordinary, of a dtype that they do, on the CPU;
-    else ``None``."""
+    """The kernels of ``name`` where they are on and do for such tensors, else ``None``.
+
+    Args:
+        name: the module of Numba's; on CUDA its twin is taken.
+        tensors: ordinary ones, on one device, of a dtype that the kernels do.
+    """
     if not _enabled:
         return None
-    dtypes = _MORE_DTYPES.get(name, set()) | {torch.float32}
-    fit = all(t is None or (t.dtype in dtypes and t.device.type == "cpu") for t in tensors)
-    # a dispatch mode wants to see operators
-    if not fit or not ordinary(*tensors) or torch._C._len_torch_dispatch_stack() > 0:
+    given = [t for t in tensors if t is not None]
+    device = given[0].device
+    compiler = COMPILERS.get(device.type)
+    if compiler is None:
         return None
-    return module(name)
+    dtypes = _MORE_DTYPES.get(name, _DTYPES[compiler]) if compiler == "numba" else _DTYPES[compiler]
+    for t in given:
+        if t.dtype not in dtypes or t.device != device:
+            return None
+    # a dispatch mode wants to see operators
+    if not ordinary(*given) or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if compiler == "numba":
+        return module(name)
+    return module(_TRITON[name], compiler) if name in _TRITON else None
 
 
 def final_kernels_for(name: str, *tensors: Tensor | None) -> Any:

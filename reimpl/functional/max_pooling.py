@@ -203,13 +203,17 @@ def _search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
     """Maxima and their places."""
     kernels = kernels_for("_pooling_numba", input)
     if kernels and kernels.worth_it(input) and 0 not in windows.output:
-        plane = input.shape[-2], input.shape[-1]
-        if isinstance(windows, _Grid):
-            return kernels.largest(input, kernels.adaptive(windows.output, plane), windows.output, (1, 1))  # type: ignore[no-any-return]
-        return kernels.largest(input, kernels.bounds(windows, plane), windows.output, windows.dilation)  # type: ignore[no-any-return]
+        step = (1, 1) if isinstance(windows, _Grid) else windows.dilation
+        lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
+        return kernels.largest(input, lines, windows.output, step)  # type: ignore[no-any-return]
     if isinstance(windows, _Grid):
         return _search_grid(input, windows)
     return _search_taps(input, windows)
+
+
+def _lines(kernels: Any, windows: Windows | _Grid, plane: tuple[int, int]) -> Any:
+    """Where the windows lie, as the kernels want to know it."""
+    return kernels.adaptive(windows.output, plane) if isinstance(windows, _Grid) else kernels.bounds(windows, plane)
 
 
 def _search_taps(input: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -293,7 +297,7 @@ class _MaxPool(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
-        ctx.plane = inputs[0].shape[-2:]
+        ctx.plane, ctx.windows = inputs[0].shape[-2:], inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
@@ -301,7 +305,8 @@ class _MaxPool(torch.autograd.Function):
         height, width = ctx.plane
         kernels = final_kernels_for("_pooling_numba", grad)
         if kernels and places.numel() and kernels.worth_it(places):
-            return kernels.scatter(grad, places, (height, width)), None
+            lines = _lines(kernels, ctx.windows, (height, width))
+            return kernels.scatter(grad, places, (height, width), lines), None
         outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
         flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
         spread = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)

@@ -18,8 +18,9 @@ from reimpl.functional._numba_source import load, run
 _LEAST_NUMBERS = 1 << 13
 # From this size on planes are summed one by one; strips of what is smaller have about so many numbers: the sums and
 # factors of their places stay in the nearest caches.
-_LARGE_PLANE, _STRIP = 128, 2048
-# Numbers to a chunk: what is read of them is still in the second cache when it is read again.
+_LARGE_PLANE, _STRIP = 128, 512
+# Numbers to a chunk: what is read of them is still in the second cache when it is read again. Of small planes and pixels
+# twice as many: there each chunk writes out the numbers of its channels.
 _CHUNK = 1 << 15
 _TYPES = {
     torch.float32: ("np.float32", "np.float32"),
@@ -64,7 +65,7 @@ def _plan(shape: torch.Size, by_pixel: bool, dtype: torch.dtype, eps: float) -> 
     block = min(channels, max(1, (_CHUNK if uniform else _STRIP) // size))
     fold = max(1, min(rows, _STRIP // (channels * size))) if block == channels and not uniform else 1
     strip = fold * block * size
-    strips = max(1, _CHUNK // strip)
+    strips = max(1, (_CHUNK if uniform else 2 * _CHUNK) // strip)
     chunks = ceil(rows / (fold * strips))
     tasks = ceil(channels / block) * chunks
     places = ceil((block if uniform else strip) / 16) * 16

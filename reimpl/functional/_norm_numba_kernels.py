@@ -77,6 +77,8 @@ def span(w: Any, i: Any) -> Any:
 @njit(error_model="numpy")
 def total_of(places: Any, w: Any, own: Any, c: Any) -> Any:
     """The sum of a channel's places."""
+    if w[FOLD] * w[SIZE] == 1:
+        return float(places[c])
     total = 0.0
     for r in range(w[FOLD]):
         start = (r * own + c) * w[SIZE]
@@ -88,7 +90,7 @@ def total_of(places: Any, w: Any, own: Any, c: Any) -> Any:
 @njit(error_model="numpy")
 def put(places: Any, w: Any, own: Any, c: Any, value: Any) -> None:
     """The same number at all places of a channel."""
-    if w[UNIFORM]:
+    if w[UNIFORM] or w[FOLD] * w[SIZE] == 1:
         places[c] = value
         return
     for r in range(w[FOLD]):

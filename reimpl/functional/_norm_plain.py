@@ -44,13 +44,6 @@ class Layout:
         pixels = tensor.permute(0, 2, 3, 1) if self.by_pixel else tensor
         return pixels.reshape(-1, self.fold * self.channels * self.size)
 
-    def whole(self, flat: Tensor) -> Tensor:
-        """The inverse of :meth:`flat`."""
-        if not self.by_pixel:
-            return flat.view(self.shape)
-        images, channels, *place = self.shape
-        return flat.view(images, *place, channels).permute(0, 3, 1, 2)
-
     def sums(self, flat: Tensor) -> Tensor:
         """The sum of each channel."""
         if self.in_planes:
@@ -83,32 +76,37 @@ def normalize(
     x = layout.flat(input)
     mean = layout.means(x)
     (place_means,) = layout.spread(mean)
-    values = x - place_means
+    output = torch.empty_like(input)
+    values = torch.sub(x, place_means, out=layout.flat(output))
     var = layout.means(values.square_())
     # subtracted once more: a second array would cost more, in pages touched for the first time
     torch.sub(x, place_means, out=values)
-    return _scaled(layout, values, var, weight, bias, eps, relu), mean, var
+    _scale(layout, values, var, weight, bias, eps, relu)
+    return output, mean, var
 
 
 def normalize_by(
     input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> Tensor:
     """Output for a given mean and variance."""
-    layout = Layout(input)
-    return _scaled(layout, layout.flat(input) - layout.spread(mean)[0], var, weight, bias, eps, relu)
+    layout, output = Layout(input), torch.empty_like(input)
+    centred = torch.sub(layout.flat(input), layout.spread(mean)[0], out=layout.flat(output))
+    _scale(layout, centred, var, weight, bias, eps, relu)
+    return output
 
 
-def _scaled(
+def _scale(
     layout: Layout, centred: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
-) -> Tensor:
-    """The normalised batch, written over ``centred``."""
+) -> None:
+    """Write the normalised batch over ``centred``."""
     scale = torch.rsqrt(var + eps)
     scale = scale if weight is None else scale.mul_(weight)
     factors, *shifts = layout.spread(scale) if bias is None else layout.spread(scale, bias)
     centred.mul_(factors)
     for shift in shifts:
         centred.add_(shift)
-    return layout.whole(torch.maximum(centred, centred.new_zeros(()), out=centred) if relu else centred)
+    if relu:
+        torch.maximum(centred, centred.new_zeros(()), out=centred)
 
 
 class Errors:
@@ -124,7 +122,8 @@ class Errors:
         self._layout = Layout(input)
         self._g, self._x = self._layout.flat(g), self._layout.flat(input)
         (self._mean,) = self._layout.spread(mean)
-        self._values = (self._x - self._mean).mul_(self._g)
+        self._result = torch.empty_like(input)
+        self._values = torch.sub(self._x, self._mean, out=self._layout.flat(self._result)).mul_(self._g)
         self.sum_g = self._layout.sums(self._g)
         self.sum_g_centred = self._layout.sums(self._values)
 
@@ -132,8 +131,10 @@ class Errors:
         """(4.88): ``g scale + (x - mean) slope + offset``; can be asked for once, and instead of :meth:`scaled`."""
         factors, slopes, offsets = self._layout.spread(scale, slope, offset)
         centred = torch.sub(self._x, self._mean, out=self._values)
-        return self._layout.whole(centred.mul_(slopes).add_(offsets).addcmul_(self._g, factors))
+        centred.mul_(slopes).add_(offsets).addcmul_(self._g, factors)
+        return self._result
 
     def scaled(self, scale: Tensor) -> Tensor:
         """``g scale``: the gradient of the input where mean and variance do not depend on it."""
-        return self._layout.whole(torch.mul(self._g, self._layout.spread(scale)[0], out=self._values))
+        torch.mul(self._g, self._layout.spread(scale)[0], out=self._values)
+        return self._result

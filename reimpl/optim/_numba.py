@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _kernel_cache, _numba_ops, _threads
+from . import _kernel_cache, _numba_lanes, _numba_ops, _threads
 from ._trace import Operation, Program
 
-VERSIONS = (numba.__version__, np.__version__, Path(_numba_ops.__file__).read_text())
+VERSIONS = (numba.__version__, np.__version__, *(Path(module.__file__).read_text() for module in (_numba_lanes, _numba_ops)))
 """What compiled code depends on beside its source."""
 CHUNK = 262_144
 """Numbers that one thread takes at a time: long streams keep the prefetcher going (16 k are 15% slower)."""
@@ -31,7 +31,7 @@ import math
 from math import pow as power
 import numpy as np
 from numba import carray, cfunc, njit
-from reimpl.optim._numba_ops import *
+from reimpl.optim import _numba_lanes as lanes
 from reimpl.optim._numba_ops import {imports}
 
 real = np.{real}
@@ -76,10 +76,20 @@ def update(addresses, table):
 
 
 @njit(nogil=True, error_model="numpy")
-def chunk({parameters}):
-{arrays}
-    for i in range(n):
+def element({parameters}):
 {body}
+
+
+@njit(nogil=True, error_model="numpy")
+def chunk(n, {starts}):
+    whole = n - n % {width} if {width} > 1 else 0
+    for i in range(0, whole, {width}):
+        at = i * {size}
+{ahead}
+        element({lanes})
+    for i in range(whole, n):
+        at = i * {size}
+        element({numbers})
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
@@ -106,66 +116,40 @@ def run(task):
 '''
 
 _DTYPES = {
-    torch.float64: ("float64", "float64", "{}", "{}"),
-    torch.float32: ("float32", "float32", "{}", "{}"),
-    torch.bfloat16: ("uint16", "float32", "bfloat16_to_float({})", "float_to_bfloat16({})"),
-    torch.float16: ("uint16", "float32", "float16_to_float({})", "float_to_float16({})"),
+    torch.float64: ("float64", 8, ""),
+    torch.float32: ("float32", 4, ""),
+    torch.bfloat16: ("float32", 2, "_bfloat16"),
+    torch.float16: ("float32", 2, "_float16"),
 }
 SUPPORTED_DTYPES = frozenset(_DTYPES)
-
-
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-_COMPARISONS = {"gt": ">", "lt": "<", "eq": "=="}
-
-
-def _expression(name: str, *x: str) -> str:
-    match name:
-        case "neg":
-            return f"-{x[0]}"
-        case "add" | "sub" | "mul" | "div":
-            return f"{x[0]} {_SIGNS[name]} {x[1]}"
-        case "fma":
-            return f"hardware_fma({', '.join(x)})" if _numba_ops.HAS_FMA else f"{x[0]} * {x[1]} + {x[2]}"
-        case "sqrt":
-            return f"math.sqrt({x[0]})"
-        case "abs":
-            return f"abs({x[0]})"
-        case "gt" | "lt" | "eq":
-            return f"{x[0]} {_COMPARISONS[name]} {x[1]}"
-        case "select":
-            return f"{x[1]} if {x[0]} else {x[2]}"
-        case "max":
-            return f"{x[1]} if ({x[1]} > {x[0]} or {x[1]} != {x[1]}) else {x[0]}"
-        case "to_nearer":
-            return f"{x[0]} if abs({x[0]}) < real(0.5) else {x[0]} - real(1.0)"
-        case "nearer":
-            return f"{x[1]} if abs({x[0]}) < real(0.5) else {x[2]}"
-    raise NotImplementedError(f"no CPU code for the operation {name!r}")
+import os
+AHEAD=int(os.environ.get("AHEAD","0")); MULT=int(os.environ.get("MULT","1"))
 
 
 def source(program: Program, dtype: torch.dtype, title: str) -> str:
     """The Python source of the module that runs ``program`` over tensors of ``dtype``."""
-    storage, real, load, store = _DTYPES[dtype]
+    real, size, kind = _DTYPES[dtype]
     names = list(program.inputs)
     used = {x for operation in program.operations for x in operation[2:]} | set(program.stores.values())
-    loads = [f"{n} = {load.format(f'{n}_[i]')}" for n in names if n in used]
+    loads = [f"{n} = lanes.load{kind}({n}_at, like)" for n in names if n in used]
     scalars = [f"a{k}" for k in range(len(program.scalars))]
 
     def line(operation: Operation) -> str:
         result, name, *operands = operation
-        if name == "div" and operands[1] in scalars and storage != real:
+        if name == "div" and operands[1] in scalars and kind:
             # one division less an element; the product's second rounding is 2⁻¹³ or less of the storage's own
-            return f"{result} = {operands[0]} * (real(1.0) / {operands[1]})"
-        return f"{result} = {_expression(name, *operands)}"
+            return f"{result} = lanes.mul({operands[0]}, lanes.inverse({operands[1]}))"
+        return f"{result} = lanes.{name}({', '.join(operands)})"
 
-    stores = [f"{n}_[i] = {store.format(x)}" for n, x in program.stores.items()]
-    size = np.dtype(storage).itemsize
+    stores = [f"lanes.store{kind}({n}_at, {x})" for n, x in program.stores.items()]
+    width = _numba_lanes.LINE // size * MULT
+    ahead = [f"prefetch({n}_address + at + {AHEAD + 64*k})" for n in names for k in range(MULT)] if AHEAD else []
     rows = range(len(names))
     # beside the scalars, the table holds the step count and the numbers of the state from before the step
     old = [f"table[row, {len(scalars) + 1 + j}]" for j in range(len(program.kept))]
     return _TEMPLATE.format(
         title=title,
-        imports="hardware_fma, pointer, prefetch, take",
+        imports="pointer, prefetch, take",
         n_inputs=len(names),
         short=SHORT,
         size=size,
@@ -178,9 +162,17 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
         step=len(names),
         n_scalars=len(scalars),
         scalars=_lines(12, [f"table[i, {k}] = {code}" for k, code in enumerate(program.scalars)] or ["pass"]),
-        parameters=", ".join(["n", *(f"{n}_address" for n in names), *scalars]),
-        arrays=_lines(4, [f"{n}_ = carray(pointer({n}_address), (n,), np.{storage})" for n in names]),
-        body=_lines(8, [*loads, *map(line, program.operations), *stores]),
+        parameters=", ".join(["like", *(f"{n}_at" for n in names), *scalars]),
+        starts=", ".join([*(f"{n}_address" for n in names), *scalars]),
+        width=width,
+        ahead=_lines(8, ahead),
+        lanes=", ".join(
+            [f"lanes.spread(real(0.0), {width})"]
+            + [f"{n}_address + at" for n in names]
+            + [f"lanes.spread({a}, {width})" for a in scalars]
+        ),
+        numbers=", ".join(["real(0.0)", *(f"{n}_address + at" for n in names), *scalars]),
+        body=_lines(4, [*loads, *map(line, program.operations), *stores]),
         arguments=", ".join(
             [f"addresses[{r}, i] + offset * {size}" for r in rows]
             + [f"real(table[i, {k}])" for k in range(len(scalars))]

@@ -16,7 +16,11 @@ from torch import Tensor
 from . import _kernel_cache, _numba_lanes, _numba_ops, _threads
 from ._trace import Operation, Program
 
-VERSIONS = (numba.__version__, np.__version__, *(Path(module.__file__).read_text() for module in (_numba_lanes, _numba_ops)))
+VERSIONS = (
+    numba.__version__,
+    np.__version__,
+    *(Path(module.__file__).read_text() for module in (_numba_lanes, _numba_ops)),
+)
 """What compiled code depends on beside its source."""
 CHUNK = 262_144
 """Numbers that one thread takes at a time: long streams keep the prefetcher going (16 k are 15% slower)."""
@@ -24,6 +28,8 @@ SHORT = 64
 """Tensors of so few numbers are fetched while the one before is worked on."""
 SERIAL = 131_072
 """Below so many numbers waking a second thread can cost more than it saves (50 µs, where one thread takes as long)."""
+STREAM = 8 << 20
+"""From so many bytes a tensor-shaped stream on, what is written without being read goes past the caches."""
 
 _TEMPLATE = '''\
 """Generated from {title}. Do not edit: the file is written anew when it differs."""
@@ -32,7 +38,7 @@ from math import pow as power
 import numpy as np
 from numba import carray, cfunc, njit
 from reimpl.optim import _numba_lanes as lanes
-from reimpl.optim._numba_ops import {imports}
+from reimpl.optim._numba_ops import fence, pointer, prefetch, take
 
 real = np.{real}
 double = float
@@ -75,21 +81,7 @@ def update(addresses, table):
 {updates}
 
 
-@njit(nogil=True, error_model="numpy")
-def element({parameters}):
-{body}
-
-
-@njit(nogil=True, error_model="numpy")
-def chunk(n, {starts}):
-    whole = n - n % {width} if {width} > 1 else 0
-    for i in range(0, whole, {width}):
-        at = i * {size}
-{ahead}
-        element({lanes})
-    for i in range(whole, n):
-        at = i * {size}
-        element({numbers})
+{functions}
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
@@ -99,9 +91,12 @@ def run(task):
     addresses = carray(pointer(words[0]), ({n_rows}, n_tensors), np.int64)
     chunks = carray(pointer(words[2]), (n_chunks, 3), np.int64)
     table = carray(pointer(words[4]), (n_tensors, {n_columns}), np.float64)
+    past = words[6] != 0
     while True:
         c = take(words[5])
         if c >= n_chunks:
+            if past:
+                fence()
             return
         i = chunks[c, 0]
         if chunks[c, 2] <= {short}:
@@ -111,28 +106,45 @@ def run(task):
                 for line in range(0, {short} * {size}, 64):
                     prefetch(addresses[row, following] + line)
         if addresses[1, i] != 0:
-            offset = chunks[c, 1]
-            chunk(chunks[c, 2], {arguments})
+            n, offset = chunks[c, 2], chunks[c, 1] * {size}
+{dispatch}
 '''
 
+# one body for a line of numbers and for those left over; what is written past the caches must fill lines
+_FUNCTIONS_TEMPLATE = """\
+@njit(nogil=True, error_model="numpy")
+def element{form}({parameters}):
+{body}
+
+
+@njit(nogil=True, error_model="numpy")
+def chunk{form}(n, {starts}):
+    first = {first}
+    end = n - (n - first) % {width}
+    for i in range(first):
+        element{form}(real(0.0), {each})
+    for i in range(first, end, {width}):
+        element{form}(lanes.spread(real(0.0), {width}), {line})
+    for i in range(end, n):
+        element{form}(real(0.0), {each})
+"""
+
+# what a number is worked on as, its bytes in memory, the ending of its loads and stores, how many make a line
 _DTYPES = {
-    torch.float64: ("float64", 8, ""),
-    torch.float32: ("float32", 4, ""),
-    torch.bfloat16: ("float32", 2, "_bfloat16"),
-    torch.float16: ("float32", 2, "_float16"),
+    torch.float64: ("float64", 8, "", 8),
+    torch.float32: ("float32", 4, "", 16),
+    torch.bfloat16: ("float32", 2, "_bfloat16", 32),
+    torch.float16: ("float32", 2, "_float16", 32 if _numba_ops.HAS_HALF else 1),
 }
 SUPPORTED_DTYPES = frozenset(_DTYPES)
-import os
-AHEAD=int(os.environ.get("AHEAD","0")); MULT=int(os.environ.get("MULT","1"))
+_COMPARISONS = {"gt": ">", "lt": "<", "eq": "=="}
+_PAST = "_past"
 
 
-def source(program: Program, dtype: torch.dtype, title: str) -> str:
-    """The Python source of the module that runs ``program`` over tensors of ``dtype``."""
-    real, size, kind = _DTYPES[dtype]
-    names = list(program.inputs)
-    used = {x for operation in program.operations for x in operation[2:]} | set(program.stores.values())
-    loads = [f"{n} = lanes.load{kind}({n}_at, like)" for n in names if n in used]
-    scalars = [f"a{k}" for k in range(len(program.scalars))]
+def _functions(program: Program, dtype: torch.dtype, form: str) -> str:
+    """``element``, the rule for a line of numbers or for one, and ``chunk``, the loop; ``form`` ends their names."""
+    _, size, kind, width = _DTYPES[dtype]
+    names, scalars = program.inputs, [f"a{k}" for k in range(len(program.scalars))]
 
     def line(operation: Operation) -> str:
         result, name, *operands = operation
@@ -141,15 +153,67 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
             return f"{result} = lanes.mul({operands[0]}, lanes.inverse({operands[1]}))"
         return f"{result} = lanes.{name}({', '.join(operands)})"
 
-    stores = [f"lanes.store{kind}({n}_at, {x})" for n, x in program.stores.items()]
-    width = _numba_lanes.LINE // size * MULT
-    ahead = [f"prefetch({n}_address + at + {AHEAD + 64*k})" for n in names for k in range(MULT)] if AHEAD else []
-    rows = range(len(names))
+    past = program.written_blindly if form.endswith(_PAST) else []
+    stores = [f"lanes.store{_PAST if name in past else ''}{kind}({name}_at, {x})" for name, x in program.stores.items()]
+    loads = [f"{name} = lanes.load{kind}({name}_at, like)" for name in names if name in program.read]
+    places = [f"{name}_start + i * {size}" for name in names]
+    return _FUNCTIONS_TEMPLATE.format(
+        form=form,
+        parameters=", ".join(["like", *(f"{name}_at" for name in names), *scalars]),
+        starts=", ".join([*(f"{name}_start" for name in names), *scalars]),
+        body=_lines(4, [*loads, *map(line, program.operations), *stores]),
+        width=width,
+        first=f"min(n, (-{past[0]}_start) % {_numba_lanes.LINE} // {size})" if past else "0",
+        each=", ".join([*places, *scalars]),
+        line=", ".join([*places, *(f"lanes.spread({a}, {width})" for a in scalars)]),
+    )
+
+
+def _dispatch(program: Program, dtype: torch.dtype, arguments: str) -> tuple[list[str], list[str]]:
+    """The functions for each outcome of the program's choice, and the lines that call the right one."""
+    functions, lines = [], []
+
+    def add(branch: Program, form: str, indent: str) -> None:
+        functions.append(_functions(branch, dtype, form))
+        call = f"chunk{form}({arguments})"
+        # state that the step itself creates is written once: not worth another loop
+        if len(branch.written_blindly) != 1 or branch.created:
+            lines.append(indent + call)
+            return
+        functions.append(_functions(branch, dtype, form + _PAST))
+        past = f"chunk{form}{_PAST}({arguments})"
+        row = program.inputs.index(branch.written_blindly[0])
+        lines.extend(
+            [
+                f"{indent}if past and addresses[{row}, i] % {dtype.itemsize} == 0:",
+                f"{indent}    {past}",
+                f"{indent}else:",
+                f"{indent}    {call}",
+            ]
+        )
+
+    if program.choice is None:
+        add(program, "", "")
+        return functions, lines
+    result, name, *operands = program.choice
+    sides = [f"real(table[i, {x[1:]}])" for x in operands]
+    for holds, header in ((True, f"if {sides[0]} {_COMPARISONS[name]} {sides[1]}:"), (False, "else:")):
+        lines.append(header)
+        add(program.assuming(result, holds), f"_{int(holds)}", "    ")
+    return functions, lines
+
+
+def source(program: Program, dtype: torch.dtype, title: str) -> str:
+    """The Python source of the module that runs ``program`` over tensors of ``dtype``."""
+    real, size, _, _ = _DTYPES[dtype]
+    names = list(program.inputs)
+    scalars = range(len(program.scalars))
     # beside the scalars, the table holds the step count and the numbers of the state from before the step
     old = [f"table[row, {len(scalars) + 1 + j}]" for j in range(len(program.kept))]
+    arguments = ["n", *(f"addresses[{r}, i] + offset" for r in range(len(names)))]
+    functions, calls = _dispatch(program, dtype, ", ".join([*arguments, *(f"real(table[i, {k}])" for k in scalars)]))
     return _TEMPLATE.format(
         title=title,
-        imports="pointer, prefetch, take",
         n_inputs=len(names),
         short=SHORT,
         size=size,
@@ -162,21 +226,8 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
         step=len(names),
         n_scalars=len(scalars),
         scalars=_lines(12, [f"table[i, {k}] = {code}" for k, code in enumerate(program.scalars)] or ["pass"]),
-        parameters=", ".join(["like", *(f"{n}_at" for n in names), *scalars]),
-        starts=", ".join([*(f"{n}_address" for n in names), *scalars]),
-        width=width,
-        ahead=_lines(8, ahead),
-        lanes=", ".join(
-            [f"lanes.spread(real(0.0), {width})"]
-            + [f"{n}_address + at" for n in names]
-            + [f"lanes.spread({a}, {width})" for a in scalars]
-        ),
-        numbers=", ".join(["real(0.0)", *(f"{n}_address + at" for n in names), *scalars]),
-        body=_lines(4, [*loads, *map(line, program.operations), *stores]),
-        arguments=", ".join(
-            [f"addresses[{r}, i] + offset * {size}" for r in rows]
-            + [f"real(table[i, {k}])" for k in range(len(scalars))]
-        ),
+        functions="\n\n".join(functions),
+        dispatch=_lines(12, calls),
     )
 
 
@@ -221,9 +272,19 @@ class Kernel:
         self._prologue: Callable[..., None] = module.prologue
         self._update: Callable[..., None] | None = module.update if program.updates else None
         self._run: int = module.run.address
+        self._program, self._size = program, dtype.itemsize
         self._n_scalars, self._n_kept = len(program.scalars), len(program.kept)
         arguments = ", ".join(["o", "t", *(f"k{j}" for j in range(self._n_kept))])
         self._scalars = eval(f"lambda {arguments}: [{', '.join(program.scalars)}]", _FUNCTIONS)
+
+    def next_program(self, numbers: list[Any], state: dict[str, Tensor]) -> Program:
+        """What the next step is going to do to a tensor in this state."""
+        if self._program.choice is None:
+            return self._program
+        result, name, *operands = self._program.choice
+        step = float(state["step"]) + 1.0 if "step" in state else 0.0
+        scalars = self._scalars(numbers, step, *(float(state[key]) for key in self._program.kept))
+        return self._program.assuming(result, getattr(operator, name)(*(float(scalars[int(x[1:])]) for x in operands)))
 
     def bind(
         self, addresses: Any, sizes: list[int], device: torch.device
@@ -252,7 +313,7 @@ class Kernel:
                 len(chunks),
                 table.ctypes.data,
                 counter.ctypes.data,
-                0,
+                total * self._size >= STREAM,
             ]
         )
         prologue, update, run = self._prologue, self._update, self._run

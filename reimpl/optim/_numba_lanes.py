@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
-from ._numba_ops import HAS_FMA
+from ._numba_ops import HAS_FMA, HAS_HALF, float16_to_float, float_to_float16, pointer
 
 LINE = 64
 """Bytes of a line of the cache; as many numbers as their storage packs into one are worked on together."""
@@ -166,7 +167,9 @@ def _storer(narrow: Callable[..., Any], *, streams: bool = False) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             held = narrow(builder, args[1])
             past = streams and isinstance(held.type, ir.VectorType)
-            written = builder.store(held, _place(builder, args[0], held.type), align=LINE if past else _width(held.type))
+            written = builder.store(
+                held, _place(builder, args[0], held.type), align=LINE if past else _width(held.type)
+            )
             if past:
                 written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_WORD, 1)]))
             return context.get_dummy_value()
@@ -222,11 +225,23 @@ def _narrow_float16(builder: Any, x: Any) -> Any:
 
 
 load = _loader(None, lambda builder, x, kind: x)
-load_bfloat16 = _loader(_HALF_WORD, _widen_bfloat16)
-load_float16 = _loader(ir.HalfType(), lambda builder, x, kind: builder.fpext(x, kind))
 store = _storer(lambda builder, x: x)
-store_bfloat16 = _storer(_narrow_bfloat16)
-store_float16 = _storer(_narrow_float16)
 store_past = _storer(lambda builder, x: x, streams=True)
+load_bfloat16 = _loader(_HALF_WORD, _widen_bfloat16)
+store_bfloat16 = _storer(_narrow_bfloat16)
 store_past_bfloat16 = _storer(_narrow_bfloat16, streams=True)
-store_past_float16 = _storer(_narrow_float16, streams=True)
+if HAS_HALF:
+    load_float16 = _loader(ir.HalfType(), lambda builder, x, kind: builder.fpext(x, kind))
+    store_float16 = _storer(_narrow_float16)
+    store_past_float16 = _storer(_narrow_float16, streams=True)
+else:
+
+    @njit
+    def load_float16(address: Any, like: Any) -> Any:
+        return float16_to_float(carray(pointer(address), (1,), np.uint16)[0])
+
+    @njit
+    def store_float16(address: Any, x: Any) -> None:
+        carray(pointer(address), (1,), np.uint16)[0] = float_to_float16(x)
+
+    store_past_float16 = store_float16

@@ -16,11 +16,8 @@ from torch import Tensor
 from . import _kernel_cache, _numba_lanes, _numba_ops, _threads
 from ._trace import Operation, Program
 
-VERSIONS = (
-    numba.__version__,
-    np.__version__,
-    *(Path(module.__file__).read_text() for module in (_numba_lanes, _numba_ops)),
-)
+_OPERATIONS = (_numba_lanes.__file__, _numba_ops.__file__)
+VERSIONS = (numba.__version__, np.__version__, *(Path(file).read_text() for file in _OPERATIONS))
 """What compiled code depends on beside its source."""
 CHUNK = 262_144
 """Numbers that one thread takes at a time: long streams keep the prefetcher going (16 k are 15% slower)."""

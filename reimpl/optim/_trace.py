@@ -304,12 +304,11 @@ class Program:
             else:
                 resolved.append((result, name, *operands))
         stores = {key: same.get(x, x) for key, x in self.stores.items()}
-        needed, operations = set(stores.values()), []
+        needed = set(stores.values())
         for operation in reversed(resolved):
             if operation[0] in needed:
                 needed.update(operation[2:])
-                operations.insert(0, operation)
-        return replace(self, operations=operations, stores=stores)
+        return replace(self, operations=[each for each in resolved if each[0] in needed], stores=stores)
 
     def scalar(self, code: str) -> int:
         """The place of an expression among the scalars, at the end if it is new."""

@@ -84,6 +84,17 @@ def test_numbers_of_the_state_are_scalars_and_a_condition_selects() -> None:
 
 
 @pytest.mark.quick
+def test_what_is_left_of_a_rule_where_its_choice_is_known() -> None:
+    program = _trace.trace(optim.ASGD, optim.ASGD(_parameters([(3,)])).defaults, ("eta", "mu", "ax"))
+    assert program.choice is not None and program.read == {"p", "g", "ax"}
+    late, early = (program.assuming(program.choice[0], holds) for holds in (True, False))
+    assert late.read == {"p", "g", "ax"} and not late.written_blindly
+    assert early.read == {"p", "g"} and early.written_blindly == ["ax"] and early.stores["ax"] == early.stores["p"]
+    assert len(early.operations) < len(late.operations) < len(program.operations)
+    assert _trace.trace(optim.SGD, optim.SGD(_parameters([(3,)])).defaults, ()).choice is None
+
+
+@pytest.mark.quick
 def test_a_rule_may_not_branch_on_an_expression() -> None:
     class Branching(optim.SGD):
         @staticmethod

@@ -222,18 +222,19 @@ def _scale_gradients(optimizer: Any, grads: Sequence[Tensor | None]) -> tuple[bo
 
 
 def streams(optimizer: Any) -> int:
-    """How many parameter-sized tensors the last fused step read, plus how many it wrote.
+    """How many parameter-sized tensors the next fused step reads, plus how many it writes.
 
     Raises:
         ValueError: the optimizer has taken no fused step, or its tensors need several kernels.
     """
-    plans = [plan for bundle in optimizer.__dict__.get("_fused_bundles", {}).values() for plan in bundle.plans]
-    programs = {id(plan.program): plan.program for plan in plans}
-    if len(programs) != 1:
-        raise ValueError(f"expected an optimizer that steps by one kernel, but this one has {len(programs)}")
-    (program,) = programs.values()
-    used = {x for operation in program.operations for x in operation[2:]} | set(program.stores.values())
-    return len(used & set(program.inputs)) + len(program.stores)
+    bundles = optimizer.__dict__.get("_fused_bundles", {})
+    kernels = {id(plan.program): (i, plan) for i, bundle in bundles.items() for plan in bundle.plans}
+    if len(kernels) != 1:
+        raise ValueError(f"expected an optimizer that steps by one kernel, but this one has {len(kernels)}")
+    ((index, plan),) = kernels.values()
+    numbers = split_options(_options(optimizer, optimizer.param_groups[index]))[1]
+    program = plan.kernel.next_program(numbers, plan.states[0])
+    return len(program.read) + len(program.stores)
 
 
 def run_plan(optimizer: Any, index: int, group: Group) -> bool:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _kernel_cache, _numba_ops, _threads
+from . import _kernel_cache, _numba_lanes, _numba_ops, _threads
 from ._trace import Operation, Program
 
-VERSIONS = (numba.__version__, np.__version__, Path(_numba_ops.__file__).read_text())
+_OPERATIONS = (_numba_lanes.__file__, _numba_ops.__file__)
+VERSIONS = (numba.__version__, np.__version__, *(Path(file).read_text() for file in _OPERATIONS))
 """What compiled code depends on beside its source."""
 CHUNK = 262_144
 """Numbers that one thread takes at a time: long streams keep the prefetcher going (16 k are 15% slower)."""
@@ -24,6 +25,8 @@ SHORT = 64
 """Tensors of so few numbers are fetched while the one before is worked on."""
 SERIAL = 131_072
 """Below so many numbers waking a second thread can cost more than it saves (50 µs, where one thread takes as long)."""
+STREAM = 8 << 20
+"""From so many bytes a tensor-shaped stream on, what is written without being read goes past the caches."""
 
 _TEMPLATE = '''\
 """Generated from {title}. Do not edit: the file is written anew when it differs."""
@@ -31,8 +34,8 @@ import math
 from math import pow as power
 import numpy as np
 from numba import carray, cfunc, njit
-from reimpl.optim._numba_ops import *
-from reimpl.optim._numba_ops import {imports}
+from reimpl.optim import _numba_lanes as lanes
+from reimpl.optim._numba_ops import fence, pointer, prefetch, take
 
 real = np.{real}
 double = float
@@ -75,11 +78,7 @@ def update(addresses, table):
 {updates}
 
 
-@njit(nogil=True, error_model="numpy")
-def chunk({parameters}):
-{arrays}
-    for i in range(n):
-{body}
+{functions}
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
@@ -89,9 +88,12 @@ def run(task):
     addresses = carray(pointer(words[0]), ({n_rows}, n_tensors), np.int64)
     chunks = carray(pointer(words[2]), (n_chunks, 3), np.int64)
     table = carray(pointer(words[4]), (n_tensors, {n_columns}), np.float64)
+    past = words[6] != 0
     while True:
         c = take(words[5])
         if c >= n_chunks:
+            if past:
+                fence()
             return
         i = chunks[c, 0]
         if chunks[c, 2] <= {short}:
@@ -101,71 +103,114 @@ def run(task):
                 for line in range(0, {short} * {size}, 64):
                     prefetch(addresses[row, following] + line)
         if addresses[1, i] != 0:
-            offset = chunks[c, 1]
-            chunk(chunks[c, 2], {arguments})
+            n, offset = chunks[c, 2], chunks[c, 1] * {size}
+{dispatch}
 '''
 
+# one body for a line of numbers and for those left over; what is written past the caches must fill lines
+_FUNCTIONS_TEMPLATE = """\
+@njit(nogil=True, error_model="numpy")
+def element{form}({parameters}):
+{body}
+
+
+@njit(nogil=True, error_model="numpy")
+def chunk{form}(n, {starts}):
+    first = {first}
+    end = n - (n - first) % {width}
+    for i in range(first):
+        element{form}(real(0.0), {each})
+    for i in range(first, end, {width}):
+        element{form}(lanes.spread(real(0.0), {width}), {line})
+    for i in range(end, n):
+        element{form}(real(0.0), {each})
+"""
+
+# what a number is worked on as, its bytes in memory, the ending of its loads and stores, how many make a line
 _DTYPES = {
-    torch.float64: ("float64", "float64", "{}", "{}"),
-    torch.float32: ("float32", "float32", "{}", "{}"),
-    torch.bfloat16: ("uint16", "float32", "bfloat16_to_float({})", "float_to_bfloat16({})"),
-    torch.float16: ("uint16", "float32", "float16_to_float({})", "float_to_float16({})"),
+    torch.float64: ("float64", 8, "", 8),
+    torch.float32: ("float32", 4, "", 16),
+    torch.bfloat16: ("float32", 2, "_bfloat16", 32),
+    torch.float16: ("float32", 2, "_float16", 32 if _numba_ops.HAS_HALF else 1),
 }
 SUPPORTED_DTYPES = frozenset(_DTYPES)
-
-
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMPARISONS = {"gt": ">", "lt": "<", "eq": "=="}
+_PAST = "_past"
 
 
-def _expression(name: str, *x: str) -> str:
-    match name:
-        case "neg":
-            return f"-{x[0]}"
-        case "add" | "sub" | "mul" | "div":
-            return f"{x[0]} {_SIGNS[name]} {x[1]}"
-        case "fma":
-            return f"hardware_fma({', '.join(x)})" if _numba_ops.HAS_FMA else f"{x[0]} * {x[1]} + {x[2]}"
-        case "sqrt":
-            return f"math.sqrt({x[0]})"
-        case "abs":
-            return f"abs({x[0]})"
-        case "gt" | "lt" | "eq":
-            return f"{x[0]} {_COMPARISONS[name]} {x[1]}"
-        case "select":
-            return f"{x[1]} if {x[0]} else {x[2]}"
-        case "max":
-            return f"{x[1]} if ({x[1]} > {x[0]} or {x[1]} != {x[1]}) else {x[0]}"
-        case "to_nearer":
-            return f"{x[0]} if abs({x[0]}) < real(0.5) else {x[0]} - real(1.0)"
-        case "nearer":
-            return f"{x[1]} if abs({x[0]}) < real(0.5) else {x[2]}"
-    raise NotImplementedError(f"no CPU code for the operation {name!r}")
+def _functions(program: Program, dtype: torch.dtype, form: str) -> str:
+    """``element``, the rule for a line of numbers or for one, and ``chunk``, the loop; ``form`` ends their names."""
+    _, size, kind, width = _DTYPES[dtype]
+    names, scalars = program.inputs, [f"a{k}" for k in range(len(program.scalars))]
+
+    def line(operation: Operation) -> str:
+        result, name, *operands = operation
+        if name == "div" and operands[1] in scalars and kind:
+            # one division less an element; the product's second rounding is 2⁻¹³ or less of the storage's own
+            return f"{result} = lanes.mul({operands[0]}, lanes.inverse({operands[1]}))"
+        return f"{result} = lanes.{name}({', '.join(operands)})"
+
+    past = program.written_blindly if form.endswith(_PAST) else []
+    stores = [f"lanes.store{_PAST if name in past else ''}{kind}({name}_at, {x})" for name, x in program.stores.items()]
+    loads = [f"{name} = lanes.load{kind}({name}_at, like)" for name in names if name in program.read]
+    places = [f"{name}_start + i * {size}" for name in names]
+    return _FUNCTIONS_TEMPLATE.format(
+        form=form,
+        parameters=", ".join(["like", *(f"{name}_at" for name in names), *scalars]),
+        starts=", ".join([*(f"{name}_start" for name in names), *scalars]),
+        body=_lines(4, [*loads, *map(line, program.operations), *stores]),
+        width=width,
+        first=f"min(n, (-{past[0]}_start) % {_numba_lanes.LINE} // {size})" if past else "0",
+        each=", ".join([*places, *scalars]),
+        line=", ".join([*places, *(f"lanes.spread({a}, {width})" for a in scalars)]),
+    )
+
+
+def _dispatch(program: Program, dtype: torch.dtype, arguments: str) -> tuple[list[str], list[str]]:
+    """The functions for each outcome of the program's choice, and the lines that call the right one."""
+    functions, lines = [], []
+
+    def add(branch: Program, form: str, indent: str) -> None:
+        functions.append(_functions(branch, dtype, form))
+        call = f"chunk{form}({arguments})"
+        # state that the step itself creates is written once: not worth another loop
+        if len(branch.written_blindly) != 1 or branch.created:
+            lines.append(indent + call)
+            return
+        functions.append(_functions(branch, dtype, form + _PAST))
+        past = f"chunk{form}{_PAST}({arguments})"
+        row = program.inputs.index(branch.written_blindly[0])
+        lines.extend(
+            [
+                f"{indent}if past and addresses[{row}, i] % {dtype.itemsize} == 0:",
+                f"{indent}    {past}",
+                f"{indent}else:",
+                f"{indent}    {call}",
+            ]
+        )
+
+    if program.choice is None:
+        add(program, "", "")
+        return functions, lines
+    result, name, *operands = program.choice
+    sides = [f"real(table[i, {x[1:]}])" for x in operands]
+    for holds, header in ((True, f"if {sides[0]} {_COMPARISONS[name]} {sides[1]}:"), (False, "else:")):
+        lines.append(header)
+        add(program.assuming(result, holds), f"_{int(holds)}", "    ")
+    return functions, lines
 
 
 def source(program: Program, dtype: torch.dtype, title: str) -> str:
     """The Python source of the module that runs ``program`` over tensors of ``dtype``."""
-    storage, real, load, store = _DTYPES[dtype]
+    real, size, _, _ = _DTYPES[dtype]
     names = list(program.inputs)
-    used = {x for operation in program.operations for x in operation[2:]} | set(program.stores.values())
-    loads = [f"{n} = {load.format(f'{n}_[i]')}" for n in names if n in used]
-    scalars = [f"a{k}" for k in range(len(program.scalars))]
-
-    def line(operation: Operation) -> str:
-        result, name, *operands = operation
-        if name == "div" and operands[1] in scalars and storage != real:
-            # one division less an element; the product's second rounding is 2⁻¹³ or less of the storage's own
-            return f"{result} = {operands[0]} * (real(1.0) / {operands[1]})"
-        return f"{result} = {_expression(name, *operands)}"
-
-    stores = [f"{n}_[i] = {store.format(x)}" for n, x in program.stores.items()]
-    size = np.dtype(storage).itemsize
-    rows = range(len(names))
+    scalars = range(len(program.scalars))
     # beside the scalars, the table holds the step count and the numbers of the state from before the step
     old = [f"table[row, {len(scalars) + 1 + j}]" for j in range(len(program.kept))]
+    arguments = ["n", *(f"addresses[{r}, i] + offset" for r in range(len(names)))]
+    functions, calls = _dispatch(program, dtype, ", ".join([*arguments, *(f"real(table[i, {k}])" for k in scalars)]))
     return _TEMPLATE.format(
         title=title,
-        imports="hardware_fma, pointer, prefetch, take",
         n_inputs=len(names),
         short=SHORT,
         size=size,
@@ -178,13 +223,8 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
         step=len(names),
         n_scalars=len(scalars),
         scalars=_lines(12, [f"table[i, {k}] = {code}" for k, code in enumerate(program.scalars)] or ["pass"]),
-        parameters=", ".join(["n", *(f"{n}_address" for n in names), *scalars]),
-        arrays=_lines(4, [f"{n}_ = carray(pointer({n}_address), (n,), np.{storage})" for n in names]),
-        body=_lines(8, [*loads, *map(line, program.operations), *stores]),
-        arguments=", ".join(
-            [f"addresses[{r}, i] + offset * {size}" for r in rows]
-            + [f"real(table[i, {k}])" for k in range(len(scalars))]
-        ),
+        functions="\n\n".join(functions),
+        dispatch=_lines(12, calls),
     )
 
 
@@ -229,9 +269,19 @@ class Kernel:
         self._prologue: Callable[..., None] = module.prologue
         self._update: Callable[..., None] | None = module.update if program.updates else None
         self._run: int = module.run.address
+        self._program, self._size = program, dtype.itemsize
         self._n_scalars, self._n_kept = len(program.scalars), len(program.kept)
         arguments = ", ".join(["o", "t", *(f"k{j}" for j in range(self._n_kept))])
         self._scalars = eval(f"lambda {arguments}: [{', '.join(program.scalars)}]", _FUNCTIONS)
+
+    def next_program(self, numbers: list[Any], state: dict[str, Tensor]) -> Program:
+        """What the next step is going to do to a tensor in this state."""
+        if self._program.choice is None:
+            return self._program
+        result, name, *operands = self._program.choice
+        step = float(state["step"]) + 1.0 if "step" in state else 0.0
+        scalars = self._scalars(numbers, step, *(float(state[key]) for key in self._program.kept))
+        return self._program.assuming(result, getattr(operator, name)(*(float(scalars[int(x[1:])]) for x in operands)))
 
     def bind(
         self, addresses: Any, sizes: list[int], device: torch.device
@@ -260,7 +310,7 @@ class Kernel:
                 len(chunks),
                 table.ctypes.data,
                 counter.ctypes.data,
-                0,
+                total * self._size >= STREAM,
             ]
         )
         prologue, update, run = self._prologue, self._update, self._run

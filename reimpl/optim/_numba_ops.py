@@ -1,4 +1,4 @@
-"""Numba intrinsics of the generated CPU kernels: addresses, fused multiply-add, half precision, a shared counter."""
+"""Numba intrinsics of the generated CPU kernels: addresses, a shared counter, fences, float16 in integers."""
 
 # mypy: disable-error-code="untyped-decorator"
 
@@ -14,6 +14,9 @@ from numba.extending import intrinsic
 _FEATURES = llvm.get_host_cpu_features()
 HAS_FMA = bool(_FEATURES.get("fma", False)) or llvm.get_process_triple().startswith(("aarch64", "arm64"))
 """Whether the processor multiplies and adds with one rounding, as PyTorch's vectorised kernels then do."""
+
+HAS_HALF = bool(_FEATURES.get("f16c", False)) or llvm.get_process_triple().startswith(("aarch64", "arm64"))
+"""Whether the processor converts float16 itself; else it is done in integers, element by element."""
 
 
 @intrinsic
@@ -54,13 +57,14 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
-def hardware_fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """a·b + c with one rounding."""
+def fence(typingctx: Any) -> Any:
+    """Wait until everything that this thread has written can be seen, also what went past the caches."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fma(*args)
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
 
-    return a(a, a, a), codegen
+    return types.none(), codegen
 
 
 @intrinsic
@@ -80,41 +84,7 @@ def _float_to_bits(typingctx: Any, x: Any) -> Any:
 
 
 @njit(inline="always")
-def bfloat16_to_float(bits: Any) -> Any:
-    """The float32 of the same value."""
-    return _bits_to_float(types.uint32(bits) << types.uint32(16))
-
-
-@njit(inline="always")
-def float_to_bfloat16(x: Any) -> Any:
-    """Round to nearest, ties to even.
-
-    NaN stays NaN if the low half of its bits is 0: so it is with those that the processor makes, and with what a
-    bfloat16 was widened to.
-    """
-    bits = _float_to_bits(x)
-    odd = (bits >> types.uint32(16)) & types.uint32(1)
-    return types.uint16((bits + types.uint32(0x7FFF) + odd) >> types.uint32(16))
-
-
-@intrinsic
-def _widen(typingctx: Any, bits: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), codegen
-
-
-@intrinsic
-def _narrow(typingctx: Any, x: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), codegen
-
-
-@njit(inline="always")
-def _float16_to_float(bits: Any) -> Any:
+def float16_to_float(bits: Any) -> Any:
     """The float32 of the same value, subnormals too (Giesen's scaling by 2¹¹²)."""
     word = types.uint32(bits)
     magnitude = _bits_to_float((word & types.uint32(0x7FFF)) << types.uint32(13)) * _bits_to_float(
@@ -127,7 +97,7 @@ def _float16_to_float(bits: Any) -> Any:
 
 
 @njit(inline="always")
-def _float_to_float16(x: Any) -> Any:
+def float_to_float16(x: Any) -> Any:
     """Round to nearest, ties to even; overflow to infinity; NaN stays NaN."""
     bits = _float_to_bits(x)
     sign = (bits >> types.uint32(16)) & types.uint32(0x8000)
@@ -143,9 +113,3 @@ def _float_to_float16(x: Any) -> Any:
         odd = (magnitude >> types.uint32(13)) & types.uint32(1)
         half = (magnitude - types.uint32(0x38000000) + types.uint32(0xFFF) + odd) >> types.uint32(13)
     return types.uint16(half | sign)
-
-
-HAS_HALF = bool(_FEATURES.get("f16c", False)) or llvm.get_process_triple().startswith(("aarch64", "arm64"))
-"""Whether the processor converts float16 itself; else it is done in integers, element by element."""
-float16_to_float = _widen if HAS_HALF else _float16_to_float
-float_to_float16 = _narrow if HAS_HALF else _float_to_float16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
@@ -273,6 +273,42 @@ class Program:
         if isinstance(x, Value):
             return x.name
         return f"a{self.scalar(_code(x))}"
+
+    @property
+    def read(self) -> frozenset[str]:
+        """The inputs that it reads."""
+        used = {x for _, _, *operands in self.operations for x in operands} | set(self.stores.values())
+        return frozenset(used.intersection(self.inputs))
+
+    @property
+    def written_blindly(self) -> list[str]:
+        """The inputs that it writes and does not read."""
+        return [name for name in self.stores if name not in self.read]
+
+    @property
+    def choice(self) -> Operation | None:
+        """The comparison of two scalars that it selects by, the same for a whole tensor, if there is one."""
+        scalars = {f"a{k}" for k in range(len(self.scalars))}
+        conditions = {operands[0] for _, name, *operands in self.operations if name == "select"}
+        alike = (each for each in self.operations if each[0] in conditions and scalars.issuperset(each[2:]))
+        return next(alike, None)
+
+    def assuming(self, condition: str, holds: bool) -> Program:
+        """What is left of it where the outcome of a comparison is known."""
+        same: dict[str, str] = {}
+        resolved: list[Operation] = []
+        for result, name, *operands in self.operations:
+            operands = [same.get(x, x) for x in operands]
+            if name == "select" and operands[0] == condition:
+                same[result] = operands[1 if holds else 2]
+            else:
+                resolved.append((result, name, *operands))
+        stores = {key: same.get(x, x) for key, x in self.stores.items()}
+        needed = set(stores.values())
+        for operation in reversed(resolved):
+            if operation[0] in needed:
+                needed.update(operation[2:])
+        return replace(self, operations=[each for each in resolved if each[0] in needed], stores=stores)
 
     def scalar(self, code: str) -> int:
         """The place of an expression among the scalars, at the end if it is new."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,8 +65,9 @@ def interleave(
 ) -> Timings:
     """Time every contender once a round, so that drift of the machine falls on all of them alike.
 
-    The order turns by one each round: nobody always runs behind the same neighbour and finds the caches as that one
-    left them. Garbage collection waits until the end. On CUDA the clock runs until the device is idle.
+    The order is drawn anew each round, the same in every run: nobody always runs behind the same neighbour and finds
+    the caches as that one left them. Garbage collection waits until the end. On CUDA the clock runs until the device
+    is idle.
 
     Args:
         contenders: name to a call without arguments.
@@ -95,7 +97,7 @@ def interleave(
             if done and late():
                 break
             call()
-    order = list(contenders)
+    order, draw = list(contenders), random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in order}
     collecting = gc.isenabled()
     gc.collect()
@@ -104,11 +106,11 @@ def interleave(
         for done in range(rounds):
             if done and late():
                 break
+            draw.shuffle(order)
             for name in order:
                 if setup is not None:
                     setup()
                 samples[name].append(_sample(contenders[name], calls, synchronize))
-            order.append(order.pop(0))
     finally:
         if collecting:
             gc.enable()

@@ -265,6 +265,6 @@ def test_without_triton_it_warns_once_and_runs(triton_on_the_cpu: None, monkeypa
             y = F.conv2d(torch.ones(2, 16, 9, 9), torch.ones(16, 16, 3, 3))
     assert y.shape == (2, 16, 7, 7)
     assert [str(w.message) for w in caught].count(
-        "use_kernels needs triton, which is not installed (pip install 'reimpl[fused]'); "
+        "use_kernels needs triton, which is not installed (PyTorch's CUDA wheels bring it); "
         "everything runs without compiled kernels"
     ) == 1  # fmt: skip

@@ -173,7 +173,7 @@ def infer_backward(
     var: Tensor,
     eps: float,
     wanted: bool,
-    summed: bool,
+    sums_wanted: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """:func:`backward` for statistics that do not depend on the input; the sums are empty unless ``summed``."""
-    return _gradients(grad, input, rectified, weight, mean, var, None, eps, wanted, summed)
+    """:func:`backward` for statistics that do not depend on the input; the sums are empty unless ``sums_wanted``."""
+    return _gradients(grad, input, rectified, weight, mean, var, None, eps, wanted, sums_wanted)

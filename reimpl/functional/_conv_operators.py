@@ -2,8 +2,8 @@
 
 A compiler that traced :mod:`reimpl.functional._conv_kernels` would see views and matrix products, stack the windows
 and keep them. The operators run the eager code instead, its compiled kernels included. They differentiate into each
-other as the autograd Functions of :mod:`reimpl.functional.conv` do, and map by folding the mapped dimension into the batch, or
-into channels whose groups keep it apart.
+other as the autograd Functions of :mod:`reimpl.functional.conv` do, and map by folding the mapped dimension into the
+batch, or into channels whose groups keep it apart.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parity_tests.declarations import OPTIMIZERS
 from parity_tests.twins import EXECUTIONS, RICH, loss_of, small_model
+from reimpl.optim import _fused
 from reimpl.testing.optimizers import IMPLEMENTATIONS
 from reimpl.testing.samples import random_tensor, seeded_generator
 
@@ -122,6 +123,8 @@ def _fsdp(make: Make, folder: Path) -> list[torch.Tensor]:
     optimizer = make(model.parameters())
     _train(model, optimizer)
     values = _locals(model)
+    if optimizer.defaults.get("fused"):
+        assert _fused.streams(optimizer), "the parts were not stepped by a kernel"
     for p in model.parameters():
         for key, value in sorted(optimizer.state[p].items()):
             assert isinstance(p, DTensor) and isinstance(value, DTensor) == (value.dim() > 0), key

@@ -152,7 +152,7 @@ class Walker:
     def same_places(self, where: Any, first: int) -> bool:
         """Whether tensors, from the one numbered ``first`` on, are as ``where`` has it.
 
-        Its rows are their handles, bodies, those bodies' storages, and places.
+        Its rows are their handles, bodies, those bodies' storages, places, and sizes in bytes.
         """
         return bool(self._code.same_places(self._api, where, first))
 

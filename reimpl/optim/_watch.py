@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ._walk import Walker, find_walker
 
 PLAIN = {Tensor, Parameter}
 """Classes of tensors whose operators are PyTorch's own."""
+_PART = attrgetter("_local_tensor")
 
 
 def _array(numbers: Sequence[int]) -> Any:
@@ -118,14 +119,20 @@ class Watch:
 class ShardWatch(Watch):
     """The same of ``DTensor``s: what lies in this process."""
 
+    def __init__(self, params: list[Tensor], states: Sequence[Mapping[str, Any]], walker: Walker | None = None) -> None:
+        super().__init__(params, states, walker)
+        self.cut_up = [t for t in self.wholes if is_cut_up(t)]
+        self.parts = list(map(_PART, self.cut_up))
+
     def holds(self) -> bool:
-        return all(local(t) is part for t, part in zip(self.wholes, self.tensors, strict=True)) and super().holds()
+        return all(map(is_, map(_PART, self.cut_up), self.parts)) and super().holds()
 
     def pairs(self) -> Iterable[tuple[Tensor, Tensor | None]]:
+        kind = type(self.params[0])
         for p in self.params:
             g = p.grad
             # a gradient that is cut in another way stays whole, and the kernel cannot read it
-            yield local(p), local(g) if g is not None and is_cut_up(g) and is_cut_alike(g, p) else g
+            yield _PART(p), _PART(g) if type(g) is kind and is_cut_alike(g, p) else g
 
     def count_change(self, row: Any) -> None:
         super().count_change(row)
@@ -177,9 +184,9 @@ class CompiledWatch(Watch):
 
 def watch(params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> Watch:
     """Watch parameters of one device and dtype and their states."""
-    if is_cut_up(params[0]):
-        return ShardWatch(params, states)
     found = walker()
+    if is_cut_up(params[0]):
+        return ShardWatch(params, states, found)
     return Watch(params, states) if found is None else CompiledWatch(params, states, found)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _kernel_cache
 
-_BODY_WORDS, _META_WORDS, _VERSION_WORDS = 22, 16, 3
+_BODY_WORDS, _META_WORDS, _VERSION_WORDS = (22 if torch.__version__ >= "2.13" else 23), 16, 3
 """How much of a tensor's body, of autograd's part of it and of its version counter is searched; each is no smaller."""
 _SHIMS = ("data_ptr", "dtype", "dim", "sizes", "strides")
 

@@ -131,9 +131,9 @@ def known(api: Any, body: Any, mark: Any) -> Any:
 def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, keys: Any, room: Any, marks: Any) -> Any:
     """Write the gradients' addresses to ``room[0]``, 0 where there is none, and the version counters' to ``room[2]``.
 
-    ``params`` holds the parameters' handles, bodies, storages, places and sizes. ``marks[0, i]`` and ``marks[1, i]`` keep what
-    the bodies of parameter ``i`` and of its gradient looked like when they were last asked for their form; what looks
-    the same has the same.
+    ``params`` holds the parameters' handles, bodies, storages, places and sizes. ``marks[0, i]`` and ``marks[1, i]``
+    keep what the bodies of parameter ``i`` and of its gradient looked like when they were last asked for their form;
+    what looks the same has the same.
 
     Returns:
         ``False`` where a parameter is not where it was, or it or its gradient is of another kind than expected: a

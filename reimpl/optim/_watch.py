@@ -97,12 +97,13 @@ class Watch:
                 continue
             if p.shape != shape or p.stride() != strides or not _plain(g, p):
                 return None
-            if g.stride() != strides:
+            address, is_turned = g.data_ptr(), g.stride() != strides
+            if abs(address - place) < size and (address != place or is_turned):
+                return None
+            if is_turned:
                 g = torch.empty_like(p).copy_(g)
                 copies.append(g)
-            address = g.data_ptr()
-            if 0 < abs(address - place) < size:
-                return None
+                address = g.data_ptr()
             row[i] = address or 1
         return copies
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import reimpl.optim
 from parity_tests.planted import PlantedAdam, PlantedSGD
-from parity_tests.versions import reference_only
+from parity_tests.versions import IS_REFERENCE, reference_only
 from reimpl.testing import SCENARIOS, OptimizerComparison, assert_optimizers_agree, compare_optimizers, load_optimizer
 from reimpl.testing.comparison import VARIANTS
 from reimpl.testing.optimizers import OptimizerClass
@@ -212,9 +212,13 @@ def test_one_ulp_of_eps_needs_bitwise() -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "Rprop", "NAdam"])
 def test_ours_agrees_with_pytorchs(name: str, device: torch.device) -> None:
+    # Adagrad of older releases makes its state when it is built, and has none for a group that comes later
+    no_later_groups = name == "Adagrad" and not IS_REFERENCE
+    scenarios = [scenario.name for scenario in SCENARIOS]
     assert_optimizers_agree(
         getattr(reimpl.optim, name),
         getattr(torch.optim, name),
+        scenarios=[s for s in scenarios if not (no_later_groups and s.startswith("group"))],
         implementations=WITHOUT_KERNELS,
         dtypes=[torch.float64, torch.bfloat16, torch.complex64],
         device=device,

@@ -59,6 +59,12 @@ ADAFACTOR = OptimizerTechnique(
     takes_shape=lambda shape: 0 not in shape,  # PyTorch's divides by the number of elements
 )
 
+# Earlier releases of PyTorch do not know the one, and with the other write bfloat16's direction over its momentum.
+_OF_LATE = (
+    _shared("no nesterov, match_rms_adamw", lr=0.05, nesterov=False, adjust_lr_fn="match_rms_adamw"),
+    _shared("spectral_unclamped, three steps", lr=0.05, adjust_lr_fn="spectral_unclamped", ns_steps=3),
+)
+
 MUON = OptimizerTechnique(
     name="Muon",
     ids=("O16",),
@@ -71,8 +77,7 @@ MUON = OptimizerTechnique(
     magnitude=oracle.muon_magnitude,
     dtypes=REAL,
     configs=(
-        _shared("no nesterov, match_rms_adamw", lr=0.05, nesterov=False, adjust_lr_fn="match_rms_adamw"),
-        _shared("spectral_unclamped, three steps", lr=0.05, adjust_lr_fn="spectral_unclamped", ns_steps=3),
+        *(_OF_LATE if torch.__version__ >= "2.15" else ()),
         _shared("tensor lr, large eps", lr=torch.tensor(0.05), momentum=0.5, eps=1.0, ns_coefficients=(1.5, -0.5, 0.0)),
     ),
     supports_complex=False,

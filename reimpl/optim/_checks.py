@@ -44,6 +44,11 @@ MAGNITUDES = (
 """Options that are numbers of at least 0 in every class that has them."""
 
 
+ROUNDING = 1e-12
+"""How far below 0 a rate may lie: PyTorch's ``LinearLR`` ends at some -5e-18 where 0 is meant."""
+_NUMBERS = (float, int)
+
+
 def group(options: Mapping[str, Any], index: int) -> None:
     """Raise for what the constructor would refuse, in the options of one parameter group.
 
@@ -51,12 +56,32 @@ def group(options: Mapping[str, Any], index: int) -> None:
     """
     for key in MAGNITUDES:
         value = options.get(key)
-        one = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-        if one and not is_magnitude(value):
-            name = "learning rate" if key == "lr" else f"{key} value"
-            raise ValueError(f"Invalid {name}: {value} (parameter group {index})")
+        if isinstance(value, _NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1):
+            _magnitude_of_group(key, value, index)
     if "betas" in options:
         betas(options["betas"])
+
+
+def written(options: Mapping[str, Any], keys: tuple[str, ...], index: int) -> None:
+    """Raise for a number under ``keys`` that the constructor would refuse, written into a group since.
+
+    PyTorch steps by it. It is asked at every step, so a tensor's value is not looked at: that could wait for a GPU.
+    """
+    for key in keys:
+        value = options.get(key)
+        if isinstance(value, _NUMBERS):
+            if not 0.0 <= value < math.inf:
+                _magnitude_of_group(key, value, index)
+        elif key == "betas" and isinstance(value, tuple | list):
+            for beta in value:
+                if isinstance(beta, _NUMBERS) and not 0.0 <= beta < 1.0:
+                    betas(tuple(value))
+
+
+def _magnitude_of_group(key: str, value: Any, index: int) -> None:
+    if not is_magnitude(value + ROUNDING if key == "lr" else value):
+        name = "learning rate" if key == "lr" else f"{key} value"
+        raise ValueError(f"Invalid {name}: {value} (parameter group {index})")
 
 
 def should_be(name: str, condition: str, value: Any, holds: Any) -> None:
@@ -90,7 +115,7 @@ def needs(name: str, value: Any, other: str, present: Any, allowed: tuple[Any, .
         raise ValueError(f"{name}={value} needs {other}={wanted}, but it is {present!r}")
 
 
-def betas(values: tuple[float | Tensor, float | Tensor]) -> None:
+def betas(values: tuple[float | Tensor, ...]) -> None:
     """Raise unless both decay rates lie in [0, 1)."""
     for i, beta in enumerate(values):
         if not 0.0 <= beta < 1.0:

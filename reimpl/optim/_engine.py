@@ -30,6 +30,9 @@ from ._torch import (
 State = dict[str, Any]
 Group = dict[str, Any]
 
+_NUMBERS_OF: dict[type, tuple[str, ...]] = {}
+"""The options of each class that ``_checks.written`` looks at."""
+
 
 class RuleOptimizer(Optimizer):
     """An optimizer given by one rule, which runs over a tensor, over a list of tensors, or fused into one kernel.
@@ -216,6 +219,11 @@ class RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             self._compiled_group(group)
             return
+        keys = _NUMBERS_OF.get(type(self))
+        if keys is None:
+            keys = tuple(key for key in (*_checks.MAGNITUDES, "betas") if key in self.defaults)
+            _NUMBERS_OF[type(self)] = keys
+        _checks.written(group, keys, index)
         fused = group.get("fused")
         if fused and _fused.run_plan(self, index, group):
             return

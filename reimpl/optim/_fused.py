@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._shards import is_cut_up, local, local_parts
 from ._torch import check_fused_support
 from ._trace import Program, split_options, trace
 from ._watch import PLAIN, SameItems, SameValues, walker, watch
@@ -85,20 +87,42 @@ def _dense(t: Tensor) -> bool:
     return True
 
 
-def _overlap(params: list[Tensor]) -> bool:
-    """Whether two parameters share memory, so that their steps must come one after the other."""
-    plain = sorted((p.data_ptr(), p.nbytes) for p in params if type(p) in PLAIN and p.numel())
-    return any(start + size > after for (start, size), (after, _) in pairwise(plain))
+def _overlap(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether a parameter shares memory with another, or with a gradient but for element by element its own.
+
+    Then the steps must come one after the other, as in the for-loop.
+    """
+    own = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in enumerate(params) if _has_memory(p))
+    if any(end > after for (_, end, _), (after, _, _) in pairwise(own)):
+        return True
+    for i, g in enumerate(grads):
+        if not _has_memory(g):
+            continue
+        start = g.data_ptr()
+        end = start + g.element_size() * (1 + sum((n - 1) * s for n, s in zip(g.shape, g.stride(), strict=True)))
+        last = bisect_left(own, (end,)) - 1  # of the parameters that begin before the gradient's end
+        if last >= 0 and own[last][1] > start:
+            is_itself = own[last][0] == start and own[last][2] == i
+            if not (is_itself and g.stride() == params[i].stride() and g.dtype == params[i].dtype):
+                return True
+    return False
+
+
+def _has_memory(t: Tensor) -> bool:
+    return type(t) in PLAIN and t.layout == torch.strided and t.numel() != 0
 
 
 def _fusible(p: Tensor, g: Tensor, s: State, numbers: tuple[str, ...]) -> bool:
     if not all(v is None or isinstance(v, Tensor) for v in s.values()):
         return False
-    tensors = [p, g, *(v for k, v in s.items() if v is not None and k not in numbers)]
+    tensors = local_parts(p, [g, *(v for k, v in s.items() if v is not None and k not in numbers)])
+    if tensors is None or (is_cut_up(p) and any(t.stride() != tensors[0].stride() for t in tensors[2:])):
+        return False
+    first = tensors[0]
     return all(
-        type(t) in PLAIN and _FORM(t) == _FORM(p) and t.shape == p.shape and not (t.is_neg() or t.is_conj())
+        type(t) in PLAIN and _FORM(t) == _FORM(first) and t.shape == first.shape and not (t.is_neg() or t.is_conj())
         for t in tensors
-    ) and (p.numel() == 0 or _dense(p))
+    ) and (first.numel() == 0 or _dense(first))
 
 
 class Plan:
@@ -115,11 +139,11 @@ class Plan:
         self.params, self.states = params, states
         rows = [*self.program.inputs[2:], *(["step"] if "step" in states[0] else []), *self.program.kept]
         self.addresses = np.zeros((len(self.program.inputs) + 1 + len(self.program.kept), len(params)), dtype=np.int64)
-        self.addresses[0] = list(map(Tensor.data_ptr, params))
+        self.addresses[0] = [local(p).data_ptr() for p in params]
         for row, key in enumerate(rows, start=2):
-            self.addresses[row] = [s[key].data_ptr() for s in states]
+            self.addresses[row] = [local(s[key]).data_ptr() for s in states]
         self.watch = watch(params, states)
-        self.launch = self.kernel.bind(self.addresses, [p.numel() for p in params], params[0].device)
+        self.launch = self.kernel.bind(self.addresses, [local(p).numel() for p in params], params[0].device)
         self.steps = [s["step"] for s in states] if "step" in rows and not self.kernel.counts_steps else []
 
     def run(self, numbers: list[Any], found_inf: Tensor | None) -> None:
@@ -254,13 +278,14 @@ def step(
         return
     options = _options(optimizer, group)
     structure, numbers = split_options(options)
-    overlapping, numbers_of_state = _overlap(params), ("step", *optimizer.scalar_state)
+    overlapping = _overlap(list(map(local, params)), list(map(local, grads)))
+    numbers_of_state = ("step", *optimizer.scalar_state)
     parts: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):
         check_fused_support(p)
         missing = tuple(key for key in optimizer.lazy_state if s.get(key) is None)
         fusible = not overlapping and _fusible(p, g, s, numbers_of_state) and _backend(p.device.type) is not None
-        parts[(p.device, p.dtype, missing) if fusible else None].append(i)
+        parts[(p.device, p.dtype, is_cut_up(p), missing) if fusible else None].append(i)
     plans: list[Plan] = []
     for key, indices in parts.items():
         some = [params[i] for i in indices], [states[i] for i in indices]

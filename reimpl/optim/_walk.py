@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _kernel_cache
 
-_BODY_WORDS, _META_WORDS, _VERSION_WORDS = 22, 16, 3
+_BODY_WORDS, _META_WORDS, _VERSION_WORDS = (22 if torch.__version__ >= "2.13" else 23), 16, 3
 """How much of a tensor's body, of autograd's part of it and of its version counter is searched; each is no smaller."""
 _SHIMS = ("data_ptr", "dtype", "dim", "sizes", "strides")
 
@@ -152,7 +152,7 @@ class Walker:
     def same_places(self, where: Any, first: int) -> bool:
         """Whether tensors, from the one numbered ``first`` on, are as ``where`` has it.
 
-        Its rows are their handles, bodies, those bodies' storages, and places.
+        Its rows are their handles, bodies, those bodies' storages, places, and sizes in bytes.
         """
         return bool(self._code.same_places(self._api, where, first))
 

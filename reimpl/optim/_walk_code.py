@@ -97,8 +97,8 @@ def same_values(api: Any, dictionaries: Any, starts: Any, values: Any) -> Any:
 def same_places(api: Any, where: Any, first: Any) -> Any:
     """Whether tensors from the one numbered ``first`` on are as ``where`` has it.
 
-    Its rows are their handles, the bodies (``TensorImpl``) that they had, those bodies' storages, and the places where
-    they lay.
+    Its rows are their handles, the bodies (``TensorImpl``) that they had, those bodies' storages, the places where they
+    lay, and how many bytes they have.
     """
     tensors, bodies, storages, places = where[0], where[1], where[2], where[3]
     n = len(tensors)
@@ -131,15 +131,16 @@ def known(api: Any, body: Any, mark: Any) -> Any:
 def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, keys: Any, room: Any, marks: Any) -> Any:
     """Write the gradients' addresses to ``room[0]``, 0 where there is none, and the version counters' to ``room[2]``.
 
-    ``params`` holds the parameters' handles, bodies, storages and places. ``marks[0, i]`` and ``marks[1, i]`` keep what
-    the bodies of parameter ``i`` and of its gradient looked like when they were last asked for their form; what looks
-    the same has the same.
+    ``params`` holds the parameters' handles, bodies, storages, places and sizes. ``marks[0, i]`` and ``marks[1, i]``
+    keep what the bodies of parameter ``i`` and of its gradient looked like when they were last asked for their form;
+    what looks the same has the same.
 
     Returns:
         ``False`` where a parameter is not where it was, or it or its gradient is of another kind than expected: a
-        subclass with operators of its own, a lazy negation, another dtype, other sizes or strides.
+        subclass with operators of its own, a lazy negation, another dtype, other sizes or strides, in the parameter's
+        own memory at a shift.
     """
-    tensors, own, storages, places = params[0], params[1], params[2], params[3]
+    tensors, own, storages, places, lengths = params[0], params[1], params[2], params[3], params[4]
     handles, bodies, versions = room[0], room[1], room[2]
     n = len(tensors)
     for i in range(n):
@@ -176,6 +177,8 @@ def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, k
                 for k in range(marks.shape[2]):
                     marks[j, i, k] = word(body + api[FORM] + 8 * k)
         handles[i] = ask(api, DATA_PTR, gradient)
+        if 0 < abs(handles[i] - places[i]) < lengths[i]:
+            return False
         if handles[i] == 0:  # an empty tensor has no address, and 0 says that there is no gradient
             handles[i] = 1
         prefetch(versions[i])

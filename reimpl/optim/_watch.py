@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._shards import is_cut_alike, is_cut_up, local
 from ._walk import Walker, find_walker
 
 PLAIN = {Tensor, Parameter}
 """Classes of tensors whose operators are PyTorch's own."""
+_PART = attrgetter("_local_tensor")
 
 
 def _array(numbers: Sequence[int]) -> Any:
@@ -65,11 +67,12 @@ class Watch:
 
     def __init__(self, params: list[Tensor], states: Sequence[Mapping[str, Any]], walker: Walker | None = None) -> None:
         self.params, self.states = params, SameValues(states, walker)
-        self.tensors = [*params, *(v for v in self.states.values if v is not None)]
+        self.wholes = [*params, *(v for v in self.states.values if v is not None)]
+        self.tensors = list(map(local, self.wholes))
         # held, so that what the addresses point to cannot be freed and its memory given to another tensor
         self.storages = [t.untyped_storage() for t in self.tensors]
         self.places = _array([t.data_ptr() for t in self.tensors])
-        self.kinds = [(p.shape, p.stride()) for p in params]
+        self.kinds = [(p.shape, p.stride(), p.data_ptr(), p.nbytes) for p in self.tensors[: len(params)]]
 
     def holds(self) -> bool:
         """Whether the state is the same objects as before, and all tensors lie where they lay.
@@ -84,27 +87,57 @@ class Watch:
         Returns:
             Copies in the parameters' strides, where a gradient has others; they must live until the step is done. Or
             ``None``, where the kernel cannot read a gradient: it is sparse, of another dtype or of another class, or
-            has not the shape that the parameter had. (That it lies on the parameter's device, ``Tensor.grad`` itself
-            sees to; of the shape, only when it is set.)
+            has not the shape that the parameter had, or lies in the parameter's own memory at a shift. (That it lies
+            on the parameter's device, ``Tensor.grad`` itself sees to; of the shape, only when it is set.)
         """
         copies: list[Tensor] = []
-        for i, (p, (shape, strides)) in enumerate(zip(self.params, self.kinds, strict=True)):
-            g = p.grad
+        for i, ((p, g), (shape, strides, place, size)) in enumerate(zip(self.pairs(), self.kinds, strict=True)):
             if g is None:
                 row[i] = 0
                 continue
             if p.shape != shape or p.stride() != strides or not _plain(g, p):
                 return None
-            if g.stride() != strides:
+            address, is_turned = g.data_ptr(), g.stride() != strides
+            if abs(address - place) < size and (address != place or is_turned):
+                return None
+            if is_turned:
                 g = torch.empty_like(p).copy_(g)
                 copies.append(g)
-            row[i] = g.data_ptr() or 1
+                address = g.data_ptr()
+            row[i] = address or 1
         return copies
+
+    def pairs(self) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Each parameter and its gradient, as far as they lie in this process."""
+        return ((p, p.grad) for p in self.params)
 
     def count_change(self, row: Any) -> None:
         """Tell autograd that the parameters were changed whose gradient's address is in ``row``."""
         params = self.params if row.all() else [self.params[i] for i in row.nonzero()[0].tolist()]
         torch.autograd.graph.increment_version(params)
+
+
+class ShardWatch(Watch):
+    """The same of ``DTensor``s: what lies in this process."""
+
+    def __init__(self, params: list[Tensor], states: Sequence[Mapping[str, Any]], walker: Walker | None = None) -> None:
+        super().__init__(params, states, walker)
+        self.cut_up = [t for t in self.wholes if is_cut_up(t)]
+        self.parts = list(map(_PART, self.cut_up))
+
+    def holds(self) -> bool:
+        return all(map(is_, map(_PART, self.cut_up), self.parts)) and super().holds()
+
+    def pairs(self) -> Iterable[tuple[Tensor, Tensor | None]]:
+        kind = type(self.params[0])
+        for p in self.params:
+            g = p.grad
+            # a gradient that is cut in another way stays whole, and the kernel cannot read it
+            yield _PART(p), _PART(g) if type(g) is kind and is_cut_alike(g, p) else g
+
+    def count_change(self, row: Any) -> None:
+        super().count_change(row)
+        torch.autograd.graph.increment_version([self.tensors[i] for i in row.nonzero()[0].tolist()])
 
 
 def _plain(g: Tensor, p: Tensor) -> bool:
@@ -118,7 +151,8 @@ class CompiledWatch(Watch):
         super().__init__(params, states, walker)
         self.walker = walker
         bodies, storages = [t._cdata for t in self.tensors], [s._cdata for s in self.storages]
-        self.where = np.stack([walker.handles(self.tensors), _array(bodies), _array(storages), self.places])
+        sizes = _array([t.nbytes for t in self.tensors])
+        self.where = np.stack([walker.handles(self.tensors), _array(bodies), _array(storages), self.places, sizes])
         forms = [[*p.shape, *p.stride()] for p in params]
         self.room = np.zeros((3, len(params)), dtype=np.int64)
         self.form = (
@@ -152,6 +186,8 @@ class CompiledWatch(Watch):
 def watch(params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> Watch:
     """Watch parameters of one device and dtype and their states."""
     found = walker()
+    if is_cut_up(params[0]):
+        return ShardWatch(params, states, found)
     return Watch(params, states) if found is None else CompiledWatch(params, states, found)
 
 

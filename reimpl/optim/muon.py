@@ -45,6 +45,9 @@ class Muon(WholeTensorRule):
         adjust_lr_fn: ``"original"`` (r = √max(1, A/B), also for ``None``), ``"match_rms_adamw"``
             (r = 0.2 √max(A, B)) or ``"spectral_unclamped"`` (r = √(A/B)).
 
+    Of a ``DTensor`` the iteration's products are ``DTensor``'s own, whose bfloat16 sums come in another order: a
+    sharded step has PyTorch's sharded bits, a few bfloat16 roundings from the whole matrix's step.
+
     Raises:
         ValueError: an argument outside its range; a parameter that is no matrix.
         RuntimeError: a complex parameter or a sparse gradient at ``step``.

@@ -69,7 +69,8 @@ def _python_calls(watch: _Watch) -> Iterator[None]:
     known: set[CodeType] = set()
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and frame.f_code not in known:
+        # a module's body runs when somebody imports it first, which is no call
+        if event == "call" and frame.f_code not in known and frame.f_code.co_name != "<module>":
             watch.note("Python function", f"{frame.f_globals.get('__name__', '?')}.{frame.f_code.co_qualname}")
             known.add(frame.f_code)
 

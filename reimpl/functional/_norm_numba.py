@@ -19,7 +19,7 @@ _LEAST_NUMBERS = 1 << 13
 # From this size on planes are summed one by one; strips of what is smaller have about so many numbers: the sums and
 # factors of their places stay in the nearest caches.
 _LARGE_PLANE, _STRIP = 128, 512
-# Numbers to a chunk: what is read of them is still in the second cache when it is read again. Of small planes and
+# Numbers to a chunk: what is read of them is still in the second cache when it is read again. Of small planes and of
 # pixels twice as many: there each chunk writes out the numbers of its channels.
 _CHUNK = 1 << 15
 _TYPES = {

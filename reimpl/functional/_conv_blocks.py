@@ -110,7 +110,8 @@ def _gatherer(
     size, (count, channels) = _plane(output), input.shape[:2]
     few = channels <= _FEW_CHANNELS or kernel == (1, 1)
     row = prod(kernel) * channels * input.element_size()
-    blocks = list(parts(count, prod(size) * row, input.device, output.shape[1] * row))
+    values = output.shape[1] * input.element_size()
+    blocks = list(parts(count, prod(size) * (row + values), input.device, output.shape[1] * row))
     run = size[1] >= _LEAST_RUN if few else long is not None and size[1] >= long
     most = max(part.stop - part.start for part in blocks)
     return Gatherer(input, kernel, size, geometry, run and input.stride(3) == 1, most), blocks

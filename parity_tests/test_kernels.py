@@ -56,6 +56,8 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "3x3": ((2, 16, 17, 18), (40, 16, 3, 3), {"padding": 1}),
     "3x3 over small images": ((20, 32, 4, 4), (24, 32, 3, 3), {"padding": 1}),
     "first layer": ((3, 3, 9, 20), (8, 3, 3, 3), {"padding": 1, "stride": 2}),
+    "first layer, large": ((2, 1, 40, 37), (16, 1, 5, 5), {"padding": (2, 3), "dilation": (2, 1)}),
+    "first layer, long windows": ((3, 3, 12, 11), (24, 3, 5, 5), {"padding": 1}),
     "5x4, dilated, groups": ((2, 6, 15, 12), (9, 2, 5, 4), {"padding": (3, 2), "dilation": (2, 1), "groups": 3}),
     "1x1, stride 3": ((2, 33, 8, 7), (17, 33, 1, 1), {"stride": (3, 2)}),
     "more stride than kernel": ((1, 2, 9, 9), (3, 2, 2, 2), {"stride": 3, "padding": 1}),
@@ -96,7 +98,8 @@ def test_convolutions_against_the_oracle(
         exact = exact_with_gradients(oracle.conv2d, arrays, grad, **options)
         scale = exact_with_gradients(oracle.conv2d, [np.abs(x) for x in arrays], np.abs(grad), **options)
         rows.append([judge(*row) for row in zip(ours, theirs, exact, scale, strict=True)])
-    assert {"convolve", "convolve_weight", "pack_weight"} <= set(ran)
+    thin = "first layer" in case
+    assert {"convolve", "convolve_weight_thin" if thin else "convolve_weight", "pack_weight"} <= set(ran)
     names = ("output", "gradient 0", "gradient 1", "gradient 2")
     note(rows, names, record, "conv2d", f"{case}, {'planes' if layout is torch.contiguous_format else 'channels_last'}")
 
@@ -134,6 +137,18 @@ def test_random_geometries(threads: int) -> None:
             torch.testing.assert_close(
                 mine.double(), other, rtol=0, atol=limit, msg=f"{shape} {weight_shape} {options}"
             )
+
+
+def test_few_channels_whatever_the_gradients_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = counted(monkeypatch)
+    x, w = torch.randn(5, 3, 9, 8), torch.randn(16, 3, 3, 3, requires_grad=True)
+    grads = torch.randn(5, 16, 7, 6), torch.randn(5, 16, 6, 7).mT, torch.randn(5, 16, 1, 1).expand(-1, -1, 7, 6)
+    for grad in (*grads, grads[0].to(memory_format=torch.channels_last)):
+        (ours,) = torch.autograd.grad(F.conv2d(x, w), w, grad)
+        (theirs,) = torch.autograd.grad(torch_functional.conv2d(x, w), w, grad)
+        # Sums of 210 products of size 1, each within a few roundings of the largest.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=16 * 2**-23 * float(theirs.abs().max()))
+    assert ran.count("convolve_weight_thin") == 4 and "convolve_weight" not in ran
 
 
 def test_is_taken_only_for_plain_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,11 @@ For each block windows are gathered into a matrix that stays in the cache, multi
 to where they belong. The matrix has a window a row, which wants images with their channels last; or a tap a row, which
 leaves the planes as they are, and is for few channels and kernels of one tap.
 
-Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: the products take 70-90% of
-the time and run at 390-480 GFLOP/s; the rest is gathering (100 GB/s, 50 where runs are of 16 numbers) and turning
-images over to channels last and back (10-18 GB/s). Slower were: a product for each tap, or for each row of taps over
+Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: the products take 70-90 %
+of the time and run at 390-480 GFLOP/s; the rest is gathering (100 GB/s, 50 where runs are of 16 numbers) and bringing
+the channels to the end and back (10-18 GB/s). Slower were: a product for each tap, or for each row of taps over
 windows gathered along one dimension, whose short sums run at 260-390 GFLOP/s; the batch as the innermost dimension,
-which spares the kernel its permutation and turns over the images at 2 GB/s; and blocks of less than 4 MB.
+which spares the kernel its permutation and rearranges images at 2 GB/s; and blocks of less than 4 MB.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def _gatherer(
     size, (count, channels) = _plane(output), input.shape[:2]
     few = channels <= _FEW_CHANNELS or kernel == (1, 1)
     row = prod(kernel) * channels * input.element_size()
-    blocks = list(parts(count, prod(size) * row, input.device, output.shape[1] * row))
+    values = output.shape[1] * input.element_size()
+    blocks = list(parts(count, prod(size) * (row + values), input.device, output.shape[1] * row))
     run = size[1] >= _LEAST_RUN if few else long is not None and size[1] >= long
     most = max(part.stop - part.start for part in blocks)
     return Gatherer(input, kernel, size, geometry, run and input.stride(3) == 1, most), blocks

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from reimpl.functional._conv_arguments import Geometry
-from reimpl.functional._conv_plans import Image, Tiles, forward_plan, identity, input_plan, weight_plan
+from reimpl.functional._conv_plans import Image, Tiles, forward_plan, identity, input_plan, thin_plan, weight_plan
 from reimpl.functional._dispatch import memory_format_of
 from reimpl.functional._numba_source import load, run
 from reimpl.functional._numba_tiles import LANES, ROWS, WIDTH
@@ -18,6 +20,8 @@ _LEAST_WORK, _LEAST_OUTPUTS = 1 << 18, LANES // 2
 # Measured: tiles of outputs to a task.
 _ROW_TILES_PER_TASK = 4
 _SLACK = 4 * WIDTH
+# Windows that a thread gathers at a time, to stay in its first caches.
+_WINDOWS_PER_CHUNK = 256
 
 
 _KERNELS = load("_conv_numba_kernels.py")
@@ -62,6 +66,9 @@ def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``: the gradient of a kernel of height and width ``kernel``."""
     count, outputs = grad.shape[:2]
+    thin = thin_plan((input.shape[2], input.shape[3]), kernel, input.shape[1], geometry)
+    if thin is not None and outputs % ROWS == 0:
+        return _convolve_weight_thin(grad, input, kernel, *thin)
     size, groups, channels = (input.shape[2], input.shape[3]), geometry.groups, input.shape[1]
     # planes of gradients can be read where they are, if no tile reaches past the last of them
     in_planes = grad.is_contiguous() and outputs // groups % ROWS == 0
@@ -86,6 +93,38 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     ]
     run(_KERNELS.convolve_weight, words, tasks * groups)
     return result
+
+
+def _convolve_weight_thin(
+    grad: Tensor, input: Tensor, kernel: tuple[int, int], image: Image, sources: np.ndarray[Any, Any]
+) -> Tensor:
+    """The gradient of a kernel of few channels: each thread gathers the windows of its own images, and sums them up."""
+    if not grad.is_contiguous(memory_format=torch.channels_last):
+        grad = grad.contiguous()
+    count, outputs, channels = *grad.shape[:2], input.shape[1]
+    input, n, c, p = _strides(input)
+    length, places = kernel[0] * kernel[1] * channels, len(sources)
+    window, width = -(-length // LANES) * LANES, -(-length // WIDTH) * WIDTH
+    chunk = min(places, _WINDOWS_PER_CHUNK)
+    first = np.arange(0, places, chunk)
+    step = grad.stride(3) if grad.shape[3] > 1 else grad.stride(2)
+    runs = np.stack([first * (step * 4), 0 * first, np.minimum(chunk, places - first)], 1).astype(np.int64)
+    # a vector read or written at the end of a part reaches into the next
+    windows_offset = (image.pixels * channels + LANES) * 4
+    sums_offset = windows_offset + (chunk * window + LANES) * 4
+    tasks = min(torch.get_num_threads(), count)
+    scratch = grad.new_zeros(tasks, -(-(sums_offset // 4 + outputs * width + LANES) // LANES) * LANES)
+    table = image.places * (channels * 4)
+    words = [
+        *(tasks, count, input.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
+        *(scratch.data_ptr(), scratch.stride(0) * 4, windows_offset, sums_offset),
+        *(sources.ctypes.data, places, kernel[0], kernel[1] * channels * 4, window * 4),
+        *(grad.data_ptr(), grad.stride(0) * 4, grad.stride(1) * 4, step * 4, runs.ctypes.data, len(runs), chunk),
+        *(outputs // ROWS, length, width * 4),
+    ]
+    run(_KERNELS.convolve_weight_thin, words, tasks)
+    sums = scratch[:, sums_offset // 4 :][:, : outputs * width].sum(0).view(outputs, width)[:, :length]
+    return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def _strides(tensor: Tensor) -> tuple[Tensor, int, int, int]:

@@ -218,3 +218,39 @@ def convolve_weight(task: Any) -> None:
                         move_number(
                             row + s * span_bytes + (k * channels + c) * 4, place + (c * taps + span[s, 2] + k) * 4
                         )
+
+
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
+def convolve_weight_thin(task: Any) -> None:
+    """For some images, one after the other: gather windows, a row each, and sum their products with the errors."""
+    w = carray(task, (29,), np.int64)
+    counter, tasks, count, source, s_image, s_channel, s_pixel = w[0], w[1], w[2], w[3], w[4], w[5], w[6]
+    channels, pixels, table, scratch, scratch_step, windows_offset, sums_offset = (
+        w[7], w[8], w[9], w[10], w[11], w[12], w[13],
+    )  # fmt: skip
+    sources, n_windows, rows, row_step, window_step = w[14], w[15], w[16], w[17], w[18]
+    errors, e_image, a_row, a_step, runs, n_chunks, per_chunk = w[19], w[20], w[21], w[22], w[23], w[24], w[25]
+    row_tiles, length, sums_step = w[26], w[27], w[28]
+    places = carray(pointer(sources), (n_windows, rows), np.int64)
+    while True:
+        t = take(counter)
+        if t >= tasks:
+            return
+        local = scratch + t * scratch_step
+        windows, sums = local + windows_offset, local + sums_offset
+        for i in range(count * t // tasks, count * (t + 1) // tasks):
+            pack_image(source + i * s_image, s_channel, s_pixel, channels, pixels, local, table)
+            for chunk in range(n_chunks):
+                first = chunk * per_chunk
+                for p in range(first, min(first + per_chunk, n_windows)):
+                    # what a vector holds beyond its row of taps is written over by the next
+                    for k in range(rows):
+                        move_vector(local + places[p, k], windows + (p - first) * window_step + k * row_step)
+                for x in range(0, length, WIDTH):
+                    b, own = windows + 4 * x, runs + chunk * 24
+                    for r in range(row_tiles):
+                        a, c = errors + i * e_image + r * ROWS * a_row, sums + r * ROWS * sums_step + 4 * x
+                        if length - x > LANES:
+                            accumulate_tile(a, a_row, b, own, 1, a_step, window_step, c, sums_step)
+                        else:
+                            accumulate_narrow_tile(a, a_row, b, own, 1, a_step, window_step, c, sums_step)

@@ -232,6 +232,23 @@ def weight_plan(
     return _runs_by_row(count, size, kernel, channels, outputs, geometry, in_planes)
 
 
+@lru_cache(maxsize=256)
+def thin_plan(
+    size: tuple[int, int], kernel: tuple[int, int], channels: int, geometry: Geometry
+) -> tuple[Image, Array] | None:
+    """For few channels, of which a row of taps fits a register but leaves lanes idle: a buffer for an image, and where
+    each row of taps under each output starts in it, in bytes; else ``None``."""
+    (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
+    if geometry.groups > 1 or d_w > 1 or kernel[0] == 1 or kernel[1] * channels > LANES:
+        return None
+    (rows, columns), reach = geometry.output(*size, *kernel), geometry.reach(*kernel)
+    high = (rows - 1) * s_h - top + reach[0], (columns - 1) * s_w - left + reach[1]
+    image, origin = _image(size, (-top, -left), high)
+    i, j, k = np.ogrid[:rows, :columns, : kernel[0]]
+    sources = (i * s_h + k * d_h - top) * image.width + j * s_w - left + origin
+    return image, np.ascontiguousarray(sources.reshape(-1, kernel[0]) * (channels * 4), np.int64)
+
+
 def _runs_by_row(
     count: int,
     size: tuple[int, int],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from reimpl.functional._plain import plain
 
@@ -45,6 +46,7 @@ def ordinary(*tensors: Tensor | None) -> bool:
     return (
         plain(*tensors)
         and not recorded
+        and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
     )

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._conv_arguments import Geometry, check, check_dims, geometry_of
 from reimpl.functional._conv_kernels import convolve, convolve_input, convolve_weight
 from reimpl.functional._conv_operators import convolution, differentiable_by_operators
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_lower, call, memory_format_of, opmath_dtype
+from reimpl.functional._plain import plain
 
 
 def conv1d(
@@ -254,12 +256,21 @@ class _Conv2dWeight(torch.autograd.Function):
 
 def _transposed(grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry) -> Tensor:
     size = (input.shape[2], input.shape[3])
+    if _for_good(grad, weight):
+        return convolve_input(grad, weight, size, geometry)
     return _Conv2dInput.apply(grad, weight, size, geometry)  # type: ignore[no-any-return]
 
 
 def _of_weight(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     size = (weight.shape[2], weight.shape[3])
+    if _for_good(grad, input):
+        return convolve_weight(grad, input, size, geometry)
     return _Conv2dWeight.apply(grad, input, size, geometry)  # type: ignore[no-any-return]
+
+
+def _for_good(*tensors: Tensor) -> bool:
+    """Whether the product of ``tensors`` is not to be differentiated or mapped: it needs no Function around it."""
+    return not torch.is_grad_enabled() and forward_ad._current_level < 0 and plain(*tensors)
 
 
 def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype, scalar_type_name
-from reimpl.functional._pool_operators import max_pool
 from reimpl.functional._windows import (
     Size,
     Windows,
@@ -186,8 +185,7 @@ def _refuse_windows_of_padding(input: Tensor, windows: Windows) -> None:
 
 
 def _pool(input: Tensor, windows: Windows | _Grid, return_indices: bool) -> Any:
-    operator = max_pool if isinstance(windows, Windows) else None
-    values, indices = call(_MaxPool, _composition, input, windows, operator=operator)
+    values, indices = call(_MaxPool, _composition, input, windows)
     layout = memory_format_of(input)
     values = values.contiguous(memory_format=layout)
     return (values, indices.contiguous(memory_format=layout)) if return_indices else values
@@ -200,7 +198,7 @@ class _Grid:
     output: tuple[int, int]
 
 
-def search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
+def _search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
     """Maxima and their places."""
     if isinstance(windows, _Grid):
         return _search_grid(input, windows)
@@ -270,7 +268,7 @@ def _search_grid(input: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
 
 
 def _composition(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
-    _, places = search(input.detach(), windows)
+    _, places = _search(input.detach(), windows)
     values = input.flatten(-2).gather(-1, places.flatten(-2))
     return values.unflatten(-1, windows.output), places
 
@@ -282,7 +280,7 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
-        return search(input, windows)
+        return _search(input, windows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -293,12 +291,8 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        return spread(grad, places, ctx.plane), None
-
-
-def spread(grad: Tensor, places: Tensor, plane: tuple[int, int]) -> Tensor:
-    """Each gradient added where its maximum stood, in planes of zeros."""
-    outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
-    flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
-    planes = flat.new_zeros(*outer, plane[0] * plane[1]).scatter_add(-1, places.reshape(*outer, count), flat)
-    return planes.reshape(*outer, *plane).to(grad.dtype)
+        height, width = ctx.plane
+        outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
+        flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
+        spread = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)
+        return spread.reshape(*outer, height, width).to(grad.dtype), None

@@ -45,7 +45,8 @@ def call(
     the inner tangent without a word, whereas the composition has tangents of every order.
 
     What no compiler makes good code of comes with an ``operator``, for ``torch.compile`` to put into its graph whole or
-    to trace with its own derivative, outside of ``torch.func``'s transforms. An exported program keeps the composition, and so needs PyTorch alone.
+    to trace with its own derivative, outside of ``torch.func``'s transforms. An exported program keeps the composition,
+    and so needs PyTorch alone.
     """
     if forward_ad._current_level >= 0:
         return composition(*args)

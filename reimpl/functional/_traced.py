@@ -1,4 +1,4 @@
-"""Autograd Functions for compilers to trace, where the derivative of a plain composition would keep the wrong tensor."""
+"""Autograd Functions for compilers to trace, where a plain composition's derivative would keep the wrong tensor."""
 
 from __future__ import annotations
 

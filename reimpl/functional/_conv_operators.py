@@ -1,9 +1,8 @@
 """The three products of a convolution as operators of PyTorch, which compilers leave whole and call.
 
 A compiler that traced :mod:`reimpl.functional._conv_kernels` would see views and matrix products, stack the windows
-and keep them. The operators run the eager code instead, its compiled kernels included. They differentiate into each
-other as the autograd Functions of :mod:`reimpl.functional.conv` do, and map by folding the mapped dimension into the
-batch, or into channels whose groups keep it apart.
+and keep them. The operators run the eager code instead, its compiled kernels included, and differentiate into each
+other as the autograd Functions of :mod:`reimpl.functional.conv` do.
 """
 
 from __future__ import annotations

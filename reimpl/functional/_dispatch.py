@@ -45,13 +45,15 @@ def call(
     ``jvp`` of an autograd Function stops ``torch.compile(fullgraph=True)``, and one inside another ``jvp`` loses
     the inner tangent without a word, whereas the composition has tangents of every order.
 
-    What no compiler makes good code of comes with an ``operator``, which ``torch.compile`` puts into its graph whole.
-    An exported program keeps the composition, and so needs PyTorch alone.
+    What no compiler makes good code of comes with an ``operator``, for ``torch.compile`` to put into its graph whole or
+    to trace with its own derivative, outside of ``torch.func``'s transforms. An exported program keeps the composition,
+    and so needs PyTorch alone.
     """
     if forward_ad._current_level >= 0:
         return composition(*args)
     if torch.compiler.is_compiling():
-        return composition(*args) if operator is None or torch.compiler.is_exporting() else operator(*args)
+        whole = operator is not None and not torch.compiler.is_exporting() and not _transforming()
+        return operator(*args) if operator is not None and whole else composition(*args)
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return _in_one(function).apply(*args)
@@ -71,6 +73,15 @@ def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Func
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(function.__name__, (torch.autograd.Function,), {"__module__": function.__module__, **methods})
+
+
+def _transforming() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, without its import of all of Dynamo: Dynamo calls the function.
+_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reimpl.functional._dispatch import call, opmath_dtype, scalar_type_name
 from reimpl.functional._plain import in_blocks, masked, plain_on_cpu
+from reimpl.functional._traced import rectify
 from reimpl.functional.kernels import final_kernels_for, kernels_for
 
 
@@ -31,7 +32,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         raise NotImplementedError("Boolean inputs not supported for relu")
     if input.is_complex():
         raise NotImplementedError("clamp is not supported for complex types")
-    output: Tensor = call(_ReLU, _rectify, input)
+    output: Tensor = call(_ReLU, _rectify, input, operator=rectify)
     return input.copy_(output) if inplace else output
 
 

@@ -69,8 +69,9 @@ def _python_calls(watch: _Watch) -> Iterator[None]:
     known: set[CodeType] = set()
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        # a module's body runs when somebody imports it first, which is no call
-        if event == "call" and frame.f_code not in known and frame.f_code.co_name != "<module>":
+        # bodies of modules and classes, which have no such flag, run when somebody imports them first: no call
+        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        if event == "call" and is_function and frame.f_code not in known:
             watch.note("Python function", f"{frame.f_globals.get('__name__', '?')}.{frame.f_code.co_qualname}")
             known.add(frame.f_code)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 from parity_tests.functional_cases import row_of, verdicts
-from reimpl.functional import _plain
+from reimpl.functional import _plain, _pooling_plain
 from reimpl.testing import SEEDS, Sample, Verdict, bits_equal, combine, random_tensor, seeded_generator
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
@@ -171,15 +171,28 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_largest_of_each_window_to_the_bit(layout: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = counted(monkeypatch)
+@pytest.mark.parametrize("finite", [False, True], ids=["whatever", "finite"])
+def test_largest_of_each_window_to_the_bit(
+    finite: bool, layout: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, plainly = counted(monkeypatch), []
+    for name in ("largest", "largest_of_grid"):
+        original = getattr(_pooling_plain, name)
+
+        def noting(*args: Any, original: Any = original) -> Any:
+            plainly.append((result := original(*args)) is not None)
+            return result
+
+        monkeypatch.setattr(_pooling_plain, name, noting)
     for number, (shape, options) in enumerate(_geometries()):
         torch.set_num_threads(1 + number % 2)
         # Few different values, so that there are ties to break.
         x = torch.randint(-2, 3, shape, generator=seeded_generator(number, "largest")).float()
-        x[0, 0, :2, :2], x[-1, -1] = torch.nan, -torch.inf
+        if not finite:
+            x[0, 0, :2, :2], x[-1, -1] = torch.nan, -torch.inf
         x = LAYOUTS[layout](x)
-        calls = [("max_pool2d", options), ("adaptive_max_pool2d", ((3, 5),))]
+        half = (max(1, shape[2] // 2), max(1, shape[3] // 2))
+        calls = [("max_pool2d", options), *(("adaptive_max_pool2d", (size,)) for size in ((3, 5), 1, half, (1, 2)))]
         for name, args in calls:
             ours, theirs = (getattr(m, name)(x, *args, return_indices=True) for m in (F, torch_functional))
             assert bits_equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]), (name, shape, args)
@@ -190,6 +203,9 @@ def test_largest_of_each_window_to_the_bit(layout: str, way: str, monkeypatch: p
             )
             assert torch.equal(mine, other), (name, shape, args)
     assert set(ran) == ({"largest", "scatter"} if way == "kernels" else set())
+    if way == "blocks":
+        assert any(plainly) and (finite or not all(plainly))
+        assert all(plainly) or not finite or layout == "unbatched"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -33,7 +33,10 @@ def plain_on_cpu(*tensors: Tensor) -> bool:
 def laid_out_alike(first: Tensor, *others: Tensor) -> bool:
     """Whether the numbers of all lie densely, and in the same order."""
     if first.is_contiguous():
-        return all(t.is_contiguous() for t in others)
+        for t in others:
+            if not t.is_contiguous():
+                return False
+        return True
     dense = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
     return dense and all(t.stride() == first.stride() for t in others)
 

@@ -76,21 +76,25 @@ def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
     if height % output[0] == 0 and width % output[1] == 0:
         size = (height // output[0], width // output[1])
         return largest(input, Windows(size, size, (0, 0), (1, 1), output))
-    # a line of channels at a time, columns first, so that of equal numbers the first in row-major order counts
-    x = input.contiguous(memory_format=torch.channels_last)
+    # images of channels side by side; columns first, so that of equal numbers the first in row-major order counts
+    x = input.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     left, columns = _members(output[1], width)
-    search = _Search(x.index_select(3, columns[0]))
+    search = _Search(x.index_select(2, columns[0]))
     for number, line in enumerate(columns[1:], 1):
-        search.go_on(x.index_select(3, line), number)
-    values, places = search.best, search.found.add_(left)
+        search.go_on(x.index_select(2, line), number)
+    values, places = search.best, search.found.add_(left.unsqueeze(1))
     top, rows = _members(output[0], height)
-    search, found = _Search(values.index_select(2, rows[0])), places.index_select(2, rows[0])
+    search, found = _Search(values.index_select(1, rows[0])), places.index_select(1, rows[0])
     for number, line in enumerate(rows[1:], 1):
-        wins = search.go_on(values.index_select(2, line), number)
-        found.lerp_(places.index_select(2, line), wins)
+        wins = search.go_on(values.index_select(1, line), number)
+        found.lerp_(places.index_select(1, line), wins)
     if not search.is_sure(False):
         return None
-    return search.best, search.found.add_(top.unsqueeze(1)).mul_(width).add_(found).long()
+    # the sum of two whole numbers below the bound
+    places = search.found.add_(top.view(-1, 1, 1)).mul_(width).add_(found).long()
+    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
+    best, places = (t.permute(0, 3, 1, 2).contiguous(memory_format=layout) for t in (search.best, places))
+    return best, places
 
 
 def _members(count: int, size: int) -> tuple[Tensor, Tensor]:
@@ -145,11 +149,18 @@ def adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
 def spread(shares: Tensor, windows: Windows, plane: tuple[int, int]) -> Tensor:
     """Each window's number added to every element of it: the channels_last gradient of sums over windows."""
     count, channels = shares.shape[:2]
-    result = shares.new_zeros(count, *plane, channels).permute(0, 3, 1, 2)
+    tiled = windows.kernel == windows.stride and windows.padding == (0, 0) and all(
+        n * k == size for n, k, size in zip(windows.output, windows.kernel, plane, strict=True)
+    )
+    result = (shares.new_empty if tiled else shares.new_zeros)(count, *plane, channels).permute(0, 3, 1, 2)
     for i in range(windows.kernel[0]):
         for j in range(windows.kernel[1]):
             to, of = zip(*(_reached(windows, plane, axis, tap) for axis, tap in enumerate((i, j))), strict=True)
-            result[..., to[0], to[1]].add_(shares[..., of[0], of[1]])
+            meets, part = result[..., to[0], to[1]], shares[..., of[0], of[1]]
+            if tiled:
+                meets.copy_(part)
+            else:
+                meets.add_(part)
     return result
 
 

@@ -271,3 +271,25 @@ def test_gradients_of_gradients(way: str) -> None:
         results.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
     # A chain of six functions in float32, twice differentiated, against float64.
     torch.testing.assert_close(results[0].double(), results[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_shift_beyond_the_width_leaves_nothing(dtype: torch.dtype, device: torch.device) -> None:
+    """What masking a gradient by its bits relies on: the bits of 1 as a shift, over vectors and their remainders."""
+    one = torch.ones(1037, dtype=dtype, device=device)
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    if device.type == "cpu":
+        for pattern in (-1, 1, torch.iinfo(bits).min):
+            numbers = torch.full_like(one, pattern, dtype=bits)
+            for shift in (one.view(bits), one.view(bits)[::2]):
+                shifted = torch.bitwise_left_shift(numbers[: len(shift)], shift)
+                assert not shifted.any()
+                assert torch.equal(
+                    torch.bitwise_left_shift(shifted + pattern, torch.zeros_like(shift)), shifted + pattern
+                )
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-40, 3.0], dtype=dtype, device=device)
+    kept = _plain.masked(special, torch.ones_like(special))
+    assert bits_equal(kept, special) and not _plain.masked(special, torch.zeros_like(special)).any()
+    rectified = one.clone()
+    rectified[::2] = 0
+    assert torch.equal(_plain.masked(2 * one, rectified), 2 * rectified)

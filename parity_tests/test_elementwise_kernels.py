@@ -293,3 +293,28 @@ def test_a_shift_beyond_the_width_leaves_nothing(dtype: torch.dtype, device: tor
     rectified = one.clone()
     rectified[::2] = 0
     assert torch.equal(_plain.masked(2 * one, rectified), 2 * rectified)
+
+
+@pytest.mark.parametrize("layout", ["planes", "channels_last"])
+def test_pooling_of_empty_batches_and_beside_another_default_device(layout: str, way: str) -> None:
+    calls: tuple[Callable[[Any, Tensor], Tensor], ...] = (
+        lambda m, x: m.max_pool2d(x, 2),
+        lambda m, x: m.max_pool2d(x, 3, 2, 1),
+        lambda m, x: m.adaptive_max_pool2d(x, 4),
+        lambda m, x: m.adaptive_max_pool2d(x, 1),
+        lambda m, x: m.avg_pool2d(x, 2),
+        # as many windows as would tile the plane, but shifted by the padding
+        lambda m, x: m.avg_pool2d(x, 3, 3, 1),
+        lambda m, x: m.adaptive_avg_pool2d(x, 4),
+    )
+    x = LAYOUTS[layout](random_tensor((2, 4, 9, 6), torch.float32, seeded_generator(0, "default")))
+    for call in calls:
+        theirs = with_gradient(lambda x, call=call: call(torch_functional, x), x)  # type: ignore[misc]
+        torch.set_default_device("meta")
+        try:
+            ours = with_gradient(lambda x, call=call: call(F, x), x)  # type: ignore[misc]
+        finally:
+            torch.set_default_device(None)
+        torch.testing.assert_close(ours, theirs)
+        empty = with_gradient(lambda x, call=call: call(F, x), x[:0])  # type: ignore[misc]
+        assert empty[0].shape == (0, *theirs[0].shape[1:]) and empty[1].shape == (0, *x.shape[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
@@ -39,7 +41,10 @@ def largest(input: Tensor, windows: Windows) -> Pair | None:
     assert search is not None
     if not search.is_sure(any(overhang)):
         return None
-    top, left = (torch.arange(n) * s - p for n, s, p in zip((o_h, o_w), (s_h, s_w), windows.padding, strict=True))
+    top, left = (
+        torch.arange(n, device=input.device) * s - p
+        for n, s, p in zip((o_h, o_w), (s_h, s_w), windows.padding, strict=True)
+    )
     corners = top.unsqueeze(1) * width + left
     return search.best, search.found.long().add_(corners)
 
@@ -80,12 +85,12 @@ def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
         return largest(input, Windows(size, size, (0, 0), (1, 1), output))
     # images of channels side by side; columns first, so that of equal numbers the first in row-major order counts
     x = input.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    left, columns = _members(output[1], width)
+    left, columns = _members(output[1], width, input.device)
     search = _Search(x.index_select(2, columns[0]))
     for number, line in enumerate(columns[1:], 1):
         search.go_on(x.index_select(2, line), number)
     values, places = search.best, search.found.add_(left.unsqueeze(1))
-    top, rows = _members(output[0], height)
+    top, rows = _members(output[0], height, input.device)
     search, found = _Search(values.index_select(1, rows[0])), places.index_select(1, rows[0])
     for number, line in enumerate(rows[1:], 1):
         wins = search.go_on(values.index_select(1, line), number)
@@ -99,13 +104,13 @@ def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
     return best, places
 
 
-def _members(count: int, size: int) -> tuple[Tensor, Tensor]:
+def _members(count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of the adaptive windows: the first elements, and line by line the first, the second, ... element of each; the
     short ones repeat their last."""
     bounds = [adaptive_bounds(i, count, size) for i in range(count)]
     longest = max(end - start for start, end in bounds)
     lines = [[min(start + j, end - 1) for start, end in bounds] for j in range(longest)]
-    return torch.tensor(lines[0]), torch.tensor(lines)
+    return torch.tensor(lines[0], device=device), torch.tensor(lines, device=device)
 
 
 def _largest_of_all(input: Tensor) -> Pair | None:
@@ -114,19 +119,19 @@ def _largest_of_all(input: Tensor) -> Pair | None:
     best = input.amax((-2, -1), keepdim=True)
     if bool(best.amax().isnan()):
         return None
-    rest = torch.arange(height * width, 0, -1, dtype=input.dtype).view(height, width)
+    rest = torch.arange(height * width, 0, -1, dtype=input.dtype, device=input.device).view(height, width)
     hits = torch.eq(input, best, out=torch.empty_like(input)).mul_(rest)
     return best, height * width - hits.amax((-2, -1), keepdim=True).long()
 
 
 def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int]) -> Tensor:
     """The gradients, each added at its place of zeros in the layout of ``places``."""
-    size, outer = plane[0] * plane[1], grad.shape[:-2]
+    size, count, outer = prod(plane), prod(grad.shape[-2:]), grad.shape[:-2]
     if places.dim() == 4 and places.is_contiguous(memory_format=torch.channels_last):
-        where, what = (t.permute(0, 2, 3, 1).reshape(outer[0], -1, outer[1]) for t in (places, grad))
+        where, what = (t.permute(0, 2, 3, 1).reshape(outer[0], count, outer[1]) for t in (places, grad))
         result = grad.new_zeros(outer[0], size, outer[1]).scatter_add_(1, where, what)
         return result.view(outer[0], *plane, outer[1]).permute(0, 3, 1, 2)
-    where, what = (t.reshape(*outer, -1) for t in (places, grad))
+    where, what = (t.reshape(*outer, count) for t in (places, grad))
     return grad.new_zeros(*outer, size).scatter_add_(-1, where, what).view(*outer, *plane)
 
 
@@ -135,7 +140,7 @@ def adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
     length = input.shape[dim]
     shape = (*input.shape[:dim], windows, *input.shape[dim + 1 :])
     layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
-    result = torch.empty(shape, dtype=input.dtype, memory_format=layout)
+    result = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     if windows < length:
         for i in range(windows):
             start, end = adaptive_bounds(i, windows, length)

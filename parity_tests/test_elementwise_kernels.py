@@ -13,7 +13,7 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 from parity_tests.functional_cases import row_of, verdicts
-from reimpl.functional import _plain
+from reimpl.functional import _plain, _pooling_plain
 from reimpl.testing import SEEDS, Sample, Verdict, bits_equal, combine, random_tensor, seeded_generator
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
@@ -171,15 +171,28 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_largest_of_each_window_to_the_bit(layout: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = counted(monkeypatch)
+@pytest.mark.parametrize("finite", [False, True], ids=["whatever", "finite"])
+def test_largest_of_each_window_to_the_bit(
+    finite: bool, layout: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, plainly = counted(monkeypatch), []
+    for name in ("largest", "largest_of_grid"):
+        original = getattr(_pooling_plain, name)
+
+        def noting(*args: Any, original: Any = original) -> Any:
+            plainly.append((result := original(*args)) is not None)
+            return result
+
+        monkeypatch.setattr(_pooling_plain, name, noting)
     for number, (shape, options) in enumerate(_geometries()):
         torch.set_num_threads(1 + number % 2)
         # Few different values, so that there are ties to break.
         x = torch.randint(-2, 3, shape, generator=seeded_generator(number, "largest")).float()
-        x[0, 0, :2, :2], x[-1, -1] = torch.nan, -torch.inf
+        if not finite:
+            x[0, 0, :2, :2], x[-1, -1] = torch.nan, -torch.inf
         x = LAYOUTS[layout](x)
-        calls = [("max_pool2d", options), ("adaptive_max_pool2d", ((3, 5),))]
+        half = (max(1, shape[2] // 2), max(1, shape[3] // 2))
+        calls = [("max_pool2d", options), *(("adaptive_max_pool2d", (size,)) for size in ((3, 5), 1, half, (1, 2)))]
         for name, args in calls:
             ours, theirs = (getattr(m, name)(x, *args, return_indices=True) for m in (F, torch_functional))
             assert bits_equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]), (name, shape, args)
@@ -190,6 +203,9 @@ def test_largest_of_each_window_to_the_bit(layout: str, way: str, monkeypatch: p
             )
             assert torch.equal(mine, other), (name, shape, args)
     assert set(ran) == ({"largest", "scatter"} if way == "kernels" else set())
+    if way == "blocks":
+        assert any(plainly) and (finite or not all(plainly))
+        assert all(plainly) or not finite or layout == "unbatched"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -255,3 +271,50 @@ def test_gradients_of_gradients(way: str) -> None:
         results.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
     # A chain of six functions in float32, twice differentiated, against float64.
     torch.testing.assert_close(results[0].double(), results[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_shift_beyond_the_width_leaves_nothing(dtype: torch.dtype, device: torch.device) -> None:
+    """What masking a gradient by its bits relies on: the bits of 1 as a shift, over vectors and their remainders."""
+    one = torch.ones(1037, dtype=dtype, device=device)
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    if device.type == "cpu":
+        for pattern in (-1, 1, torch.iinfo(bits).min):
+            numbers = torch.full_like(one, pattern, dtype=bits)
+            for shift in (one.view(bits), one.view(bits)[::2]):
+                shifted = torch.bitwise_left_shift(numbers[: len(shift)], shift)
+                assert not shifted.any()
+                assert torch.equal(
+                    torch.bitwise_left_shift(shifted + pattern, torch.zeros_like(shift)), shifted + pattern
+                )
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-40, 3.0], dtype=dtype, device=device)
+    kept = _plain.masked(special, torch.ones_like(special))
+    assert bits_equal(kept, special) and not _plain.masked(special, torch.zeros_like(special)).any()
+    rectified = one.clone()
+    rectified[::2] = 0
+    assert torch.equal(_plain.masked(2 * one, rectified), 2 * rectified)
+
+
+@pytest.mark.parametrize("layout", ["planes", "channels_last"])
+def test_pooling_of_empty_batches_and_beside_another_default_device(layout: str, way: str) -> None:
+    calls: tuple[Callable[[Any, Tensor], Tensor], ...] = (
+        lambda m, x: m.max_pool2d(x, 2),
+        lambda m, x: m.max_pool2d(x, 3, 2, 1),
+        lambda m, x: m.adaptive_max_pool2d(x, 4),
+        lambda m, x: m.adaptive_max_pool2d(x, 1),
+        lambda m, x: m.avg_pool2d(x, 2),
+        # as many windows as would tile the plane, but shifted by the padding
+        lambda m, x: m.avg_pool2d(x, 3, 3, 1),
+        lambda m, x: m.adaptive_avg_pool2d(x, 4),
+    )
+    x = LAYOUTS[layout](random_tensor((2, 4, 9, 6), torch.float32, seeded_generator(0, "default")))
+    for call in calls:
+        theirs = with_gradient(lambda x, call=call: call(torch_functional, x), x)  # type: ignore[misc]
+        torch.set_default_device("meta")
+        try:
+            ours = with_gradient(lambda x, call=call: call(F, x), x)  # type: ignore[misc]
+        finally:
+            torch.set_default_device(None)
+        torch.testing.assert_close(ours, theirs)
+        empty = with_gradient(lambda x, call=call: call(F, x), x[:0])  # type: ignore[misc]
+        assert empty[0].shape == (0, *theirs[0].shape[1:]) and empty[1].shape == (0, *x.shape[1:])

@@ -8,11 +8,8 @@ from typing import Any
 import torch.nn.functional as _torch_functional
 
 from reimpl.functional.activation import (
-    heaviside,
-    identity,
     leaky_relu,
     leaky_relu_,
-    maxout,
     relu,
     relu_,
     sigmoid,
@@ -32,11 +29,13 @@ from reimpl.functional.linear import linear
 from reimpl.functional.linear_activation import linear_activation
 from reimpl.functional.loss import cross_entropy
 from reimpl.functional.max_pooling import adaptive_max_pool2d, max_pool1d, max_pool2d
+from reimpl.functional.maxout import maxout
 from reimpl.functional.normalization import batch_norm, batch_norm_relu
 from reimpl.functional.penalty import lp_penalty
 from reimpl.functional.recurrent import lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from reimpl.functional.regression import half_squared_error, mse_loss
 from reimpl.functional.softmax import log_softmax, softmax
+from reimpl.functional.step import heaviside, identity
 from reimpl.functional.sync_batch_norm import sync_batch_norm
 
 __all__ = [

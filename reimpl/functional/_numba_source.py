@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ def load(name: str, replaced: str = "", by: str = "") -> ModuleType:
     return _kernel_cache.load(source, versions)
 
 
-def run(kernel: Any, words: list[int], tasks: int) -> None:
+def run(kernel: Any, words: Sequence[int], tasks: int) -> None:
     """Call a kernel on PyTorch's threads with a table of words, the first of them the address of two shared counters:
     one for the tasks, one for whatever else the threads share."""
     table = array("q", (0, *words, *_APART, 0, 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ _GRAIN = 1 << 14
 # Below so many numbers PyTorch's own operators are as good.
 _LEAST_NUMBERS = 1 << 10
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 def worth_it(*tensors: Tensor) -> bool:
@@ -22,22 +25,23 @@ def worth_it(*tensors: Tensor) -> bool:
     return tensors[0].numel() >= _LEAST_NUMBERS and laid_out_alike(*tensors)
 
 
-def _run(kernel: object, name: str, slope: float, tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    count = tensors[0].numel()
+def _run(kernel: Any, name: str, slope: float, given: Tensor, kept: Tensor, out: Tensor | None) -> Tensor:
+    result = torch.empty_like(given) if out is None else out
+    count = given.numel()
     # one block a thread, the same in the forward and the backward pass: it lies in that core's cache
-    tasks = max(1, min(torch.get_num_threads(), count // _GRAIN))
+    tasks = min(torch.get_num_threads(), count // _GRAIN) or 1
     block = -(-count // tasks // 16) * 16
     bits = int(np.float64(slope).view(np.int64)) if slope else 0
-    addresses = (tensor.data_ptr() for tensor in tensors)
-    run(kernel, [count, bits, ACTIVATIONS.index(name), *addresses, block], tasks)
-    return tensors[-1]
+    words = (count, bits, _NUMBERS[name], given.data_ptr(), kept.data_ptr(), result.data_ptr(), block)
+    run(kernel, words, tasks)
+    return result
 
 
 def forward(name: str, input: Tensor, slope: float = 0.0, out: Tensor | None = None) -> Tensor:
     """One of :data:`ACTIVATIONS` of the input, into ``out`` (which may be the input itself) where given."""
-    return _run(_KERNELS.activate, name, slope, (input, input, torch.empty_like(input) if out is None else out))
+    return _run(_KERNELS.activate, name, slope, input, input, out)
 
 
 def backward(name: str, grad: Tensor, kept: Tensor, slope: float = 0.0, out: Tensor | None = None) -> Tensor:
     """The gradient of the input, given that of the output and the output (:func:`leaky_relu`'s input will do too)."""
-    return _run(_KERNELS.differentiate, name, slope, (grad, kept, torch.empty_like(grad) if out is None else out))
+    return _run(_KERNELS.differentiate, name, slope, grad, kept, out)

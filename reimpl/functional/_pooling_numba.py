@@ -64,7 +64,8 @@ def layout_of(input: Tensor) -> torch.memory_format:
 def _empty(
     like: Tensor, plane: tuple[int, int], layout: torch.memory_format, dtype: torch.dtype | None = None
 ) -> Tensor:
-    return torch.empty((*like.shape[:-2], *plane), dtype=dtype or like.dtype, memory_format=layout)
+    shape = (*like.shape[:-2], *plane)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
 def _shares(input: Tensor, layout: torch.memory_format) -> tuple[int, int, int, int]:

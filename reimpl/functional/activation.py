@@ -1,4 +1,4 @@
-"""Elementwise activations, and maxout."""
+"""Elementwise activations."""
 
 from __future__ import annotations
 
@@ -111,79 +111,6 @@ def tanh(input: Tensor) -> Tensor:
     Source: F2; N1, N3. PyTorch: :func:`torch.tanh`.
     """
     return call(_Tanh, hyperbolic_tangent, _floating(input))  # type: ignore[no-any-return]
-
-
-def heaviside(input: Tensor, values: Tensor) -> Tensor:
-    r"""Step function: 0 for :math:`x < 0`, 1 for :math:`x > 0`, and ``values`` at 0.
-
-    The notes' formula is 1 at 0 (``values=torch.ones(())``), their code 0. NaN gives 0, as in PyTorch. There is no
-    derivative: a backward pass raises, as PyTorch's does; compiled, the result is a constant.
-
-    Args:
-        input: any shape, a real dtype.
-        values: the value at 0, of the dtype of ``input`` and a shape that broadcasts with it.
-
-    Raises:
-        TypeError: an argument is no tensor.
-        RuntimeError: the dtypes differ.
-        NotImplementedError: the dtype is complex.
-
-    Source: F2; N3. PyTorch: :func:`torch.heaviside`.
-    """
-    arguments: dict[str, object] = {"input": input, "values": values}
-    for position, (name, argument) in enumerate(arguments.items(), 1):
-        if not isinstance(argument, Tensor):
-            kind = type(argument).__name__
-            raise TypeError(f"heaviside(): argument '{name}' (position {position}) must be Tensor, not {kind}")
-    if input.is_complex() or values.is_complex():
-        raise NotImplementedError("heaviside is not yet implemented for complex tensors.")
-    if input.dtype != values.dtype:
-        raise RuntimeError("heaviside is not yet implemented for tensors with different dtypes.")
-    if torch.compiler.is_compiling():
-        return _step(input.detach(), values.detach())
-    if torch.is_grad_enabled() and (input.requires_grad or values.requires_grad):
-        return _Heaviside.apply(input, values)  # type: ignore[no-any-return]
-    return _step(input, values)
-
-
-def identity(input: Tensor) -> Tensor:
-    """The tensor itself, :math:`y = x`: the activation of an output layer under squared error.
-
-    Source: F2; N3. PyTorch: :class:`torch.nn.Identity`.
-    """
-    return input
-
-
-def maxout(input: Tensor, pieces: int, dim: int = 1) -> Tensor:
-    r"""Maxout :math:`y_i = \max_{j < k} x_{ik + j}`: the largest of each ``pieces`` neighbours along ``dim``.
-
-    After an affine map or a convolution with :math:`k` times the units, each unit is the maximum of :math:`k` linear
-    pieces, so that its shape as a function is learnt. Of equal pieces the first gets the gradient; NaN passes.
-
-    Args:
-        input: any shape, :math:`mk` long along ``dim``, a real dtype.
-        pieces: :math:`k`, at least 1.
-        dim: the dimension of the units.
-
-    Returns:
-        the shape of ``input`` with :math:`m` in ``dim``.
-
-    Raises:
-        IndexError: ``dim`` is out of range.
-        ValueError: ``pieces`` is not positive or does not divide the units.
-
-    Source: F2; N2; Goodfellow et al. (2013). PyTorch has none.
-    """
-    bound = max(input.dim(), 1)
-    if not -bound <= dim < bound:
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-bound}, {bound - 1}], but got {dim})")
-    units = input.shape[dim] if input.dim() else 1
-    if pieces < 1 or units % pieces:
-        raise ValueError(f"pieces must be positive and divide the {units} units of dimension {dim}, got {pieces}")
-    dim %= bound
-    groups = (input if input.dim() else input.unsqueeze(0)).unflatten(dim, (units // pieces, pieces))
-    largest: Tensor = call(_Maxout, _largest_piece, groups, dim + 1)[0]
-    return largest if input.dim() else largest.squeeze(0)
 
 
 def _into(input: Tensor, output: Tensor) -> Tensor:
@@ -396,52 +323,3 @@ def _tanh_in_place(input: Tensor) -> Tensor:
 
 FROM_OUTPUT = {"relu": _ReLU, "sigmoid": _Sigmoid, "tanh": _Tanh}
 """Activations whose derivative is a function of their value: each with ``forward(u)`` and ``error(grad, value)``."""
-
-
-def _step(input: Tensor, values: Tensor) -> Tensor:
-    return torch.where(input == 0, values, (input > 0).to(input.dtype))
-
-
-class _Heaviside(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input: Tensor, values: Tensor) -> Tensor:
-        return _step(input, values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing is kept: there is no backward pass."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError("derivative for aten::heaviside is not implemented")
-
-
-def _largest_piece(groups: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    places = groups.detach().argmax(dim, keepdim=True)
-    return groups.gather(dim, places).squeeze(dim), places
-
-
-class _Maxout(torch.autograd.Function):
-    r"""The gradient of each maximum goes to the piece that it is."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(groups: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        return _largest_piece(groups, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        groups, ctx.dim = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-        ctx.pieces = groups.shape[ctx.dim]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        grad = grad.unsqueeze(ctx.dim)
-        shape = (*grad.shape[: ctx.dim], ctx.pieces, *grad.shape[ctx.dim + 1 :])
-        return grad.new_zeros(shape).scatter(ctx.dim, places, grad), None

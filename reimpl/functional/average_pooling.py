@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
+from reimpl.functional import _pooling_plain
 from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype
 from reimpl.functional._windows import (
     Size,
@@ -228,6 +229,8 @@ class _AvgPool(torch.autograd.Function):
             return kernels.spread(grad, lines, ctx.plane, ctx.layout), None, None, None
         spread = grad.to(opmath_dtype(grad.dtype))
         spread = spread / _divisors(windows, ctx.plane, include_pad, override, spread)
+        if ctx.layout == torch.channels_last and _pooling_plain.runs_plainly(spread):
+            return _pooling_plain.spread(spread, windows, ctx.plane), None, None, None
         for i, dim in enumerate((grad.dim() - 2, grad.dim() - 1)):
             spread = _spread(spread, dim, windows.kernel[i], windows.stride[i])
             # From the padded plane back to the plane: cut off what lies outside, and add what no window reached.
@@ -248,6 +251,8 @@ def _adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
         return input.narrow(dim, 0, min(length, windows)).expand(*input.shape[:dim], windows, *input.shape[dim:][1:])
     if windows == 1:
         return input.sum(dim, keepdim=True)
+    if _pooling_plain.runs_plainly(input):
+        return _pooling_plain.adaptive_sums(input, dim, windows)
     parts = (adaptive_bounds(i, windows, length) for i in range(windows))
     return torch.stack([input.narrow(dim, start, end - start).sum(dim) for start, end in parts], dim)
 

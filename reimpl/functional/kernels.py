@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,9 @@ COMPILERS = {"cpu": "numba", "cuda": "triton"}
 """What compiles the kernels for the tensors of a device."""
 
 _SOURCES = {"numba": "pip install 'reimpl[fused]'", "triton": "PyTorch's CUDA wheels bring it"}
-_DTYPES = {"numba": {torch.float32}, "triton": {torch.float32, torch.bfloat16, torch.float16}}
-# What some of Numba's do beside float32.
+_FLOAT32, _NONE = {torch.float32}, frozenset[torch.dtype]()
+_DTYPES = {"triton": {torch.float32, torch.bfloat16, torch.float16}}
+# What Numba's do, where not float32 alone.
 _MORE_DTYPES = {"_norm_numba": {torch.float32, torch.float64, torch.bfloat16}}
 # The module of Triton kernels behind the same functions as one of Numba's.
 _TRITON = {
@@ -90,23 +92,31 @@ def kernels_for(name: str, *tensors: Tensor | None) -> Any:
         name: the module of Numba's; on CUDA its twin is taken.
         tensors: ordinary ones, on one device, of a dtype that the kernels do.
     """
+    # called twice a layer, so every question that need not be asked counts
     if not _enabled:
         return None
-    given = [t for t in tensors if t is not None]
-    device = given[0].device
-    compiler = COMPILERS.get(device.type)
-    if compiler is None:
+    dtypes = _MORE_DTYPES.get(name, _FLOAT32) if COMPILERS["cpu"] == "numba" else _NONE
+    for t in tensors:
+        if t is not None and not (t.is_cpu and t.dtype in dtypes):
+            return _kernels_elsewhere(name, [t for t in tensors if t is not None])
+    return module(name) if _may_run(tensors) else None
+
+
+def _kernels_elsewhere(name: str, given: list[Tensor]) -> Any:
+    """:func:`kernels_for` tensors that Numba's do not do."""
+    device, compiler = given[0].device, COMPILERS.get(given[0].device.type)
+    if compiler not in _DTYPES or name not in _TRITON:
         return None
-    dtypes = _MORE_DTYPES.get(name, _DTYPES[compiler]) if compiler == "numba" else _DTYPES[compiler]
+    dtypes = _DTYPES[compiler]
     for t in given:
         if t.dtype not in dtypes or t.device != device:
             return None
+    return module(_TRITON[name], compiler) if _may_run(given) else None
+
+
+def _may_run(tensors: Sequence[Tensor | None]) -> bool:
     # a dispatch mode wants to see operators
-    if not ordinary(*given) or torch._C._len_torch_dispatch_stack() > 0:
-        return None
-    if compiler == "numba":
-        return module(name)
-    return module(_TRITON[name], compiler) if name in _TRITON else None
+    return torch._C._len_torch_dispatch_stack() == 0 and ordinary(*tensors)
 
 
 def final_kernels_for(name: str, *tensors: Tensor | None) -> Any:

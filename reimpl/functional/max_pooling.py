@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
+from reimpl.functional import _pooling_plain
 from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype, scalar_type_name
 from reimpl.functional._windows import (
     Size,
@@ -207,8 +208,14 @@ def _search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
         lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
         return kernels.largest(input, lines, windows.output, step)  # type: ignore[no-any-return]
     if isinstance(windows, _Grid):
-        return _search_grid(input, windows)
-    return _search_taps(input, windows)
+        found = _pooling_plain.largest_of_grid(input, windows.output) if _plainly(input, windows) else None
+        return found or _search_grid(input, windows)
+    found = _pooling_plain.largest(input, windows) if _plainly(input, windows) else None
+    return found or _search_taps(input, windows)
+
+
+def _plainly(input: Tensor, windows: Windows | _Grid) -> bool:
+    return 0 not in windows.output and _pooling_plain.runs_plainly(input)
 
 
 def _lines(kernels: Any, windows: Windows | _Grid, plane: tuple[int, int]) -> Any:
@@ -307,6 +314,8 @@ class _MaxPool(torch.autograd.Function):
         if kernels and places.numel() and kernels.worth_it(places):
             lines = _lines(kernels, ctx.windows, (height, width))
             return kernels.scatter(grad, places, (height, width), lines), None
+        if _pooling_plain.runs_plainly(grad):
+            return _pooling_plain.scatter(grad, places, (height, width)), None
         outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
         flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
         spread = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)

@@ -16,6 +16,7 @@ from torch import Tensor
 from reimpl.functional._conv_arguments import Geometry
 from reimpl.functional._conv_kernels import convolve, convolve_input, convolve_weight
 from reimpl.functional._dispatch import autocast_disabled, memory_format_of
+from reimpl.functional.kernels import in_compiled_code
 
 # Geometry as a schema can say it: stride, padding, dilation, groups, algorithm.
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str? algorithm"
@@ -45,6 +46,7 @@ def _geometry(stride: Any, padding: Any, dilation: Any, groups: int, algorithm: 
     mutates_args=(),
     schema=f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
 )
+@in_compiled_code
 def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *words: Any) -> Tensor:
     with autocast_disabled(input.device):
         output = convolve(input, weight, bias, _geometry(*words))
@@ -56,6 +58,7 @@ def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *words: Any
     mutates_args=(),
     schema=f"(Tensor grad, Tensor weight, SymInt[] size, {_GEOMETRY}) -> Tensor",
 )
+@in_compiled_code
 def _convolution_input(grad: Tensor, weight: Tensor, size: Sequence[int], *words: Any) -> Tensor:
     with autocast_disabled(grad.device):
         output = convolve_input(grad, weight, (size[0], size[1]), _geometry(*words))
@@ -67,6 +70,7 @@ def _convolution_input(grad: Tensor, weight: Tensor, size: Sequence[int], *words
     mutates_args=(),
     schema=f"(Tensor grad, Tensor input, SymInt[] size, {_GEOMETRY}) -> Tensor",
 )
+@in_compiled_code
 def _convolution_weight(grad: Tensor, input: Tensor, size: Sequence[int], *words: Any) -> Tensor:
     with autocast_disabled(grad.device):
         return convolve_weight(grad, input, (size[0], size[1]), _geometry(*words)).contiguous()

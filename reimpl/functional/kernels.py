@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 import warnings
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from torch import Tensor
 from reimpl.functional._plain import ordinary
 
 _enabled = False
+# Whether somebody has said so; until then compiled code alone runs through kernels.
+_said = False
+
+
+class _Thread(threading.local):
+    in_operator = False
+
+
+_thread = _Thread()
+
 COMPILERS = {"cpu": "numba", "cuda": "triton"}
 """What compiles the kernels for the tensors of a device."""
 
@@ -39,10 +50,11 @@ class use_kernels:
     Compiled at first use (the extra ``fused``), by Numba on the CPU, for float32, and by Triton on CUDA, for float32,
     bfloat16 and float16 with sums in float32; kept from then on in the user's cache folder. Everything else runs as it
     would without. Results differ by roundings: sums are taken in another order. The backward pass runs as the switch
-    stands then.
+    stands then. Until the switch is first set, what ``torch.compile`` makes of a convolution or batch normalisation on
+    the CPU runs through kernels where Numba is installed, and nothing else does.
 
     Args:
-        mode: on or off.
+        mode: on or off, in compiled code too.
 
     Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation, with relu or not
     (on the CPU in float64 and bfloat16 too), have such kernels; so have ``relu``, ``leaky_relu``, ``sigmoid``,
@@ -51,11 +63,11 @@ class use_kernels:
     """
 
     def __init__(self, mode: bool = True) -> None:
-        global _enabled
+        global _enabled, _said
         if not isinstance(mode, bool):
             raise TypeError(f"mode must be a bool, but got {type(mode).__name__}")
-        self._before = _enabled
-        _enabled = mode
+        self._before = _enabled, _said
+        _enabled, _said = mode, True
         if mode:
             module("_conv_numba")
 
@@ -63,13 +75,38 @@ class use_kernels:
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _enabled
-        _enabled = self._before
+        global _enabled, _said
+        _enabled, _said = self._before
 
 
 def kernels_enabled() -> bool:
     """Whether :class:`use_kernels` is on."""
     return _enabled
+
+
+def kernels_in_compiled_code() -> bool:
+    """Whether compiled code on the CPU runs through kernels: where they are on, or installed and not off."""
+    return _enabled or (not _said and _installed())
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def in_compiled_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator that compiled code calls, run through kernels as :func:`kernels_in_compiled_code` says."""
+
+    @wraps(function)
+    def run(first: Tensor, *others: Any) -> Any:
+        before = _thread.in_operator
+        _thread.in_operator = first.is_cpu and kernels_in_compiled_code()
+        try:
+            return function(first, *others)
+        finally:
+            _thread.in_operator = before
+
+    return run
 
 
 @cache
@@ -93,7 +130,7 @@ def kernels_for(name: str, *tensors: Tensor | None) -> Any:
         tensors: ordinary ones, on one device, of a dtype that the kernels do.
     """
     # called twice a layer, so every question that need not be asked counts
-    if not _enabled:
+    if not (_enabled or _thread.in_operator):
         return None
     dtypes = _MORE_DTYPES.get(name, _FLOAT32) if COMPILERS["cpu"] == "numba" else _NONE
     for t in tensors:
@@ -121,4 +158,4 @@ def _may_run(tensors: Sequence[Tensor | None]) -> bool:
 
 def final_kernels_for(name: str, *tensors: Tensor | None) -> Any:
     """:func:`kernels_for` a backward pass: ``None`` where it is itself differentiated, which takes operators."""
-    return None if not _enabled or torch.is_grad_enabled() else kernels_for(name, *tensors)
+    return None if torch.is_grad_enabled() else kernels_for(name, *tensors)

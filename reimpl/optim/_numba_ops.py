@@ -84,6 +84,24 @@ def _float_to_bits(typingctx: Any, x: Any) -> Any:
 
 
 @njit(inline="always")
+def bfloat16_to_float(bits: Any) -> Any:
+    """The float32 of the same value."""
+    return _bits_to_float(types.uint32(bits) << types.uint32(16))
+
+
+@njit(inline="always")
+def float_to_bfloat16(x: Any) -> Any:
+    """Round to nearest, ties to even.
+
+    NaN stays NaN if the low half of its bits is 0: so it is with those that the processor makes, and with what a
+    bfloat16 was widened to.
+    """
+    bits = _float_to_bits(x)
+    odd = (bits >> types.uint32(16)) & types.uint32(1)
+    return types.uint16((bits + types.uint32(0x7FFF) + odd) >> types.uint32(16))
+
+
+@njit(inline="always")
 def float16_to_float(bits: Any) -> Any:
     """The float32 of the same value, subnormals too (Giesen's scaling by 2¹¹²)."""
     word = types.uint32(bits)

@@ -26,7 +26,7 @@ _SHORT_ROW, _LONG_ROW = 128, 1024
 _LARGE_PLANE = 64
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 # Numbers in a block.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 
 
 class Layout:
@@ -116,15 +116,21 @@ class _Wide:
     def __init__(self, blocks: list[tuple[Tensor, ...]], count: int) -> None:
         longest = blocks[0][0]
         self.needed = longest.dtype != opmath_dtype(longest.dtype)
+        self.kept = len(blocks) == 1 or not self.needed
+        """Whether what is written at a place, or to the result, is still there in the next pass."""
         self._places = torch.empty(count, *longest.shape, dtype=torch.float32).unbind() if self.needed else ()
 
     def read(self, block: Tensor, place: int) -> Tensor:
         """The numbers of a block, to be read."""
         return self._places[place][: len(block)].copy_(block) if self.needed else block
 
-    def centred(self, block: Tensor, mean: Tensor, place: int, own: Tensor) -> Tensor:
-        """The deviations of a block from the means, written to ``own`` unless that is too narrow."""
-        return self.read(block, place).sub_(mean) if self.needed else torch.sub(block, mean, out=own)
+    def again(self, block: Tensor, place: int) -> Tensor:
+        """What :meth:`read` returned in an earlier pass."""
+        return self._places[place] if self.needed and self.kept else self.read(block, place)
+
+    def centred(self, values: Tensor, mean: Tensor, own: Tensor) -> Tensor:
+        """The deviations of what was read from the means, at its place or written to ``own``."""
+        return values.sub_(mean) if self.needed else torch.sub(values, mean, out=own)
 
     def target(self, block: Tensor, place: int) -> Tensor:
         """Where to write what :meth:`write` shall put into ``block``."""
@@ -144,14 +150,16 @@ def normalize(
     wide = _Wide(blocks, 1)
     mean = layout.joined([layout.sums(wide.read(x, 0)) for x, _ in blocks]).div_(layout.count)
     (means,) = layout.spread(mean)
-    squares = [layout.squares(wide.centred(x, means, 0, y)) for x, y in blocks]
+    squares = [layout.squares(wide.centred(wide.again(x, 0), means, y)) for x, y in blocks]
     var = layout.joined(squares).div_(layout.count)
     scale = var.add(eps).rsqrt_()
     scale = scale if weight is None else scale.mul_(weight)
+    # deviations that are not kept need not be taken again: their digits are more than the output's
+    bias = bias if wide.kept else _shift(mean, scale, bias)
     factors, *shifts = layout.spread(scale) if bias is None else layout.spread(scale, bias)
     shift = shifts[0] if shifts else None
     for x, y in blocks:
-        values = wide.centred(x, means, 0, y) if wide.needed else y
+        values = wide.target(y, 0) if wide.kept else wide.read(x, 0)
         layout.scale(values, factors, shift, values)
         _finish(wide, y, values, relu)
     return output, mean, var
@@ -166,13 +174,17 @@ def normalize_by(
     wide = _Wide(blocks, 1)
     scale = var.add(eps).rsqrt_()
     scale = scale if weight is None else scale.mul_(weight)
-    shift = torch.mul(mean, scale).neg_() if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-    factors, shifts = layout.spread(scale, shift)
+    factors, shifts = layout.spread(scale, _shift(mean, scale, bias))
     for x, y in blocks:
         values = wide.target(y, 0)
         layout.scale(wide.read(x, 0), factors, shifts, values)
         _finish(wide, y, values, relu)
     return output
+
+
+def _shift(mean: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """``shift - mean scale``"""
+    return torch.mul(mean, scale).neg_() if shift is None else torch.addcmul(shift, mean, scale, value=-1)
 
 
 def _finish(wide: _Wide, output: Tensor, values: Tensor, relu: bool) -> None:
@@ -197,31 +209,33 @@ class Errors:
         self._result = torch.empty_like(input)
         self._blocks = layout.blocks(*(layout.flat(t) for t in (g, input, self._result)))
         self._wide = wide = _Wide(self._blocks, 2)
-        (self._means,) = layout.spread(mean)
+        self._mean = mean
+        (means,) = layout.spread(mean)
         sums, sums_centred = [], []
         for own, x, d in self._blocks:
             values = wide.read(own, 0)
             sums.append(layout.sums(values))
-            centred = wide.centred(x, self._means, 1, d)
-            sums_centred.append(layout.sums(centred.mul_(values) if wide.needed else centred * values))
+            centred = wide.centred(wide.read(x, 1), means, d)
+            sums_centred.append(layout.sums(centred * values if wide.kept else centred.mul_(values)))
         self.sum_g, self.sum_g_centred = layout.joined(sums), layout.joined(sums_centred)
 
     def to_input(self, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
         """(4.88): ``g scale + (x - mean) slope + offset``; can be asked for once, and instead of :meth:`scaled`."""
-        factors, slopes, offsets = self._layout.spread(scale, slope, offset)
         wide = self._wide
+        offset = offset if wide.kept else _shift(self._mean, slope, offset)
+        factors, slopes, offsets = self._layout.spread(scale, slope, offset)
         for g, x, d in self._blocks:
-            centred = wide.centred(x, self._means, 1, d) if wide.needed else d
-            self._layout.scale(centred, slopes, offsets, centred)
-            centred.addcmul_(wide.read(g, 0), factors)
-            wide.write(d, centred)
+            values = wide.target(d, 1) if wide.kept else wide.read(x, 1)
+            self._layout.scale(values, slopes, offsets, values)
+            values.addcmul_(wide.again(g, 0), factors)
+            wide.write(d, values)
         return self._result
 
     def scaled(self, scale: Tensor) -> Tensor:
         """``g scale``: the gradient of the input where mean and variance do not depend on it."""
         (factors,) = self._layout.spread(scale)
         for g, _, d in self._blocks:
-            values = self._wide.target(d, 0)
-            torch.mul(self._wide.read(g, 0), factors, out=values)
+            values = self._wide.target(d, 1)
+            torch.mul(self._wide.again(g, 0), factors, out=values)
             self._wide.write(d, values)
         return self._result

@@ -154,7 +154,7 @@ def move_averages(
             if average.dtype == value.dtype:
                 average.mul_(1 - momentum).add_(value, alpha=momentum * factor)
             else:
-                average.copy_((1 - momentum) * average.to(value.dtype) + momentum * factor * value)
+                average.copy_(average.to(value.dtype).mul_(1 - momentum).add_(value, alpha=momentum * factor))
 
 
 def _normalize_by_batch(

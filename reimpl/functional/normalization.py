@@ -209,7 +209,8 @@ class _BatchNormTraining(torch.autograd.Function):
         if kernels and kernels.worth_it(input):
             return kernels.forward(input, weight, bias, eps, relu)  # type: ignore[no-any-return]
         if _overwritten(input, weight, bias):
-            return _norm_plain.normalize(input, *_wide(input, weight, bias), eps, relu)
+            weight, bias = _wide(input, weight, bias)
+            return _norm_plain.normalize(input, weight, bias, eps, relu)
         return _normalize_by_batch(input, weight, bias, eps, relu)
 
     @staticmethod
@@ -286,7 +287,8 @@ class _BatchNormInference(torch.autograd.Function):
         if kernels and kernels.worth_it(input):
             return kernels.infer(input, mean, var, weight, bias, eps, relu)  # type: ignore[no-any-return]
         if _overwritten(input, mean, var, weight, bias):
-            return _norm_plain.normalize_by(input, *_wide(input, mean, var, weight, bias), eps, relu)
+            mean, var, weight, bias = _wide(input, mean, var, weight, bias)
+            return _norm_plain.normalize_by(input, mean, var, weight, bias, eps, relu)
         return _normalize(input, mean, var, weight, bias, eps, relu)
 
     @staticmethod

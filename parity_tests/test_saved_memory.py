@@ -68,24 +68,21 @@ def test_counts_what_is_kept() -> None:
 
 
 _HALF = (torch.bfloat16,)
-_BOTH = (torch.float32, torch.bfloat16)
 # What keeps more, in which dtypes, and why.
 _MORE = {
     "cross_entropy": (_HALF, "keeps float32 probabilities of bfloat16 scores"),
     "cross_entropy_of_probabilities": (_HALF, "keeps float32 probabilities"),
-    "binary_cross_entropy": (_HALF, "keeps float32 copies"),
-    "binary_cross_entropy_with_logits": (_HALF, "keeps float32 copies"),
-    "skip_gram_loss": (_HALF, "keeps float32 copies"),
-    "mse_loss": (_BOTH, "with weights, keeps the squares of the weighted mean"),
-    "lp_penalty": (_BOTH, "keeps a byte for whether the norm is zero, and float32 copies"),
 }
 
 
 def _allowance(technique: FunctionTechnique, sample: Sample, dtype: torch.dtype) -> int:
-    """Mean and variance of each channel stay in float32, without which the gradient would lose half its digits; PyTorch
-    rounds them to the dtype of the parameters."""
-    statistics = technique.name in ("batch_norm", "batch_norm_relu") and dtype == torch.bfloat16
-    return 2 * (4 - 2) * sample.args[0].shape[1] if statistics else 0
+    """Mean and variance of each channel stay in float32, without which the gradient would lose half its digits, and so
+    does the one sum that a norm or a weighted mean divides by; PyTorch rounds them to the dtype of the parameters."""
+    if dtype != torch.bfloat16:
+        return 0
+    channels = sample.args[0].shape[1] if technique.name in ("batch_norm", "batch_norm_relu") else 0
+    sums = technique.name == "lp_penalty" or (sample.kwargs.get("weight") is not None and technique.name == "mse_loss")
+    return (4 - 2) * (2 * channels + sums)
 
 
 def _cases() -> Iterator[Any]:

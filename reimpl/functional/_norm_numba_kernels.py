@@ -337,7 +337,7 @@ def gradient(w: Any, mean: Any, scale: Any, slope: Any, offset: Any, j: Any, i: 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def backward(task: Any) -> None:
-    """The chain (4.83-4.94), as :class:`reimpl.functional.normalization.Chain` derives it."""
+    """The chain (4.83-4.94), as :class:`reimpl.functional._norm_chain.Chain` derives it."""
     w = carray(task, (WORDS,), np.int64)
     eps = carray(task, (WORDS,), np.float64)[EPS]
     means, variances, weight = vector(w, MEANS), vector(w, VARIANCES), vector(w, WEIGHT)

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 _PLAIN = {Tensor, Parameter}
 _wrapped, _legacy = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_ALL_BITS = _BITS | {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Numbers in a block, 1 MB of float32: two or three of them stay in the cache from one operator to the next.
 _BLOCK = 1 << 18
 
@@ -56,12 +57,12 @@ def plain(*tensors: Tensor | None) -> bool:
 def masked(grad: Tensor, rectified: Tensor) -> Tensor:
     """The gradient where the rectified value is not 0, and 0 elsewhere, bit by bit (NaN and infinities included).
 
-    For :func:`plain` tensors. On the CPU ``torch.where`` takes several times as long where its condition is random,
+    For :func:`ordinary` tensors of one floating-point dtype. On the CPU ``torch.where`` takes several times as long where its condition is random,
     and a shift by more than the width of a number leaves nothing of it; elsewhere neither need be so.
     """
     if not grad.is_cpu:
         return torch.where(rectified == 0, 0, grad)
-    kind, result = _BITS[grad.dtype], torch.empty_like(grad)
+    kind, result = _ALL_BITS[grad.dtype], torch.empty_like(grad)
     for g, y, d in in_blocks(grad, rectified, result):
         # the bits of 1 shift everything out
         shift = torch.eq(y, 0, out=d).view(kind)

@@ -248,7 +248,7 @@ def gradient(
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The chain (4.83-4.94), as :class:`reimpl.functional.normalization.Chain` derives it."""
+    """The chain (4.83-4.94), as :class:`reimpl.functional._norm_chain.Chain` derives it."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
     known = c < channels

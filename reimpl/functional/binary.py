@@ -73,8 +73,7 @@ def binary_cross_entropy(
     check_constant(weight, "weight", "binary_cross_entropy")
     check_unit_interval(input, "input")
     check_unit_interval(target, "target")
-    losses = call(_OfProbabilities, _of_probabilities, input, target)
-    return reduced(losses if weight is None else losses * weight.to(losses.dtype), reduction, input.dtype)
+    return reduced(call(_OfProbabilities, _of_probabilities, input, target, weight), reduction, input.dtype)
 
 
 def binary_cross_entropy_with_logits(
@@ -123,8 +122,7 @@ def binary_cross_entropy_with_logits(
         raise RuntimeError(f"result type {result} can't be cast to the desired output type {wanted}")
     check_constant(weight, "weight", "binary_cross_entropy_with_logits")
     check_constant(pos_weight, "pos_weight", "binary_cross_entropy_with_logits")
-    losses = call(_OfLogits, _of_logits, input, target, pos_weight)
-    return reduced(losses if weight is None else losses * weight.to(losses.dtype), reduction, target.dtype)
+    return reduced(call(_OfLogits, _of_logits, input, target, weight, pos_weight), reduction, target.dtype)
 
 
 def masked_multilabel_loss(
@@ -165,6 +163,10 @@ def masked_multilabel_loss(
     return reduced(wide, reduction, losses.dtype, known.to(wide.dtype).sum())
 
 
+def _times(values: Tensor, weight: Tensor | None) -> Tensor:
+    return values if weight is None else values * weight.to(values.dtype)
+
+
 def _guarded_logs(input: Tensor) -> tuple[Tensor, Tensor]:
     """log x and log(1 - x), each at least -100."""
     yes, no = torch.log(input), torch.log1p(-input)
@@ -176,7 +178,7 @@ def _value(input: Tensor, target: Tensor) -> Tensor:
     return (target - 1) * no - target * yes
 
 
-def _of_probabilities(input: Tensor, target: Tensor) -> Tensor:
+def _of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The loss with PyTorch's gradient at every order: at the guards a parabola of that slope and curvature."""
     dtype = opmath_dtype(input.dtype)
     x, t = input.to(dtype), target.to(dtype)
@@ -184,18 +186,18 @@ def _of_probabilities(input: Tensor, target: Tensor) -> Tensor:
     inner = torch.where(guarded, 0.5, x)
     away = (t - 1) * torch.log1p(-inner) - t * torch.log(inner)
     parabola = ((x - t).square() - (x.detach() - t).square()) / (2 * _LEAST_SPREAD)
-    return torch.where(guarded, _value(x.detach(), t) + parabola, away)
+    return _times(torch.where(guarded, _value(x.detach(), t) + parabola, away), weight)
 
 
 class _OfProbabilities(torch.autograd.Function):
-    r""":math:`\bar x = \bar\ell (x - t)/(x (1 - x))`, :math:`\bar t = \bar\ell (\log(1 - x) - \log x)`."""
+    r""":math:`\bar x = w \bar\ell (x - t)/(x (1 - x))`, :math:`\bar t = w \bar\ell (\log(1 - x) - \log x)`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, target: Tensor) -> Tensor:
+    def forward(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         dtype = opmath_dtype(input.dtype)
-        return _value(input.to(dtype), target.to(dtype))
+        return _times(_value(input.to(dtype), target.to(dtype)), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -203,36 +205,36 @@ class _OfProbabilities(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target = ctx.saved_tensors[:2]
-        x, t = input.to(grad.dtype), target.to(grad.dtype)
+        input, target, weight = ctx.saved_tensors
+        x, t, grad = input.to(grad.dtype), target.to(grad.dtype), _times(grad, weight)
         grad_input = grad_target = None
         if ctx.needs_input_grad[0]:
             spread = (1 - x) * x
             grad_input = (grad * (x - t) / torch.where(spread < _LEAST_SPREAD, _LEAST_SPREAD, spread)).to(input.dtype)
         if ctx.needs_input_grad[1]:
             grad_target = (grad * (torch.log1p(-x) - torch.log(x))).to(target.dtype)
-        return grad_input, grad_target
+        return grad_input, grad_target, None
 
 
 def _positive_weight(target: Tensor, pos_weight: Tensor | None) -> Tensor | float:
     return 1.0 if pos_weight is None else (pos_weight.to(target.dtype) - 1) * target + 1
 
 
-def _of_logits(input: Tensor, target: Tensor, pos_weight: Tensor | None) -> Tensor:
+def _of_logits(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
     dtype = opmath_dtype(torch.promote_types(input.dtype, target.dtype))
     x, t = input.to(dtype), target.to(dtype)
-    return (1 - t) * x + _positive_weight(t, pos_weight) * minus_log_sigmoid(x)
+    return _times((1 - t) * x + _positive_weight(t, pos_weight) * minus_log_sigmoid(x), weight)
 
 
 class _OfLogits(torch.autograd.Function):
-    r""":math:`\bar x = \bar\ell [1 - t - (1 + (q - 1) t)\, \sigma(-x)]`,
-    :math:`\bar t = \bar\ell [(q - 1) \log(1 + e^{-x}) - x]`."""
+    r""":math:`\bar x = w \bar\ell [1 - t - (1 + (q - 1) t)\, \sigma(-x)]`,
+    :math:`\bar t = w \bar\ell [(q - 1) \log(1 + e^{-x}) - x]`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, target: Tensor, pos_weight: Tensor | None) -> Tensor:
-        return _of_logits(input, target, pos_weight)
+    def forward(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
+        return _of_logits(input, target, weight, pos_weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -240,15 +242,16 @@ class _OfLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, pos_weight = ctx.saved_tensors
-        x, t = input.to(grad.dtype), target.to(grad.dtype)
+        # of plain losses no weights are kept
+        input, target, weight, pos_weight = (*ctx.saved_tensors, None)[:4]
+        x, t, grad = input.to(grad.dtype), target.to(grad.dtype), _times(grad, weight)
         grad_input = grad_target = None
         if ctx.needs_input_grad[0]:
             grad_input = (grad * (1 - t - _positive_weight(t, pos_weight) * logistic(-x))).to(input.dtype)
         if ctx.needs_input_grad[1]:
             slope = -x if pos_weight is None else (pos_weight.to(x.dtype) - 1) * minus_log_sigmoid(x) - x
             grad_target = (grad * slope).to(target.dtype)
-        return grad_input, grad_target, None
+        return grad_input, grad_target, None, None
 
 
 def _write_of_probabilities(input: Tensor, target: Tensor, output: Tensor) -> None:

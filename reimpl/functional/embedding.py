@@ -100,7 +100,7 @@ def skip_gram_loss(center: Tensor, context: Tensor, negative: Tensor, reduction:
     center, context, negative = autocast_to_float32(center, context, negative)
     dtype = torch.promote_types(torch.promote_types(center.dtype, context.dtype), negative.dtype)
     wide = opmath_dtype(dtype)
-    losses = call(_SkipGram, _skip_gram, center.to(wide), context.to(wide), negative.to(wide))
+    losses = call(_SkipGram, _skip_gram, center, context, negative, wide)
     return reduced(losses, reduction, dtype)
 
 
@@ -203,8 +203,8 @@ def _scores(center: Tensor, context: Tensor, negative: Tensor) -> tuple[Tensor, 
     return (center * context).sum(1), (negative @ center.unsqueeze(2)).squeeze(2)
 
 
-def _skip_gram(center: Tensor, context: Tensor, negative: Tensor) -> Tensor:
-    true, drawn = _scores(center, context, negative)
+def _skip_gram(center: Tensor, context: Tensor, negative: Tensor, dtype: torch.dtype) -> Tensor:
+    true, drawn = _scores(center.to(dtype), context.to(dtype), negative.to(dtype))
     return minus_log_sigmoid(true) + minus_log_sigmoid(-drawn).sum(1)
 
 
@@ -216,18 +216,19 @@ class _SkipGram(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(center: Tensor, context: Tensor, negative: Tensor) -> Tensor:
-        return _skip_gram(center, context, negative)
+    def forward(center: Tensor, context: Tensor, negative: Tensor, dtype: torch.dtype) -> Tensor:
+        return _skip_gram(center, context, negative, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        center, context, negative = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        center, context, negative = (saved.to(grad.dtype) for saved in ctx.saved_tensors)
         true, drawn = _scores(center, context, negative)
         true_error = (-logistic(-true) * grad).unsqueeze(1)
         drawn_errors = (logistic(drawn) * grad.unsqueeze(1)).unsqueeze(2)
         grad_center = true_error * context + (drawn_errors * negative).sum(1)
-        return grad_center, true_error * center, drawn_errors * center.unsqueeze(1)
+        grads = grad_center, true_error * center, drawn_errors * center.unsqueeze(1)
+        return *(g.to(saved.dtype) for g, saved in zip(grads, ctx.saved_tensors, strict=True)), None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -12,8 +10,11 @@ from torch import Tensor
 
 from reimpl.functional import _norm_plain
 from reimpl.functional._dispatch import autocast_disabled, call, memory_format_of, opmath_dtype, scalar_type_name
-from reimpl.functional._plain import masked, plain
+from reimpl.functional._norm_chain import Chain, like, other_dims, per_channel
+from reimpl.functional._plain import ordinary
 from reimpl.functional.kernels import kernels_for
+
+_VECTORS = "running_mean", "running_var", "weight", "bias"
 
 
 def batch_norm(
@@ -108,7 +109,7 @@ def _check(
     training: bool,
     eps: float,
 ) -> None:
-    averages = {"running_mean": running_mean, "running_var": running_var}
+    channels = input.shape[1] if input.dim() > 1 else 0
     if training:
         if prod(input.shape[:1]) * prod(input.shape[2:]) == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
@@ -118,18 +119,21 @@ def _check(
             raise ValueError("running_mean and running_var must either both be None or neither be None")
     if not input.is_floating_point():
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{scalar_type_name(input.dtype)}'")
-    channels = input.shape[1] if input.dim() > 1 else 0
-    for name, tensor in (averages | {"weight": weight, "bias": bias}).items():
-        if tensor is None and name in averages and not training:
-            raise RuntimeError(f"{name} must be defined in evaluation mode")
-        if tensor is not None and tensor.numel() != channels:
+    dtypes = set()
+    for name, tensor in zip(_VECTORS, (running_mean, running_var, weight, bias), strict=True):
+        average = name in _VECTORS[:2]
+        if tensor is None:
+            if average and not training:
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+            continue
+        if tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
-        if tensor is not None and name in averages and tensor.requires_grad and torch.is_grad_enabled():
+        if average and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
                 "This input cannot have requires_grad True."
             )
-    dtypes = {t.dtype for t in (running_mean, running_var, weight, bias) if t is not None}
+        dtypes.add(tensor.dtype)
     if dtypes - {input.dtype}:
         if dtypes - {torch.float32}:
             raise RuntimeError("mixed dtype (CPU): expect parameter to have scalar type of Float")
@@ -143,22 +147,14 @@ def move_averages(
     """:math:`r \\leftarrow (1 - \\alpha) r + \\alpha v` in place, in the statistics' precision, :math:`v` the mean of
     ``count`` values and their variance divided by ``count - 1``."""
     with torch.no_grad():
-        unbiased = var.detach() * (count / (count - 1))
-        for average, value in ((running_mean, mean.detach()), (running_var, unbiased)):
+        for average, value, factor in ((running_mean, mean, 1.0), (running_var, var, count / (count - 1))):
+            value = value.detach()
+            if isinstance(factor, Tensor):
+                value, factor = value * factor, 1.0
             if average.dtype == value.dtype:
-                average.mul_(1 - momentum).add_(value, alpha=momentum)
+                average.mul_(1 - momentum).add_(value, alpha=momentum * factor)
             else:
-                average.copy_((1 - momentum) * average.to(value.dtype) + momentum * value)
-
-
-def per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    """A number for each channel, laid along dimension 1 of ``like``."""
-    return vector.reshape(1, -1, *(1,) * (like.dim() - 2))
-
-
-def other_dims(input: Tensor) -> list[int]:
-    """All dimensions but that of the channels."""
-    return [d for d in range(input.dim()) if d != 1]
+                average.copy_(average.to(value.dtype).mul_(1 - momentum).add_(value, alpha=momentum * factor))
 
 
 def _normalize_by_batch(
@@ -196,77 +192,8 @@ def scaled(centred: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | N
     return torch.where(output <= 0, 0, output) if relu else output
 
 
-@dataclass(frozen=True)
-class Chain:
-    r"""The derivatives of batch normalisation, (4.83-4.94), from sums over a channel.
-
-    With :math:`g = \partial E/\partial y`, :math:`s = (\sigma^2 + \epsilon)^{-1/2}` and :math:`\hat x = s (x - \mu)`:
-
-    .. math::
-        \partial E/\partial \gamma &= \sum g \hat x = s \sum g (x - \mu)                          && (4.84) \\
-        \partial E/\partial \beta &= \sum g                                                       && (4.85) \\
-        \partial E/\partial \hat x &= g \gamma                                                    && (4.90) \\
-        \partial E/\partial \sigma^2 &= \sum \frac{\partial E}{\partial \hat x} (x - \mu)
-            \left(-\tfrac12\right) s^3 = -\tfrac12 \gamma s^3 \sum g (x - \mu)                     && (4.92) \\
-        \partial E/\partial \mu &= -s \sum \frac{\partial E}{\partial \hat x}
-            - \frac{\partial E}{\partial \sigma^2} \frac2m \sum (x - \mu) = -\gamma s \sum g        && (4.94) \\
-        \partial E/\partial x &= \frac{\partial E}{\partial \hat x} s
-            + \frac{\partial E}{\partial \sigma^2} \frac{2 (x - \mu)}{m}
-            + \frac{\partial E}{\partial \mu} \frac1m                                            && (4.88)
-
-    The second sum of (4.94) is left out, since :math:`\sum (x - \mu) = 0`.
-
-    Args:
-        sum_g: :math:`\sum g`, channel by channel.
-        sum_g_centred: :math:`\sum g (x - \mu)`.
-        var: :math:`\sigma^2`.
-        weight: :math:`\gamma`, ``None`` for 1.
-        eps: :math:`\epsilon`.
-    """
-
-    sum_g: Tensor
-    sum_g_centred: Tensor
-    var: Tensor
-    weight: Tensor | None
-    eps: float
-
-    @cached_property
-    def s(self) -> Tensor:
-        r""":math:`(\sigma^2 + \epsilon)^{-1/2}`"""
-        return torch.rsqrt(self.var + self.eps)
-
-    def times_weight(self, value: Tensor) -> Tensor:
-        """(4.90) for one number a channel."""
-        return value if self.weight is None else value * self.weight.to(value.dtype)
-
-    def to_normalized(self, g: Tensor) -> Tensor:
-        """(4.90)"""
-        return g if self.weight is None else g * per_channel(self.weight.to(g.dtype), g)
-
-    @property
-    def to_weight(self) -> Tensor:
-        """(4.84)"""
-        return self.s * self.sum_g_centred
-
-    @property
-    def to_var(self) -> Tensor:
-        """(4.92)"""
-        s = self.s
-        return -0.5 * self.times_weight(s) * s * s * self.sum_g_centred
-
-    @property
-    def to_mean(self) -> Tensor:
-        """(4.94)"""
-        return -self.times_weight(self.s) * self.sum_g
-
-    def to_input(self, g: Tensor, centred: Tensor, to_mean: Tensor, to_var: Tensor, count: Tensor | int) -> Tensor:
-        """(4.88), given (4.94) and (4.92) with whatever else depends on the statistics."""
-        offset = torch.addcmul(per_channel(to_mean / count, g), centred, per_channel(to_var * (2 / count), g))
-        return torch.addcmul(offset, g, per_channel(self.times_weight(self.s), g))
-
-
 class _BatchNormTraining(torch.autograd.Function):
-    """The derivatives are :class:`Chain`'s.
+    """The derivatives are :class:`~reimpl.functional._norm_chain.Chain`'s.
 
     Mean and variance are differentiable outputs: what depends on them, which is this gradient itself when it is
     differentiated, adds to (4.92) and (4.94).
@@ -281,71 +208,70 @@ class _BatchNormTraining(torch.autograd.Function):
         kernels = kernels_for("_norm_numba", input, weight, bias)
         if kernels and kernels.worth_it(input):
             return kernels.forward(input, weight, bias, eps, relu)  # type: ignore[no-any-return]
-        x = input.to(opmath_dtype(input.dtype))
-        if plain(x, *_wide(x, weight, bias)):
-            weight, bias = _wide(x, weight, bias)
-            output, mean, var = _norm_plain.normalize(x, weight, bias, eps, relu)
-            return output.to(input.dtype), mean, var
+        if _overwritten(input, weight, bias):
+            weight, bias = _wide(input, weight, bias)
+            return _norm_plain.normalize(input, weight, bias, eps, relu)
         return _normalize_by_batch(input, weight, bias, eps, relu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         input, weight, bias, ctx.eps, relu = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, *output[1:], output[0] if relu else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, rectified = ctx.saved_tensors
+        grad = torch.zeros_like(input) if grad is None else grad
+        statistics, wanted = (grad, grad_mean, grad_var, *ctx.saved_tensors), ctx.needs_input_grad[0]
         # what is itself differentiated must be made of differentiable operators
-        kernels = (
-            None
-            if torch.is_grad_enabled()
-            else kernels_for("_norm_numba", grad, grad_mean, grad_var, *ctx.saved_tensors)
-        )
+        final = not torch.is_grad_enabled()
+        count, grad_input = input.numel() // input.shape[1], None
+        kernels = kernels_for("_norm_numba", *statistics) if final else None
         if kernels and kernels.worth_it(input):
-            wanted = ctx.needs_input_grad[0]
-            statistics = (weight, mean, var, grad_mean, grad_var)
-            grad_input, sum_g, sums = kernels.backward(grad, input, rectified, *statistics, ctx.eps, wanted)
+            grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
+            of_statistics = (weight, mean, var, grad_mean, grad_var)
+            grad_input, sum_g, sums = kernels.backward(grad, input, rectified, *of_statistics, ctx.eps, wanted)
             chain = Chain(sum_g, sums, var, weight, ctx.eps)
-            return grad_input, like(chain.to_weight, weight), like(sum_g, ctx.bias_dtype), None, None
-        count = input.numel() // input.shape[1]
-        g, x = _unrectified(grad, rectified).to(mean.dtype), input.to(mean.dtype)
-        grad_input = None
-        if not torch.is_grad_enabled() and plain(g, x, mean, var, grad_mean, grad_var, *_wide(x, weight)):
-            errors = _norm_plain.Errors(g, x, mean)
+        elif final and _overwritten(*statistics):
+            errors = _norm_plain.Errors(grad, rectified, input, mean)
             chain = Chain(errors.sum_g, errors.sum_g_centred, var, weight, ctx.eps)
-            if ctx.needs_input_grad[0]:
-                slope, offset = (grad_var + chain.to_var) * (2 / count), (grad_mean + chain.to_mean) / count
-                grad_input = errors.to_input(chain.times_weight(chain.s), slope, offset).to(input.dtype)
+            if wanted:
+                slope = _plus(chain.to_var, grad_var).mul_(2 / count)
+                grad_input = errors.to_input(chain.scale, slope, _plus(chain.to_mean, grad_mean).div_(count))
         else:
-            dims, centred = other_dims(input), x - per_channel(mean, x)
+            g, x, dims = _unrectified(grad, rectified).to(mean.dtype), input.to(mean.dtype), other_dims(input)
+            centred = x - per_channel(mean, x)
             chain = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, ctx.eps)
-            if ctx.needs_input_grad[0]:
-                to_mean, to_var = grad_mean + chain.to_mean, grad_var + chain.to_var
+            if wanted:
+                to_mean, to_var = _plus(chain.to_mean, grad_mean), _plus(chain.to_var, grad_var)
                 grad_input = chain.to_input(g, centred, to_mean, to_var, count).to(input.dtype)
         return grad_input, like(chain.to_weight, weight), like(chain.sum_g, ctx.bias_dtype), None, None
 
 
+def _plus(value: Tensor, other: Tensor | None) -> Tensor:
+    return value if other is None else value + other
+
+
+def _overwritten(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether :mod:`~reimpl.functional._norm_plain` does for such tensors."""
+    if input.dim() < 2 or not input.numel() or not ordinary(input, *others):
+        return False
+    return all(t is None or t.dtype in _norm_plain.DTYPES for t in (input, *others))
+
+
 def _wide(like: Tensor, *vectors: Tensor | None) -> tuple[Any, ...]:
-    """The vectors in the dtype of ``like``."""
-    return tuple(v if v is None else v.to(like.dtype) for v in vectors)
+    """The vectors in the dtype in which those of ``like`` are summed."""
+    dtype = opmath_dtype(like.dtype)
+    return tuple(v if v is None or v.dtype is dtype else v.to(dtype) for v in vectors)
 
 
 def _unrectified(grad: Tensor, rectified: Tensor | None) -> Tensor:
     """The gradient before the rectification whose output is ``rectified``, or of what was not rectified."""
-    if rectified is None:
-        return grad
-    if not torch.is_grad_enabled() and plain(grad, rectified):
-        return masked(grad, rectified)
-    return torch.where(rectified <= 0, 0, grad)
-
-
-def like(grad: Tensor, target: Tensor | torch.dtype | None) -> Tensor | None:
-    """A parameter's gradient in the parameter's dtype; none where there is no parameter."""
-    if target is None:
-        return None
-    return grad.to(target.dtype if isinstance(target, Tensor) else target)
+    return grad if rectified is None else torch.where(rectified <= 0, 0, grad)
 
 
 class _BatchNormInference(torch.autograd.Function):
@@ -360,10 +286,9 @@ class _BatchNormInference(torch.autograd.Function):
         kernels = kernels_for("_norm_numba", input, mean, var, weight, bias)
         if kernels and kernels.worth_it(input):
             return kernels.infer(input, mean, var, weight, bias, eps, relu)  # type: ignore[no-any-return]
-        x = input.to(opmath_dtype(input.dtype))
-        mean, var, weight, bias = _wide(x, mean, var, weight, bias)
-        if x.dim() > 1 and x.numel() and plain(x, mean, var, weight, bias):
-            return _norm_plain.normalize_by(x, mean, var, weight, bias, eps, relu).to(input.dtype)
+        if _overwritten(input, mean, var, weight, bias):
+            mean, var, weight, bias = _wide(input, mean, var, weight, bias)
+            return _norm_plain.normalize_by(input, mean, var, weight, bias, eps, relu)
         return _normalize(input, mean, var, weight, bias, eps, relu)
 
     @staticmethod
@@ -375,32 +300,49 @@ class _BatchNormInference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, var, weight, rectified = ctx.saved_tensors
-        final = not torch.is_grad_enabled()
+        final, eps = not torch.is_grad_enabled(), ctx.eps
+        wanted, _, _, *of_vectors = ctx.needs_input_grad[:5]
+        sums_wanted = any(of_vectors)
         kernels = kernels_for("_norm_numba", grad, *ctx.saved_tensors) if final else None
+        grad_input = None
         if kernels and kernels.worth_it(input):
-            wanted, _, _, *of_vectors = ctx.needs_input_grad[:5]
-            statistics = (weight, mean, var, ctx.eps, wanted, any(of_vectors))
+            statistics = (weight, mean, var, eps, wanted, sums_wanted)
             grad_input, sum_g, sums = kernels.infer_backward(grad, input, rectified, *statistics)
-            to_weight = like(Chain(sum_g, sums, var, weight, ctx.eps).to_weight, weight) if of_vectors[0] else None
-            to_bias = like(sum_g, ctx.bias_dtype) if of_vectors[1] else None
-            return grad_input, None, None, to_weight, to_bias, None, None
-        x = input.to(opmath_dtype(input.dtype))
-        g, (mean, var) = _unrectified(grad, rectified).to(x.dtype), _wide(x, mean, var)
-        if x.dim() < 2:
-            return g.to(input.dtype), *(None,) * 6
-        s = torch.rsqrt(var + ctx.eps)
+            chain = Chain(sum_g, sums, var, weight, eps)
+        elif final and sums_wanted and _overwritten(grad, *ctx.saved_tensors):
+            mean, var = _wide(input, mean, var)
+            errors = _norm_plain.Errors(grad, rectified, input, mean)
+            chain = Chain(errors.sum_g, errors.sum_g_centred, var, weight, eps)
+            grad_input = errors.scaled(chain.scale) if wanted else None
+        else:
+            return _infer_backward(ctx, grad)
+        to_weight = like(chain.to_weight, weight) if of_vectors[0] else None
+        return (
+            grad_input,
+            None,
+            None,
+            to_weight,
+            like(chain.sum_g, ctx.bias_dtype) if of_vectors[1] else None,
+            None,
+            None,
+        )
+
+
+def _infer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass in operators that can be differentiated, and of what is not plain."""
+    input, mean, var, weight, rectified = ctx.saved_tensors
+    x = input.to(opmath_dtype(input.dtype))
+    g, (mean, var) = _unrectified(grad, rectified).to(x.dtype), _wide(x, mean, var)
+    if x.dim() < 2:
+        return g.to(input.dtype), *(None,) * 6
+    wanted, _, _, weight_wanted, bias_wanted = ctx.needs_input_grad[:5]
+    s = torch.rsqrt(var + ctx.eps)
+    grad_input = grad_weight = grad_bias = None
+    if wanted:
         scale = s if weight is None else s * weight.to(x.dtype)
-        wanted, _, _, weight_wanted, bias_wanted, _, _ = ctx.needs_input_grad
-        grad_input = grad_weight = grad_bias = None
-        if final and x.numel() and plain(g, x, mean, scale) and (weight_wanted or bias_wanted):
-            errors = _norm_plain.Errors(g, x, mean)
-            grad_weight, grad_bias = like(s * errors.sum_g_centred, weight), like(errors.sum_g, ctx.bias_dtype)
-            grad_input = errors.scaled(scale).to(input.dtype) if wanted else None
-            return grad_input, None, None, grad_weight, grad_bias, None, None
-        if ctx.needs_input_grad[0]:
-            grad_input = (g * per_channel(scale, g)).to(input.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_weight = like(s * (g * (x - per_channel(mean, x))).sum(other_dims(x)), weight)
-        if ctx.needs_input_grad[4]:
-            grad_bias = like(g.sum(other_dims(x)), ctx.bias_dtype)
-        return grad_input, None, None, grad_weight, grad_bias, None, None
+        grad_input = (g * per_channel(scale, g)).to(input.dtype)
+    if weight_wanted:
+        grad_weight = like(s * (g * (x - per_channel(mean, x))).sum(other_dims(x)), weight)
+    if bias_wanted:
+        grad_bias = like(g.sum(other_dims(x)), ctx.bias_dtype)
+    return grad_input, None, None, grad_weight, grad_bias, None, None

@@ -46,22 +46,44 @@ def lp_penalty(input: Tensor | Iterable[Tensor], p: float = 2.0, weight: float =
             raise NotImplementedError(f"lp_penalty is not implemented for {tensor.dtype}")
         dtype = torch.promote_types(dtype, tensor.dtype)
     wide = opmath_dtype(dtype)
-    total = torch.stack([call(_Powers, _powers, tensor.to(wide), p).sum() for tensor in tensors]).sum()
-    return (weight / p * (total if power else _root(total, p))).to(dtype)
+    total = torch.stack([call(_Powers, _powers, tensor, p, wide).sum() for tensor in tensors]).sum()
+    return (weight / p * (total if power or p == 1 else call(_Root, _root, total, p))).to(dtype)
 
 
 def _root(total: Tensor, p: float) -> Tensor:
     positive = total > 0
-    if p == 1:
-        return total
     safe = torch.where(positive, total, 1)
     return torch.where(positive, safe.sqrt() if p == 2 else safe.pow(1 / p), total)
 
 
-def _powers(input: Tensor, p: float) -> Tensor:
+class _Root(torch.autograd.Function):
+    r""":math:`\bar t = \frac1p t^{1/p - 1} \bar y`; what is not positive passes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(total: Tensor, p: float) -> Tensor:
+        return _root(total, p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        total, ctx.p = inputs
+        ctx.save_for_backward(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (total,) = ctx.saved_tensors
+        positive = total > 0
+        safe = torch.where(positive, total, 1)
+        slope = 0.5 * safe.rsqrt() if ctx.p == 2 else safe.pow(1 / ctx.p - 1) / ctx.p
+        return grad * torch.where(positive, slope, 1), None
+
+
+def _powers(input: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    x = input.to(dtype)
     if p == 1:
-        return input.abs()
-    return input * input if p == 2 else input.abs().pow(p)
+        return x.abs()
+    return x * x if p == 2 else x.abs().pow(p)
 
 
 class _Powers(torch.autograd.Function):
@@ -70,18 +92,20 @@ class _Powers(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, p: float) -> Tensor:
-        return _powers(input, p)
+    def forward(input: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+        return _powers(input, p, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, ctx.p = inputs
+        input, ctx.p, _ = inputs
         ctx.save_for_backward(input)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (input,) = ctx.saved_tensors
-        p = ctx.p
+        x, p = input.to(grad.dtype), ctx.p
         if p == 1:
-            return grad * input.sign(), None
-        return grad * (2 * input if p == 2 else p * input.sign() * input.abs().pow(p - 1)), None
+            slope = x.sign()
+        else:
+            slope = 2 * x if p == 2 else p * x.sign() * x.abs().pow(p - 1)
+        return (grad * slope).to(input.dtype), None, None

@@ -43,10 +43,12 @@ def mse_loss(
     if weight is None and suits(input, target):
         return PointwiseLoss.apply(input, target, _SQUARED_ERROR, reduction)  # type: ignore[no-any-return]
     input, target, weight = autocast_to_float32(input, target, weight)
-    losses, dtype = _squared_errors(input, target)
     if weight is None:
+        losses, dtype = _squared_errors(input, target)
         return reduced(losses, reduction, dtype)
-    return reduced(losses * weight, reduction, torch.promote_types(dtype, weight.dtype), weight.to(losses.dtype).sum())
+    dtype, input, target = _promoted(input, target)
+    losses, _ = call(_WeightedSquares, _weighted_squares, input, target, weight, dtype)
+    return reduced(losses, reduction, torch.promote_types(dtype, weight.dtype), weight.sum(dtype=losses.dtype))
 
 
 def half_squared_error(input: Tensor, target: Tensor, reduction: str = "sum") -> Tensor:
@@ -74,12 +76,17 @@ def _warn_of_broadcast(input: Tensor, target: Tensor) -> None:
         )
 
 
-def _squared_errors(input: Tensor, target: Tensor) -> tuple[Tensor, torch.dtype]:
-    """The squared errors, in the dtype in which sums are taken, and the dtype of the result."""
+def _promoted(input: Tensor, target: Tensor) -> tuple[torch.dtype, Tensor, Tensor]:
+    """The dtype of the result, and the tensors in the shape of the losses."""
     dtype = torch.promote_types(input.dtype, target.dtype)
     if not dtype.is_floating_point:
         raise NotImplementedError(f"\"mse_{input.device.type}\" not implemented for '{scalar_type_name(dtype)}'")
-    input, target = torch.broadcast_tensors(input, target)
+    return dtype, *torch.broadcast_tensors(input, target)
+
+
+def _squared_errors(input: Tensor, target: Tensor) -> tuple[Tensor, torch.dtype]:
+    """The squared errors, in the dtype in which sums are taken, and the dtype of the result."""
+    dtype, input, target = _promoted(input, target)
     return call(_SquaredError, _square, input, target, opmath_dtype(dtype)), dtype
 
 
@@ -108,6 +115,46 @@ class _SquaredError(torch.autograd.Function):
         slope = (input.to(dtype) - target.to(dtype)) * (2 * grad)
         wants_input, wants_target = ctx.needs_input_grad[:2]
         return slope.to(input.dtype) if wants_input else None, -slope.to(target.dtype) if wants_target else None, None
+
+
+def _weighted_squares(input: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weighted squares, in the dtype in which sums are taken, and the differences in ``dtype``."""
+    wide = opmath_dtype(dtype)
+    difference = input.to(wide) - target.to(wide)
+    return difference * difference * weight, difference.to(dtype)
+
+
+class _WeightedSquares(torch.autograd.Function):
+    r""":math:`\bar x = 2 w d \bar\ell`, :math:`\bar t = -\bar x`, :math:`\bar w = d^2 \bar\ell` with :math:`d = x - t`.
+
+    The differences are an output: kept in place of input and target, they can still be differentiated.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return _weighted_squares(input, target, weight, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, target, weight, _ = inputs
+        ctx.dtypes = input.dtype, target.dtype
+        ctx.save_for_backward(output[1], weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_difference: Tensor) -> tuple[Tensor | None, ...]:
+        difference, weight = ctx.saved_tensors
+        wants_input, wants_target, wants_weight = ctx.needs_input_grad[:3]
+        slope = difference.to(grad.dtype) * grad
+        grad_input = grad_target = grad_weight = None
+        if wants_input or wants_target:
+            whole = 2 * slope * weight + grad_difference
+            grad_input = whole.to(ctx.dtypes[0]) if wants_input else None
+            grad_target = -whole.to(ctx.dtypes[1]) if wants_target else None
+        if wants_weight:
+            grad_weight = (slope * difference).to(weight.dtype)
+        return grad_input, grad_target, grad_weight, None
 
 
 def _write_squares(input: Tensor, target: Tensor, output: Tensor) -> None:

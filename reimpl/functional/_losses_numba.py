@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from math import prod
 from struct import Struct
 from typing import Any, NamedTuple
@@ -39,9 +41,17 @@ def start(kernel: int, words: tuple[int, ...], tasks: int, numbers: int) -> arra
     table = array("q", (0, 0, 0, *words))
     address = table.buffer_info()[0]
     table[0] = address + 8
-    threads = 1 if numbers < _LEAST_SHARED else min(torch.get_num_threads(), tasks)
-    _threads.run(kernel, address, threads)
+    if numbers < _LEAST_SHARED:
+        _alone(kernel)(address)
+    else:
+        _threads.run(kernel, address, min(torch.get_num_threads(), tasks))
     return table
+
+
+@cache
+def _alone(kernel: int) -> Callable[[int], None]:
+    """The kernel at an address as a function."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
 
 
 class _Blocks(NamedTuple):
@@ -109,7 +119,7 @@ def index_loss(
     probabilities, (words, tasks, numbers, room, needed) = torch.empty_like(input), shared(input, 1)
     weight = weight if weight is None else weight.contiguous()
     separate = reduction == "none"
-    loss = input.new_empty(indices.shape if separate else ())
+    loss = torch.empty(indices.shape if separate else (), dtype=torch.float32)
     scratch, sums = zeros("f", needed), zeros("d", 2 * tasks)
     table = start(
         _LOSS_FORWARD,

@@ -26,7 +26,7 @@ def picked_loss(
     weight = weight if weight is None else weight.contiguous()
     words, tasks, _, _, _ = shared(input, 1)
     separate = reduction == "none"
-    loss = input.new_empty(indices.shape if separate else ())
+    loss = torch.empty(indices.shape if separate else (), dtype=torch.float32)
     sums = zeros("d", 2 * tasks)
     table = start(
         _PICK,
@@ -53,7 +53,7 @@ def picked_loss_gradient(
     """The gradient of the log-probabilities, which had the shape given."""
     grad, indices = grad.contiguous(), indices.contiguous()
     weight = weight if weight is None else weight.contiguous()
-    result = grad.new_empty(shape)
+    result = torch.empty(shape, dtype=torch.float32)
     words, tasks, numbers, _, _ = shared(result, 1)
     words = (
         *(*words, 0, result.data_ptr(), grad.data_ptr(), grad.dim() > 0, bits(float(divisor))),

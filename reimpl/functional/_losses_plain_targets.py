@@ -19,17 +19,20 @@ _Result = TypeVar("_Result")
 
 
 class _Samples:
-    """The classes of the samples, which of these are ignored, and the weights of the classes."""
+    """The classes of the samples, which of these are kept, and the weights of the classes."""
 
     def __init__(self, indices: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> None:
         self.indices, self.classes, self.ignore_index, self.weight = indices.unsqueeze(1), classes, ignore_index, weight
-        self.ignored: Tensor | None = None
-        if 0 <= ignore_index < classes or indices.device.type != "cpu":
+        # where it is not known that all are
+        self.kept: Tensor | None = None
+        if 0 <= ignore_index < classes:
+            self.kept = self.indices != ignore_index
+        elif indices.device.type != "cpu":
             self._ignore()
 
     def _ignore(self) -> None:
-        self.ignored = self.indices == self.ignore_index
-        self.indices = self.indices.masked_fill(self.ignored, 0)
+        self.kept = self.indices != self.ignore_index
+        self.indices = torch.where(self.kept, self.indices, 0)
 
     def attempt(self, work: Callable[[], _Result]) -> _Result:
         """Do what reads or writes at the classes. On the CPU that fails where there is no such class; only then the
@@ -41,15 +44,15 @@ class _Samples:
         try:
             return work()
         except (RuntimeError, IndexError):
-            if self.ignored is not None:
-                raise
             check_range(self.indices, self.classes, self.ignore_index)
+            if self.kept is not None:
+                raise
             self._ignore()
             return work()
 
     def without_ignored(self, numbers: Tensor) -> Tensor:
-        """The numbers, in place 0 for the samples that are ignored."""
-        return numbers if self.ignored is None else numbers.masked_fill_(self.ignored, 0)
+        """The numbers, one a sample or one for all, and 0 for the samples that are ignored."""
+        return numbers if self.kept is None else torch.where(self.kept, numbers, 0)
 
     def weights(self) -> Tensor | None:
         """The weight of each sample's class, ``None`` without weights."""
@@ -65,16 +68,14 @@ class _Samples:
         if weights is not None:
             count: Tensor | int = weights.sum()
         else:
-            count = losses.numel() if self.ignored is None else losses.numel() - self.ignored.sum()
+            count = losses.numel() if self.kept is None else self.kept.sum()
         return losses.sum().div_(count), count
 
     def shares(self, grad: Tensor, divisor: Tensor | int) -> Tensor:
         """The gradient of each sample's loss; one for all where it is the same."""
         share = grad if isinstance(divisor, int) and divisor == 1 else grad / divisor
-        if self.ignored is not None:
-            # after the division: where no sample counts, the divisor is 0
-            return share.expand_as(self.ignored.squeeze(1)).unsqueeze(1).masked_fill(self.ignored, 0)
-        return share.unsqueeze(1) if share.dim() else share
+        # after the division: where no sample counts, the divisor is 0
+        return self.without_ignored(share.unsqueeze(1) if share.dim() else share)
 
 
 def index_loss(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,14 +23,14 @@ pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 
 from numba import njit
 
-from reimpl.functional import _losses_numba, _losses_numba_pointwise
+from reimpl.functional import _losses_numba, _losses_numba_pointwise, _losses_numba_targets
 from reimpl.functional._losses_numba_math import exp_of_negative, log_of_positive
 
 # PyTorch's word about what its forward mode imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 
 TECHNIQUES = (
-    *("softmax", "log_softmax", "cross_entropy", "mse_loss", "binary_cross_entropy"),
+    *("softmax", "log_softmax", "nll_loss", "cross_entropy", "mse_loss", "binary_cross_entropy"),
     "binary_cross_entropy_with_logits",
 )
 EPS = torch.finfo(torch.float32).eps
@@ -50,7 +52,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         addresses.append(kernel)
         return original(kernel, *args)
 
-    for module in (_losses_numba, _losses_numba_pointwise):
+    for module in (_losses_numba, _losses_numba_pointwise, _losses_numba_targets):
         monkeypatch.setattr(module, "start", noting)
     return addresses
 
@@ -66,7 +68,9 @@ def test_three_way_parity(name: str, record: Callable[..., Verdict], ran: list[i
             args = (sample.args[0], *(a.detach() if isinstance(a, Tensor) else a for a in sample.args[1:]))
             for quantity, verdict in verdicts(row, Sample(args, sample.kwargs, sample.desc), seed):
                 found.setdefault((sample.desc, quantity), []).append(verdict)
-    assert len(set(ran)) == 2, "a forward and a backward kernel"
+    # of indices and of probabilities
+    kinds = 2 if name == "cross_entropy" else 1
+    assert len(set(ran)) == 2 * kinds, "a forward and a backward kernel"
     for (case, quantity), verdicts_of_seeds in found.items():
         verdict = combine(verdicts_of_seeds)
         record(
@@ -87,7 +91,8 @@ def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compare(ours: Any, theirs: Any, leaves: tuple[Tensor, ...], seed: int) -> None:
     """Values and gradients against PyTorch's of float64."""
-    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    # PyTorch's likelihood of planes has a gradient for contiguous ones alone
+    wide = tuple(leaf.detach().double().contiguous().requires_grad_() for leaf in leaves)
     mine, exact = ours(*leaves), theirs(*wide)
     grad = random_tensor(exact.shape, torch.float32, seeded_generator(seed, "grad"))
     mine_grads = torch.autograd.grad(mine, leaves, grad)
@@ -115,34 +120,103 @@ def test_softmax_of_every_shape(shape: tuple[int, ...], threads: int, ran: list[
     assert len(ran) == 4 * len(shape) + 2
 
 
+def in_float64(call: Callable[..., Tensor], *constants: Tensor | None, **options: Any) -> Callable[[Tensor], Tensor]:
+    """PyTorch's function of one tensor with the floating-point constants widened."""
+    wide = [c if c is None or not c.is_floating_point() else c.double() for c in constants]
+    return lambda x: call(x, *wide, **options)
+
+
+MODES = pytest.mark.parametrize("mode", [True, False], ids=["kernels", "operators"])
+
+
 # with one class the gradient is all cancellation
+@MODES
 @pytest.mark.parametrize("shape", (*SHAPES[:-1], (4, 2, 3)), ids=str)
-def test_cross_entropy_of_every_option(shape: tuple[int, ...], ran: list[int]) -> None:
+def test_class_indices_with_every_option(shape: tuple[int, ...], mode: bool, ran: list[int]) -> None:
     generator = seeded_generator(1, shape)
     x = (3 * random_tensor(shape, torch.float32, generator)).requires_grad_()
-    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+    drawn = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
     weight = random_tensor(shape[1:2], torch.float32, generator).abs()
-    for reduction in ("none", "mean", "sum"):
-        for ignore_index in (-100, 0):
-            for smoothing in (0.0, 0.2):
-                for w in (None, weight):
-                    # a mean over nothing is NaN, and so said by PyTorch
-                    target.view(-1)[: 1 if target.numel() > 1 else 0] = ignore_index
-                    if not (target != ignore_index).any():
-                        continue
-                    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
-                    compare(
-                        lambda x, w=w, o=options: F.cross_entropy(x, target, w, **o),
-                        lambda x, w=w, o=options: torch_functional.cross_entropy(
-                            x, target, None if w is None else w.double(), **o
-                        ),
-                        (x,),
-                        0,
-                    )
-    assert ran
+    for reduction, ignore_index, w in product(("none", "mean", "sum"), (-100, 0), (None, weight)):
+        target = drawn.clone()
+        # a mean over nothing is NaN, and so said by PyTorch
+        target.view(-1)[: 1 if target.numel() > 1 else 0] = ignore_index
+        if not (target != ignore_index).any():
+            continue
+        options = {"ignore_index": ignore_index, "reduction": reduction}
+        calls = [("nll_loss", options)]
+        calls += [("cross_entropy", {**options, "label_smoothing": smoothing}) for smoothing in (0.0, 0.2)]
+        for name, given in calls:
+            ours, theirs = getattr(F, name), getattr(torch_functional, name)
+            with F.use_kernels(mode):
+                compare(
+                    partial(ours, target=target, weight=w, **given), in_float64(theirs, target, w, **given), (x,), 0
+                )
+    assert bool(ran) == mode
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["kernels", "operators"])
+@MODES
+@pytest.mark.parametrize("shape", (*SHAPES[:-1], (4, 2, 3), (7,)), ids=str)
+def test_class_probabilities_with_every_option(shape: tuple[int, ...], mode: bool, ran: list[int]) -> None:
+    generator = seeded_generator(2, shape)
+    x = (3 * random_tensor(shape, torch.float32, generator)).requires_grad_()
+    dim = 0 if len(shape) == 1 else 1
+    target = random_tensor(shape, torch.float32, generator).softmax(dim)
+    weight = random_tensor((shape[dim],), torch.float32, generator).abs()
+    for reduction, smoothing, w in product(("none", "mean", "sum"), (0.0, 0.2), (None, weight)):
+        given: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+        theirs = in_float64(torch_functional.cross_entropy, target, w, **given)
+        with F.use_kernels(mode):
+            compare(partial(F.cross_entropy, target=target, weight=w, **given), theirs, (x,), 0)
+    assert bool(ran) == mode
+
+
+@MODES
+def test_probabilities_that_are_trained_take_operators(mode: bool, ran: list[int]) -> None:
+    x, t = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3, requires_grad=True)
+    w = torch.rand(3, requires_grad=True)
+    with F.use_kernels(mode):
+        compare(F.cross_entropy, torch_functional.cross_entropy, (x, t, w), 0)
+    assert not ran
+
+
+@MODES
+@pytest.mark.parametrize("ignore_index", [-100, 1])
+def test_nothing_counts(ignore_index: int, mode: bool) -> None:
+    x, target = torch.randn(3, 4, requires_grad=True), torch.full((3,), ignore_index)
+    with F.use_kernels(mode):
+        for name in ("cross_entropy", "nll_loss"):
+            loss = getattr(F, name)(x, target, ignore_index=ignore_index)
+            assert loss.isnan()
+            assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros_like(x))
+    weighted = torch_functional.cross_entropy(x, torch.zeros(3, dtype=torch.long), torch.zeros(4))
+    with F.use_kernels(mode):
+        assert F.cross_entropy(x, torch.zeros(3, dtype=torch.long), torch.zeros(4)).isnan() == weighted.isnan()
+
+
+@MODES
+def test_other_layouts(mode: bool) -> None:
+    x = torch.randn(2, 5, 6, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    index = torch.randint(0, 5, (2, 4, 6)).mT
+    t, w = torch.rand(2, 6, 4, 5).movedim(3, 1), torch.rand(5, 2)[:, 0]
+    with F.use_kernels(mode):
+        for name, target in (("nll_loss", index), ("cross_entropy", index), ("cross_entropy", t)):
+            for reduction in ("none", "mean"):
+                theirs = in_float64(getattr(torch_functional, name), target, w, reduction=reduction)
+                compare(partial(getattr(F, name), target=target, weight=w, reduction=reduction), theirs, (x,), 0)
+
+
+def test_within_a_transform_of_something_else() -> None:
+    x, index = torch.randn(4, 3), torch.arange(4) % 3
+
+    def scaled(factor: Tensor) -> Tensor:
+        total = F.cross_entropy(x, index) + F.nll_loss(x, index) + F.softmax(x, 1).sum() + F.cross_entropy(x, x * x)
+        return factor * (total + F.mse_loss(x, x * x))
+
+    torch.testing.assert_close(torch.func.grad(scaled)(torch.tensor(2.0)), scaled(torch.tensor(1.0)))
+
+
+@MODES
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_large_losses_in_blocks(mode: bool, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_PART", "_PART_ALONG"):
@@ -160,6 +234,7 @@ def test_large_losses_in_blocks(mode: bool, reduction: str, monkeypatch: pytest.
             ("binary_cross_entropy", p, t),
             ("binary_cross_entropy_with_logits", x, t),
             ("cross_entropy", x, index),
+            ("cross_entropy", x, t),
             ("nll_loss", x, index),
         ):
             ours, theirs = getattr(F, name), getattr(torch_functional, name)
@@ -175,7 +250,7 @@ def test_large_losses_in_blocks(mode: bool, reduction: str, monkeypatch: pytest.
             compare(lambda x, f=ours: f(x, 1), lambda x, f=theirs: f(x, 1), (x,), 0)
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["kernels", "operators"])
+@MODES
 def test_non_finite_numbers(mode: bool) -> None:
     inf, nan = torch.inf, torch.nan
     rows = [[1.0, -inf, 2.0], [inf, 0.0, 1.0], [nan, 0.0, 1.0], [-nan, 0.0, 1.0], [-inf, -inf, -inf], [3e38, -3e38, 0]]
@@ -189,6 +264,9 @@ def test_non_finite_numbers(mode: bool) -> None:
                 lambda m, x: m.log_softmax(x, 1),
                 lambda m, x: m.cross_entropy(x.reshape(6, 3), index, reduction="none"),
                 lambda m, x: m.cross_entropy(x.reshape(6, 3), index, label_smoothing=0.1, reduction="none"),
+                lambda m, x: m.cross_entropy(x.reshape(6, 3), index, ignore_index=0, reduction="none"),
+                lambda m, x: m.cross_entropy(x.reshape(6, 3), half, reduction="none"),
+                lambda m, x: m.nll_loss(x.reshape(6, 3), index, half[0], ignore_index=1, reduction="none"),
                 lambda m, x: m.mse_loss(x.reshape(6, 3), half, reduction="none"),
                 lambda m, x: m.binary_cross_entropy_with_logits(x.reshape(6, 3), half, reduction="none"),
                 lambda m, x: m.binary_cross_entropy_with_logits(x.reshape(6, 3), torch.ones(6, 3)),
@@ -202,7 +280,7 @@ def test_non_finite_numbers(mode: bool) -> None:
                     torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["kernels", "operators"])
+@MODES
 def test_refusals(mode: bool) -> None:
     x, p = torch.randn(4, 3), torch.rand(4, 3)
     with F.use_kernels(mode):
@@ -225,6 +303,7 @@ def test_refusals(mode: bool) -> None:
 def losses(x: Tensor, t: Tensor) -> Tensor:
     index = torch.arange(len(x)) % x.shape[1]
     total = F.cross_entropy(x, index, label_smoothing=0.1) + F.nll_loss(F.log_softmax(x, 1), index)
+    total = total + F.cross_entropy(x, t, t[0], label_smoothing=0.1) + F.cross_entropy(x, index, t[0], ignore_index=1)
     total = total + F.mse_loss(x, t) + F.binary_cross_entropy_with_logits(x, t)
     return total + F.binary_cross_entropy(F.softmax(x, 1), t)
 
@@ -257,7 +336,7 @@ def test_kernels_give_way(ran: list[int]) -> None:
     assert torch.isfinite(losses(x.clone().requires_grad_(), t)) and ran
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["kernels", "operators"])
+@MODES
 def test_higher_derivatives(mode: bool) -> None:
     x, t = torch.randn(5, 3, dtype=torch.float64).requires_grad_(), torch.rand(5, 3, dtype=torch.float64)
     with F.use_kernels(mode):
@@ -277,7 +356,7 @@ def test_higher_derivatives(mode: bool) -> None:
     torch.testing.assert_close(many, each)
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["kernels", "operators"])
+@MODES
 def test_no_more_is_saved_than_by_pytorch(mode: bool) -> None:
     x, t = torch.randn(6, 5, requires_grad=True), torch.rand(6, 5)
     index = torch.arange(6) % 5
@@ -298,6 +377,8 @@ def test_no_more_is_saved_than_by_pytorch(mode: bool) -> None:
             lambda m: m.softmax(x, 1),
             lambda m: m.log_softmax(x, 1),
             lambda m: m.cross_entropy(x, index),
+            lambda m: m.cross_entropy(x, index, t[0], ignore_index=2),
+            lambda m: m.cross_entropy(x, t),
             lambda m: m.nll_loss(x, index),
             lambda m: m.mse_loss(x, t),
             lambda m: m.binary_cross_entropy(x.sigmoid(), t),

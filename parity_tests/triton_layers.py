@@ -114,8 +114,8 @@ def cross_entropy(
     return _Kernels.apply(  # type: ignore[no-any-return]
         input,
         lambda x: _triton_losses.index_loss(x, target, *options, reduction),
-        lambda grad, x, loss, log_probs, divisor: _triton_losses.index_loss_gradient(
-            grad, log_probs, target, *options, divisor
+        lambda grad, x, loss, probabilities, divisor: _triton_losses.index_loss_gradient(
+            grad, probabilities, target, *options, divisor
         ),
     )
 
@@ -305,6 +305,25 @@ def test_cross_entropy_with_every_option(reduction: str, device: torch.device, r
     assert set(ran) == {"_loss_forward", "_loss_backward"} | (set() if reduction == "none" else {"_loss_finish"})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_public_losses_of_every_width(dtype: torch.dtype, device: torch.device, ran: list[str]) -> None:
+    x, weight = drawn((6, 5, 3), dtype, device), torch.linspace(0.5, 1.5, 5, device=device, dtype=dtype)
+    target = torch.randint(5, (6, 3), generator=seeded_generator(0, "target")).to(device)
+    for name in ("softmax", "log_softmax"):
+        hold(partial(getattr(F, name), dim=1), partial(getattr(torch_functional, name), dim=1), (x,), 16, name)
+    for reduction in ("none", "mean"):
+        options = {"target": target, "ignore_index": 1, "reduction": reduction}
+        ours = partial(F.cross_entropy, weight=weight, **options)
+        reference = partial(torch_functional.cross_entropy, weight=weight.double(), **options)
+        assert hold(ours, reference, (x,), 32, options).dtype is dtype
+    assert set(ran) == {"_forward", "_backward", "_loss_forward", "_loss_backward", "_loss_finish"}
+    # a gradient that is itself differentiated takes operators
+    ran.clear()
+    (first,) = torch.autograd.grad(F.cross_entropy(x, target), x, create_graph=True)
+    assert first.dtype is dtype and torch.autograd.grad(first.sum(), x)[0].dtype is dtype
+    assert set(ran) == {"_loss_forward", "_loss_finish"}
+
+
 POOLINGS = [(2, 2, 0, 1, False), (3, 2, 1, 1, True), ((3, 2), (1, 2), (1, 0), (2, 1), False), (5, 1, 2, 1, False)]
 
 
@@ -445,11 +464,11 @@ def test_losses_of_no_sample(device: torch.device) -> None:
     ignored = torch.randn(3, 5, device=device), torch.full((3,), -100, device=device)
     for x, target in (none, ignored):
         for reduction in ("none", "mean", "sum"):
-            loss, log_probs, divisor = _triton_losses.index_loss(x, target, -100, None, 0.0, reduction)
+            loss, probabilities, divisor = _triton_losses.index_loss(x, target, -100, None, 0.0, reduction)
             expected = torch_functional.cross_entropy(x, target, reduction=reduction)
             torch.testing.assert_close(loss, expected, equal_nan=True)
             grad = torch.ones_like(loss)
-            assert not _triton_losses.index_loss_gradient(grad, log_probs, target, -100, None, 0.0, divisor).any()
+            assert not _triton_losses.index_loss_gradient(grad, probabilities, target, -100, None, 0.0, divisor).any()
 
 
 def test_empty_batches(device: torch.device, ran: list[str]) -> None:

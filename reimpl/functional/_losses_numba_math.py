@@ -1,4 +1,5 @@
-"""Exponential and logarithm in single precision as LLVM instructions that vectorise, for Numba kernels.
+"""For the Numba kernels of the losses: exponential and logarithm in single precision as LLVM instructions that
+vectorise, and loops over a row of numbers.
 
 Reductions after Cody and Waite, polynomials of Cephes (S. L. Moshier's ``expf`` and ``logf``), errors of about one ulp.
 """
@@ -9,12 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from reimpl.optim._numba_ops import HAS_FMA
+from reimpl.optim._numba_ops import HAS_FMA, pointer
 
+# reassociation lets a sum run in several lanes; NaN and infinities keep their meaning
+_LANES = {"reassoc", "contract", "nsz"}
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 # Added to a small number, it leaves the nearest integer in the low bits.
 _ROUND = 12582912.0
@@ -116,3 +120,89 @@ def unordered(typingctx: Any, bits: Any) -> Any:
         return builder.bitcast(bits, _F32)
 
     return types.float32(types.int32), codegen
+
+
+@njit(error_model="numpy")
+def floats(address: Any, n: Any) -> Any:
+    return carray(pointer(address), (n,), np.float32)
+
+
+@njit(error_model="numpy")
+def shift(x: Any, y: Any, n: Any) -> Any:
+    """y = x - max x, and NaN all over where there is one; the maximum."""
+    m = ordered(x[0])
+    for i in range(n):
+        b = ordered(x[i])
+        m = b if b > m else m
+    largest = unordered(m)
+    for i in range(n):
+        y[i] = x[i] - largest
+    return largest
+
+
+@njit(error_model="numpy")
+def exps(x: Any, y: Any, n: Any) -> None:
+    for i in range(n):
+        y[i] = exp_of_negative(x[i])
+
+
+@njit(error_model="numpy")
+def to_exps(x: Any, n: Any) -> None:
+    """In place: called on one array twice, :func:`exps` would find that they overlap, and not vectorise."""
+    for i in range(n):
+        x[i] = exp_of_negative(x[i])
+
+
+@njit(error_model="numpy", fastmath=_LANES)
+def total(x: Any, n: Any) -> Any:
+    s = np.float32(0.0)
+    for i in range(n):
+        s += x[i]
+    return s
+
+
+@njit(error_model="numpy", fastmath=_LANES)
+def total_of_exps(x: Any, n: Any) -> Any:
+    s = np.float32(0.0)
+    for i in range(n):
+        s += exp_of_negative(x[i])
+    return s
+
+
+@njit(error_model="numpy", fastmath=_LANES)
+def total_of_products(x: Any, y: Any, n: Any) -> Any:
+    s = np.float32(0.0)
+    for i in range(n):
+        s += x[i] * y[i]
+    return s
+
+
+@njit(error_model="numpy")
+def sample_weight(target: Any, classes: Any, weight: Any, has_weight: Any, ignore: Any) -> Any:
+    """The weight of a sample, 0 if it is ignored or its target is no class."""
+    if target == ignore or target < 0 or target >= classes:
+        return np.float32(0.0)
+    return weight[target] if has_weight else np.float32(1.0)
+
+
+@njit(error_model="numpy")
+def block_of(task: Any, outer: Any, inner: Any, block: Any) -> Any:
+    """The rows of a task, or its image and its columns: where it begins, and how many there are."""
+    if inner == 1:
+        first = task * block
+        return first, 0, min(block, outer - first)
+    blocks = (inner + block - 1) // block
+    column = (task % blocks) * block
+    return task // blocks, column, min(block, inner - column)
+
+
+@njit(error_model="numpy")
+def largest_of_columns(source: Any, largest: Any, n: Any, c: Any, step: Any) -> None:
+    x = floats(source, n)
+    for j in range(n):
+        largest[j] = x[j]
+    for k in range(1, c):
+        x = floats(source + k * step, n)
+        for j in range(n):
+            b, m = ordered(x[j]), ordered(largest[j])
+            largest[j] = unordered(b if b > m else m)

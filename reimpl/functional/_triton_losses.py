@@ -173,7 +173,7 @@ def _loss_parts(log_probs, c, there, target, weight, HAS_WEIGHT: tl.constexpr, S
 @triton.jit
 def _loss_forward(
     x,
-    log_probs,
+    probabilities,
     loss,
     partial,
     indices,
@@ -198,8 +198,10 @@ def _loss_forward(
         place, there = _places(base, live, c, classes, inner)
         v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
         v -= tl.max(v, 1)[:, None]
-        v -= log(tl.sum(exp(v), 1))[:, None]
-        tl.store(log_probs + place, v, mask=there)
+        powers = exp(v)
+        total = tl.sum(powers, 1)[:, None]
+        tl.store(probabilities + place, tl.div_rn(powers, tl.broadcast_to(total, [ROWS, WIDTH])), mask=there)
+        v -= log(total)
         picked, spread = _loss_parts(v, c, there, target, weight, HAS_WEIGHT, SMOOTH)
     else:
         largest, total = _largest_and_total(x, base, live, classes, inner, ROWS, WIDTH)
@@ -210,8 +212,10 @@ def _loss_forward(
             c = at + tl.arange(0, WIDTH)
             place, there = _places(base, live, c, classes, inner)
             v = tl.load(x + place, mask=there, other=float("-inf")).to(tl.float32)
-            v = v - largest[:, None] - shift[:, None]
-            tl.store(log_probs + place, v, mask=there)
+            v -= largest[:, None]
+            values = tl.div_rn(exp(v), tl.broadcast_to(total[:, None], [ROWS, WIDTH]))
+            tl.store(probabilities + place, values, mask=there)
+            v -= shift[:, None]
             of_target, of_all = _loss_parts(v, c, there, target, weight, HAS_WEIGHT, SMOOTH)
             picked += of_target
             spread += of_all
@@ -250,7 +254,7 @@ def _loss_finish(partial, loss, divisor, count, MEAN: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def _loss_backward(
     grad,
-    log_probs,
+    probabilities,
     result,
     indices,
     weight,
@@ -290,7 +294,7 @@ def _loss_backward(
     for at in range(0, classes, WIDTH):
         c = at + tl.arange(0, WIDTH)
         place, there = _places(base, live, c, classes, inner)
-        v = exp(tl.load(log_probs + place, mask=there, other=0.0)) * whole[:, None]
+        v = tl.load(probabilities + place, mask=there, other=0.0) * whole[:, None]
         v -= tl.where(c[None, :] == target[:, None], at_target[:, None], 0.0)
         if SMOOTH:
             if HAS_WEIGHT:
@@ -334,17 +338,17 @@ def softmax_gradient(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tenso
 def index_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss in the dtype of ``input``, float32 log-probabilities, and what the sum was divided by.
+    """Loss in the dtype of ``input``, float32 probabilities, and what the sum was divided by.
 
     Dimension 1 of ``input`` holds the classes.
     """
     x, indices = input.contiguous(), indices.contiguous()
-    log_probs, reduced = x.new_empty(x.shape, dtype=torch.float32), reduction != "none"
+    probabilities, reduced = x.new_empty(x.shape, dtype=torch.float32), reduction != "none"
     loss = x.new_empty(() if reduced else indices.shape)
     programs, sizes, tile = _split(x, 1)
     partial = x.new_empty((2, programs) if reduced else (1,), dtype=torch.float32)
     launch(
-        _loss_forward, (programs,), x, log_probs, loss, partial, indices,
+        _loss_forward, (programs,), x, probabilities, loss, partial, indices,
         loss if weight is None else weight.contiguous(), ignore_index, float(smoothing), *sizes,
         HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0, REDUCED=reduced, WHOLE=sizes[1] <= tile["WIDTH"],
         **_CHECKED, **tile,
@@ -353,12 +357,12 @@ def index_loss(
     if reduced:
         block = power_of_two(programs, 1, _TILE)
         launch(_loss_finish, (1,), partial, loss, divisor, programs, MEAN=reduction == "mean", BLOCK=block)
-    return loss, log_probs, divisor
+    return loss, probabilities, divisor
 
 
 def index_loss_gradient(
     grad: Tensor,
-    log_probs: Tensor,
+    probabilities: Tensor,
     indices: Tensor,
     ignore_index: int,
     weight: Tensor | None,
@@ -367,14 +371,14 @@ def index_loss_gradient(
 ) -> Tensor:
     """The gradient of the logits, in the dtype of that of each loss or of what they were reduced to."""
     same = all(stride == 0 or size == 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
-    grad, log_probs = grad if same else grad.contiguous(), log_probs.contiguous()
-    result = log_probs.new_empty(log_probs.shape, dtype=grad.dtype)
+    grad, probabilities = grad if same else grad.contiguous(), probabilities.contiguous()
+    result = probabilities.new_empty(probabilities.shape, dtype=grad.dtype)
     weight = None if weight is None else weight.contiguous()
-    total = weight.sum(dtype=torch.float32) if weight is not None and smoothing != 0 else log_probs
-    programs, sizes, tile = _split(log_probs, 1)
+    total = weight.sum(dtype=torch.float32) if weight is not None and smoothing != 0 else probabilities
+    programs, sizes, tile = _split(probabilities, 1)
     launch(
-        _loss_backward, (programs,), grad, log_probs, result, indices.contiguous(),
-        log_probs if weight is None else weight, total, divisor, int(not same),
+        _loss_backward, (programs,), grad, probabilities, result, indices.contiguous(),
+        probabilities if weight is None else weight, total, divisor, int(not same),
         ignore_index, float(smoothing), *sizes, HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0,
         **_CHECKED, **tile,
     )  # fmt: skip

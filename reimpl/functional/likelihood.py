@@ -7,18 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional import _losses_plain
+from reimpl.functional import _losses_plain_targets
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses_plain import final, runs_plainly
+from reimpl.functional._losses_plain import final_worker, worker
+from reimpl.functional._plain import ordinary
 from reimpl.functional._reduction import reduced, resolve
 from reimpl.functional._targets import (
     as_batch,
     check_class_indices,
+    check_range,
     check_unit_interval,
     class_dim,
     classes_that_count,
     counted,
 )
+
+_WORKERS = ("_losses_numba_targets", _losses_plain_targets)
 
 
 def nll_loss(
@@ -55,16 +59,18 @@ def nll_loss(
     input, weight = autocast_to_float32(input, weight)
     if input.dim() == 0:
         raise ValueError("Expected 1 or more dimensions (got 0)")
-    all_count = check_class_indices(input, target, weight, ignore_index)
-    if all_count and weight is None and input.numel() and runs_plainly(input):
-        batch, indices = as_batch(input, target)
-        loss: Tensor = _PlainPickedNegative.apply(batch, indices, reduction)
+    works = None
+    if input.numel() and ordinary(target) and target.device == input.device:
+        works = worker(*_WORKERS, input, weight)
+    check_class_indices(input, target, weight, ignore_index, values=works is None)
+    batch, indices = as_batch(input, target)
+    weight = None if weight is None else weight.reshape(-1)
+    if works:
+        loss: Tensor = _WorkedPickedNegative.apply(batch, indices, ignore_index, weight, reduction, works)
         return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
     if not input.is_floating_point():
         kernel = "nll_loss2d_forward_out_frame" if input.dim() > 2 else "nll_loss_out_frame"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
-    batch, indices = as_batch(input, target)
-    weight = None if weight is None else weight.reshape(-1)
     losses = call(_PickedNegative, _picked_negative, batch, indices, ignore_index, weight)
     if reduction == "none":
         return (losses.squeeze(0) if input.dim() == 1 else losses).contiguous()  # type: ignore[no-any-return]
@@ -187,23 +193,36 @@ def _scattered(grad: Tensor, indices: Tensor, classes: int, ignore_index: int, w
     return grad.new_zeros((grad.shape[0], classes, *grad.shape[1:])).scatter(1, targets.unsqueeze(1), picked)
 
 
-class _PlainPickedNegative(torch.autograd.Function):
-    """:class:`_PickedNegative` with the sum or mean, where all samples count alike."""
+class _WorkedPickedNegative(torch.autograd.Function):
+    """:class:`_PickedNegative` with the sum or mean, in place or by a kernel, which also checks the targets."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, indices: Tensor, reduction: str) -> Tensor:
-        ctx.shape, ctx.divisor = input.shape, indices.numel() if reduction == "mean" else 1
-        ctx.save_for_backward(indices)
-        return _losses_plain.picked_negative(input, indices, reduction)
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        indices: Tensor,
+        ignore_index: int,
+        weight: Tensor | None,
+        reduction: str,
+        worker: Any,
+    ) -> Tensor:
+        results = worker.picked_loss(input, indices, ignore_index, weight, reduction)
+        if results is None:
+            check_range(indices, input.shape[1], ignore_index)
+        loss: Tensor = results[0]
+        ctx.shape, ctx.ignore_index, ctx.divisor = input.shape, ignore_index, results[1]
+        ctx.save_for_backward(indices, weight)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (indices,) = ctx.saved_tensors
-        factor = grad / -ctx.divisor
-        if not final(grad):
-            return _scattered(-factor.expand(indices.shape), indices, ctx.shape[1], -100, None), None, None
-        result = factor.new_zeros(ctx.shape)
-        return result.scatter_(1, indices.unsqueeze(1), factor.expand(indices.shape).unsqueeze(1)), None, None
+        indices, weight = ctx.saved_tensors
+        works = final_worker(*_WORKERS, grad, weight)
+        if works:
+            options = (ctx.ignore_index, weight, ctx.divisor)
+            return works.picked_loss_gradient(grad, ctx.shape, indices, *options), *(None,) * 5
+        each = (grad / ctx.divisor).expand(indices.shape)
+        return _scattered(each, indices, ctx.shape[1], ctx.ignore_index, weight), *(None,) * 5
 
 
 def _guarded_log(input: Tensor, eps: float) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional import _losses_plain
+from reimpl.functional import _losses_plain_targets
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses_plain import final, runs_plainly
+from reimpl.functional._losses_plain import final_worker, worker
+from reimpl.functional._plain import ordinary
 from reimpl.functional._reduction import reduced, resolve
 from reimpl.functional._targets import (
     as_batch,
@@ -18,10 +19,11 @@ from reimpl.functional._targets import (
     class_dim,
     classes_that_count,
     counted,
-    holds_values,
 )
-from reimpl.functional.kernels import kernels_for
 from reimpl.functional.softmax import log_softmax_composition
+
+_OF_INDICES = ("_losses_numba", _losses_plain_targets)
+_OF_PROBABILITIES = ("_losses_numba_targets", _losses_plain_targets)
 
 
 def cross_entropy(
@@ -63,56 +65,58 @@ def cross_entropy(
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
     reduction = resolve(reduction, size_average, reduce)
-    # autocast leaves the wide types alone, and plain tensors have no other
-    if runs_plainly(input, weight) and input.shape != target.shape:
-        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing, plainly=True)
     input, weight = autocast_to_float32(input, weight)
-    with autocast_disabled(input.device):
-        if input.shape == target.shape:
-            (target,) = autocast_to_float32(target)
-            return _with_probabilities(input, target, weight, ignore_index, reduction, label_smoothing)
-        return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing, plainly=False)
+    if input.shape == target.shape:
+        (target,) = autocast_to_float32(target)
+        return _with_probabilities(input, target, weight, ignore_index, reduction, label_smoothing)
+    return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing)
 
 
 def _with_indices(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    smoothing: float,
-    plainly: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
-    plainly = plainly and input.numel() > 0
-    kernels = None
-    if plainly and target.device == input.device and holds_values(target):
-        kernels = kernels_for("_losses_numba", input, weight)
-    all_count = _check_indices(input, target, weight, ignore_index, smoothing, values=kernels is None)
+    works = None
+    if input.numel() and ordinary(target) and target.device == input.device:
+        works = worker(*_OF_INDICES, input, weight)
+    _check_indices(input, target, weight, ignore_index, smoothing, values=works is None)
     logits, indices = as_batch(input, target)
-    loss: Tensor
-    if kernels:
-        loss, _ = _CompiledIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, kernels)
-        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
-    if plainly and all_count and weight is None and smoothing == 0:
-        loss, _ = _PlainIndexLoss.apply(logits, indices, reduction)
-        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
     weight = None if weight is None else weight.reshape(-1)
-    loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
-    if reduction == "none":
-        loss = loss.reshape(target.shape)
-    return reduced(loss, reduction, input.dtype, counted(indices, ignore_index, weight, loss.dtype))
+    loss: Tensor
+    if works:
+        loss, _ = _WorkedIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, works)
+        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
+    with autocast_disabled(input.device):
+        loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
+        if reduction == "none":
+            loss = loss.reshape(target.shape)
+        return reduced(loss, reduction, input.dtype, counted(indices, ignore_index, weight, loss.dtype))
 
 
 def _with_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
     _check_probabilities(input, target, weight, ignore_index, smoothing)
+    loss: Tensor
+    if input.numel() and _fixed_and_alike(input, target, weight):
+        works = worker(*_OF_PROBABILITIES, input, target, weight)
+        if works:
+            logits, probabilities = (input, target) if input.dim() > 1 else (input.unsqueeze(0), target.unsqueeze(0))
+            loss, _ = _WorkedProbabilityLoss.apply(logits, probabilities, weight, smoothing, reduction, works)
+            return loss.reshape(()) if input.dim() == 1 else loss
     dim = class_dim(input)
-    loss, _ = call(_ProbabilityLoss, _probability_loss, input, target, weight, smoothing, dim)
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    if weight is not None:
-        dtype = torch.promote_types(dtype, weight.dtype)
-    return reduced(loss, reduction, dtype)
+    with autocast_disabled(input.device):
+        loss, _ = call(_ProbabilityLoss, _probability_loss, input, target, weight, smoothing, dim)
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
+        return reduced(loss, reduction, dtype)
+
+
+def _fixed_and_alike(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether the others need no gradient, and are of the input's dtype and device."""
+    return all(
+        t is None or (not t.requires_grad and t.dtype is input.dtype and t.device == input.device) for t in others
+    )
 
 
 def _check_indices(
@@ -167,7 +171,7 @@ def _class_weights(weight: Tensor | None, like: Tensor) -> Tensor:
 def _index_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each sample, and the log-probabilities that it was read from; dimension 1 holds the classes."""
+    """Loss of each sample, and the probabilities; dimension 1 holds the classes."""
     log_probs = log_softmax_composition(input.to(opmath_dtype(input.dtype)), 1)
     classes, kept = classes_that_count(indices, ignore_index)
     w = _class_weights(weight, log_probs)
@@ -176,12 +180,12 @@ def _index_loss(
     if smoothing != 0:
         spread = (log_probs * _along(w, 1, input.dim())).sum(1)
         loss = (1 - smoothing) * loss - (smoothing / input.shape[1]) * spread
-    return torch.where(kept, loss, 0), log_probs
+    return torch.where(kept, loss, 0), torch.exp(log_probs)
 
 
 class _IndexLoss(torch.autograd.Function):
-    r"""The log-probabilities are a differentiable output, so that the gradient, which is made from them, can itself
-    be differentiated."""
+    r"""The probabilities are a differentiable output, so that the gradient, which is made from them, can itself be
+    differentiated."""
 
     generate_vmap_rule = True
 
@@ -199,52 +203,29 @@ class _IndexLoss(torch.autograd.Function):
         ctx.save_for_backward(output[1], indices, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, indices, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
+        probabilities, indices, weight = ctx.saved_tensors
         total = None
         if grad is not None:
-            total = _index_errors(grad, log_probs, indices, ctx.ignore_index, weight, ctx.smoothing)
-        grad_input = _through_log_softmax(log_probs, total, grad_log_probs, 1)
-        return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, None
+            total = _index_errors(grad, probabilities, indices, ctx.ignore_index, weight, ctx.smoothing)
+        return _through_softmax(probabilities, total, grad_probabilities, 1, ctx.dtype), None, None, None, None
 
 
 def _index_errors(
-    grad: Tensor, log_probs: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
+    grad: Tensor, probabilities: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
 ) -> Tensor:
     """The gradient of the log-probabilities from that of each sample's loss."""
     classes, kept = classes_that_count(indices, ignore_index)
     sample = torch.where(kept, grad, 0).unsqueeze(1)
-    total = torch.zeros_like(log_probs).scatter(1, classes.unsqueeze(1), 1)
+    total = torch.zeros_like(probabilities).scatter(1, classes.unsqueeze(1), 1)
     total = total * ((1 - smoothing) * -sample)
     if smoothing != 0:
-        total = total - (smoothing / log_probs.shape[1]) * sample
-    return total * _along(_class_weights(weight, log_probs), 1, log_probs.dim())
+        total = total - (smoothing / probabilities.shape[1]) * sample
+    return total * _along(_class_weights(weight, probabilities), 1, probabilities.dim())
 
 
-class _PlainIndexLoss(torch.autograd.Function):
-    """:class:`_IndexLoss` with the sum or mean, in place, where all samples count alike."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, indices: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-        log_probs = _losses_plain.log_softmax(input, 1)
-        ctx.divisor = indices.numel() if reduction == "mean" else 1
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(log_probs, indices)
-        return _losses_plain.picked_negative(log_probs, indices, reduction), log_probs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, indices = ctx.saved_tensors
-        if grad is not None and grad_log_probs is None and final(grad):
-            return _losses_plain.index_gradient(grad, log_probs, indices, ctx.divisor), None, None
-        total = None
-        if grad is not None:
-            total = _index_errors((grad / ctx.divisor).expand(indices.shape), log_probs, indices, -100, None, 0.0)
-        return _through_log_softmax(log_probs, total, grad_log_probs, 1), None, None
-
-
-class _CompiledIndexLoss(torch.autograd.Function):
-    """:class:`_IndexLoss` with the sum or mean, by a kernel, which also checks the targets."""
+class _WorkedIndexLoss(torch.autograd.Function):
+    """:class:`_IndexLoss` with the sum or mean, in place or by a kernel, which also checks the targets."""
 
     @staticmethod
     def forward(
@@ -255,40 +236,41 @@ class _CompiledIndexLoss(torch.autograd.Function):
         weight: Tensor | None,
         smoothing: float,
         reduction: str,
-        kernels: Any,
+        worker: Any,
     ) -> tuple[Tensor, Tensor]:
-        results = kernels.index_loss(input, indices, ignore_index, weight, smoothing, reduction)
+        results = worker.index_loss(input, indices, ignore_index, weight, smoothing, reduction)
         if results is None:
             check_range(indices, input.shape[1], ignore_index)
-        loss, log_probs, ctx.divisor = results
-        ctx.ignore_index, ctx.smoothing = ignore_index, smoothing
+        loss, probabilities, ctx.divisor = results
+        ctx.options, ctx.dtype = (ignore_index, smoothing), input.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(log_probs, indices, weight)
-        return loss, log_probs
+        ctx.save_for_backward(probabilities, indices, weight)
+        return loss, probabilities
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, indices, weight = ctx.saved_tensors
-        kernels = None
-        if grad is not None and grad_log_probs is None and not torch.is_grad_enabled():
-            kernels = kernels_for("_losses_numba", grad, log_probs, weight)
+    def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
+        probabilities, indices, weight = ctx.saved_tensors
+        ignore_index, smoothing = ctx.options
+        if grad is not None and grad_probabilities is None:
+            worker = final_worker(*_OF_INDICES, grad, probabilities, weight)
+            if worker:
+                options = (ignore_index, weight, smoothing, ctx.divisor)
+                return worker.index_loss_gradient(grad, probabilities, indices, *options), *(None,) * 6
         total = None
-        if kernels:
-            options = (ctx.ignore_index, weight, ctx.smoothing, ctx.divisor)
-            return kernels.index_loss_gradient(grad, log_probs, indices, *options), *(None,) * 6
         if grad is not None:
-            losses_grad = (grad / ctx.divisor).expand(indices.shape)
-            total = _index_errors(losses_grad, log_probs, indices, ctx.ignore_index, weight, ctx.smoothing)
-        return _through_log_softmax(log_probs, total, grad_log_probs, 1), *(None,) * 6
+            each = (grad / ctx.divisor).expand(indices.shape)
+            total = _index_errors(each, probabilities, indices, ignore_index, weight, smoothing)
+        return _through_softmax(probabilities, total, grad_probabilities, 1, ctx.dtype), *(None,) * 6
 
 
-def _through_log_softmax(log_probs: Tensor, first: Tensor | None, second: Tensor | None, dim: int) -> Tensor | None:
-    """Gradient of the logits from (the sum of) two gradients of the log-probabilities."""
-    if first is None or second is None:
-        grad = second if first is None else first
-    else:
-        grad = first + second
-    return None if grad is None else grad - torch.exp(log_probs) * grad.sum(dim, keepdim=True)
+def _through_softmax(
+    probabilities: Tensor, total: Tensor | None, grad_probabilities: Tensor | None, dim: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Gradient of the logits from that of the log-probabilities and that of the probabilities."""
+    if grad_probabilities is not None:
+        through = grad_probabilities * probabilities
+        total = through if total is None else total + through
+    return None if total is None else (total - probabilities * total.sum(dim, keepdim=True)).to(dtype)
 
 
 def _smoothed_targets(target: Tensor, weight: Tensor | None, smoothing: float, dim: int, dtype: torch.dtype) -> Tensor:
@@ -340,6 +322,42 @@ class _ProbabilityLoss(torch.autograd.Function):
                 others = [d for d in range(target.dim()) if d != dim]
                 grad_weight = sample * log_probs * _smoothed_targets(target, None, ctx.smoothing, dim, dtype)
                 grad_weight = (grad_weight.sum(others) if others else grad_weight).to(weight.dtype)
-        grad_input = _through_log_softmax(log_probs, total, grad_log_probs, dim)
-        grad_input = None if grad_input is None else grad_input.to(ctx.dtype)
+        if grad_log_probs is not None:
+            total = grad_log_probs if total is None else total + grad_log_probs
+        grad_input = _through_softmax(torch.exp(log_probs), total, None, dim, ctx.dtype)
         return grad_input, grad_target, grad_weight, None, None
+
+
+class _WorkedProbabilityLoss(torch.autograd.Function):
+    """:class:`_ProbabilityLoss` of fixed targets and weights with the sum or mean, in place or by a kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        smoothing: float,
+        reduction: str,
+        worker: Any,
+    ) -> tuple[Tensor, Tensor]:
+        loss, probabilities = worker.probability_loss(input, target, weight, smoothing, reduction)
+        ctx.divisor = input.numel() // input.shape[1] if reduction == "mean" else 1
+        ctx.smoothing = smoothing
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(probabilities, target, weight)
+        return loss, probabilities
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
+        probabilities, target, weight = ctx.saved_tensors
+        if grad is not None and grad_probabilities is None:
+            worker = final_worker(*_OF_PROBABILITIES, grad, probabilities, target, weight)
+            if worker:
+                options = (weight, ctx.smoothing, ctx.divisor)
+                return worker.probability_loss_gradient(grad, probabilities, target, *options), *(None,) * 5
+        total = None
+        if grad is not None:
+            each = (grad / ctx.divisor).expand(target.select(1, 0).shape).unsqueeze(1)
+            total = -each * _smoothed_targets(target, weight, ctx.smoothing, 1, probabilities.dtype)
+        return _through_softmax(probabilities, total, grad_probabilities, 1, probabilities.dtype), *(None,) * 5

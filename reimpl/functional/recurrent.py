@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_to_lower, call, opmath_dtype
-from reimpl.functional.activation import hyperbolic_tangent, logistic, relu, tanh
+from reimpl.functional._losses_plain import final, runs_plainly
+from reimpl.functional.activation import hyperbolic_tangent, logistic, relu, sigmoid, tanh
 from reimpl.functional.linear import linear
 
 
@@ -88,7 +89,10 @@ def lstm_cell(
         raise RuntimeError(f"hx[1] must have the shape of hx[0], {list(hidden.shape)}, got {list(cell.shape)}")
     if cell.device.type == "cuda":
         (cell,) = autocast_to_lower(cell)  # PyTorch's fused kernel takes all in one dtype, its CPU cell promotes
-    new_hidden, new_cell = call(_LSTM, _lstm, gates, cell)
+    if gates.dtype is cell.dtype and runs_plainly(gates, cell):
+        new_hidden, new_cell, _ = _PlainLSTM.apply(gates, cell)
+    else:
+        new_hidden, new_cell = call(_LSTM, _lstm, gates, cell)
     return new_hidden, new_cell
 
 
@@ -150,3 +154,52 @@ class _LSTM(torch.autograd.Function):
             1,
         )
         return grad_gates.to(gates.dtype), (error * f).to(cell.dtype)
+
+
+class _PlainLSTM(torch.autograd.Function):
+    r""":class:`_LSTM` in place. The gates after their squashing are a differentiable output, so that the gradient,
+    which is made from them, can itself be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        squashed = sigmoid(gates)
+        i, f, g, o = squashed.chunk(4, 1)
+        g.copy_(tanh(gates.chunk(4, 1)[2]))
+        new_cell = (f * cell).addcmul_(i, g)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(squashed, cell, new_cell)
+        return tanh(new_cell).mul_(o), new_cell, squashed
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_hidden: Tensor | None, grad_cell: Tensor | None, grad_squashed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        squashed, cell, new_cell = ctx.saved_tensors
+        grad_hidden, grad_cell = (torch.zeros_like(cell) if g is None else g for g in (grad_hidden, grad_cell))
+        if grad_squashed is None and final(grad_hidden, grad_cell):
+            return _lstm_gradient(grad_hidden, grad_cell, squashed, cell, new_cell)
+        i, f, g, o = squashed.chunk(4, 1)
+        tanh_cell = hyperbolic_tangent(new_cell)
+        error = grad_cell + grad_hidden * o * (1 - tanh_cell * tanh_cell)
+        total = torch.cat((error * g, error * cell, error * i, grad_hidden * tanh_cell), 1)
+        if grad_squashed is not None:
+            total = total + grad_squashed
+        slopes = torch.cat((i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)), 1)
+        return total * slopes, error * f
+
+
+def _lstm_gradient(
+    grad_hidden: Tensor, grad_cell: Tensor, squashed: Tensor, cell: Tensor, new_cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    i, f, g, o = squashed.chunk(4, 1)
+    tanh_cell, result = tanh(new_cell), torch.empty_like(squashed)
+    grad_i, grad_f, grad_g, grad_o = result.chunk(4, 1)
+    torch.mul(grad_hidden, tanh_cell, out=grad_o)
+    error = tanh_cell.square_().neg_().add_(1).mul_(o).mul_(grad_hidden).add_(grad_cell)
+    torch.mul(error, g, out=grad_i)
+    torch.mul(error, cell, out=grad_f)
+    torch.mul(error, i, out=grad_g)
+    slopes = torch.addcmul(squashed, squashed, squashed, value=-1)
+    slope_g = slopes.chunk(4, 1)[2]
+    torch.mul(g, g, out=slope_g).neg_().add_(1)
+    return result.mul_(slopes), error.mul_(f)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from reimpl.functional import _losses_plain
 from reimpl.functional._dispatch import autocast_enabled, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses_plain import final, runs_plainly
-from reimpl.functional.kernels import kernels_for
+from reimpl.functional._losses_plain import final_worker, worker
+
+_WORKERS = ("_losses_numba", _losses_plain)
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,8 +33,9 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.softmax`.
     """
     input, dim = _prepare("softmax", input, dim, _stacklevel, dtype)
-    if runs_plainly(input) and input.numel():
-        return _PlainSoftmax.apply(input, dim)  # type: ignore[no-any-return]
+    works = worker(*_WORKERS, input) if input.numel() else None
+    if works:
+        return _WorkedSoftmax.apply(input, dim, False, works)  # type: ignore[no-any-return]
     return call(_Softmax, _softmax, input, dim)  # type: ignore[no-any-return]
 
 
@@ -47,8 +49,9 @@ def log_softmax(
     Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.log_softmax`.
     """
     input, dim = _prepare("log_softmax", input, dim, _stacklevel, dtype)
-    if runs_plainly(input) and input.numel():
-        return _PlainLogSoftmax.apply(input, dim)  # type: ignore[no-any-return]
+    works = worker(*_WORKERS, input) if input.numel() else None
+    if works:
+        return _WorkedSoftmax.apply(input, dim, True, works)  # type: ignore[no-any-return]
     return call(_LogSoftmax, log_softmax_composition, input, dim)  # type: ignore[no-any-return]
 
 
@@ -132,46 +135,21 @@ class _LogSoftmax(_FromOutput):
         return (g - torch.exp(y) * g.sum(ctx.dim, keepdim=True)).to(output.dtype), None
 
 
-class _PlainSoftmax(torch.autograd.Function):
-    """:class:`_Softmax` in place or by a kernel. Without ``setup_context``, for which PyTorch looks up the names of the
-    arguments at every call, it begins ten microseconds sooner."""
+class _WorkedSoftmax(torch.autograd.Function):
+    """:class:`_Softmax`, or with ``log`` :class:`_LogSoftmax`, in place or by a kernel. Without ``setup_context``, for
+    which PyTorch looks up the names of the arguments at every call, it begins ten microseconds sooner."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, dim: int) -> Tensor:
-        kernels = kernels_for("_losses_numba", input)
-        output: Tensor = kernels.softmax(input, dim, False) if kernels else _losses_plain.softmax(input, dim)
-        ctx.dim = dim
+    def forward(ctx: Any, input: Tensor, dim: int, log: bool, worker: Any) -> Tensor:
+        output: Tensor = worker.softmax(input, dim, log)
+        ctx.dim, ctx.log = dim, log
         ctx.save_for_backward(output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if not final(grad):
-            return _Softmax.backward(ctx, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (output,) = ctx.saved_tensors
-        kernels = kernels_for("_losses_numba", grad, output)
-        if kernels:
-            return kernels.softmax_gradient(grad, output, ctx.dim, False), None
-        return _losses_plain.softmax_gradient(grad, output, ctx.dim), None
-
-
-class _PlainLogSoftmax(torch.autograd.Function):
-    """:class:`_LogSoftmax` in place or by a kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, dim: int) -> Tensor:
-        kernels = kernels_for("_losses_numba", input)
-        output: Tensor = kernels.softmax(input, dim, True) if kernels else _losses_plain.log_softmax(input, dim)
-        ctx.dim = dim
-        ctx.save_for_backward(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if not final(grad):
-            return _LogSoftmax.backward(ctx, grad)
-        (output,) = ctx.saved_tensors
-        kernels = kernels_for("_losses_numba", grad, output)
-        if kernels:
-            return kernels.softmax_gradient(grad, output, ctx.dim, True), None
-        return _losses_plain.log_softmax_gradient(grad, output, ctx.dim), None
+        works = final_worker(*_WORKERS, grad, output)
+        if works:
+            return works.softmax_gradient(grad, output, ctx.dim, ctx.log), None, None, None
+        return (_LogSoftmax if ctx.log else _Softmax).backward(ctx, grad)[0], None, None, None

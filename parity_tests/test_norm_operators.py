@@ -77,7 +77,9 @@ def test_gradient_of_a_gradient_inside_the_compiled_function() -> None:
     x, w, b = arguments("planes")
 
     def second(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return torch.func.grad(lambda x: torch.func.grad(lambda y: normalize(y, w, b).pow(3).sum())(x).square().sum())(x)  # type: ignore[no-any-return]
+        return torch.func.grad(lambda x: torch.func.grad(lambda y: normalize(y, w, b).pow(3).sum())(x).square().sum())(
+            x
+        )  # type: ignore[no-any-return]
 
     # two computations in float32, by kernels and by the composition
     torch.testing.assert_close(compiled(second)(x, w, b), second(x, w, b), rtol=1e-3, atol=1e-2)

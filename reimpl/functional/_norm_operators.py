@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._norm_chain import like
+from reimpl.functional._norm_functions import BatchNormTraining
 from reimpl.functional.kernels import in_compiled_code
-from reimpl.functional.normalization import BatchNormTraining
 
 
 def batch_norm(
@@ -38,7 +39,7 @@ def _batch_norm(
 def _(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(input), *(_vector(input) for _ in range(2))
+    return torch.empty_like(input), _vector(input), _vector(input)
 
 
 @torch.library.custom_op(
@@ -67,10 +68,8 @@ def _batch_norm_backward(
 
 
 @_batch_norm_backward.register_fake
-def _(
-    grad: Tensor, grad_mean: Tensor, grad_var: Tensor, input: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(input) if others[-1] else input.new_empty(0), *(_vector(input) for _ in range(2))
+def _(grad: Tensor, grad_mean: Tensor, grad_var: Tensor, input: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(input) if others[-1] else input.new_empty(0), _vector(input), _vector(input)
 
 
 def _vector(input: Tensor) -> Tensor:
@@ -84,13 +83,21 @@ def _differentiate(
         # what is itself differentiated must be made of differentiable operators
         return BatchNormTraining.backward(ctx, grad, grad_mean, grad_var)
     input, weight, mean, var, rectified = ctx.saved_tensors
-    like = (input, mean, var)
-    grads = (torch.zeros_like(t) if g is None else g for g, t in zip((grad, grad_mean, grad_var), like, strict=True))
-    wanted = ctx.needs_input_grad
+    grads = (
+        torch.zeros_like(t) if g is None else g
+        for g, t in zip((grad, grad_mean, grad_var), (input, mean, var), strict=True)
+    )
+    wanted, of_weight, of_bias = ctx.needs_input_grad[:3]
     to_input, to_weight, to_bias = _batch_norm_backward(
-        *grads, input, weight, mean, var, rectified, ctx.eps, wanted[0]
+        *grads, input, weight, mean, var, rectified, ctx.eps, wanted
     )  # fmt: skip
-    return to_input if wanted[0] else None, to_weight if wanted[1] else None, to_bias if wanted[2] else None, None, None
+    return (
+        to_input if wanted else None,
+        like(to_weight, weight) if of_weight else None,
+        like(to_bias, ctx.bias_dtype) if of_bias else None,
+        None,
+        None,
+    )
 
 
 _batch_norm.register_autograd(_differentiate, setup_context=BatchNormTraining.setup_context)

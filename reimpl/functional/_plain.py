@@ -57,8 +57,9 @@ def plain(*tensors: Tensor | None) -> bool:
 def masked(grad: Tensor, rectified: Tensor) -> Tensor:
     """The gradient where the rectified value is not 0, and 0 elsewhere, bit by bit (NaN and infinities included).
 
-    For :func:`ordinary` tensors of one floating-point dtype. On the CPU ``torch.where`` takes several times as long where its condition is random,
-    and a shift by more than the width of a number leaves nothing of it; elsewhere neither need be so.
+    For :func:`ordinary` tensors of one floating-point dtype. On the CPU ``torch.where`` takes several times as long
+    where its condition is random, and a shift by more than the width of a number leaves nothing of it; elsewhere
+    neither need be so.
     """
     if not grad.is_cpu:
         return torch.where(rectified == 0, 0, grad)

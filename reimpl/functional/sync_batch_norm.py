@@ -9,7 +9,8 @@ from torch import Tensor, distributed
 
 from reimpl.functional._dispatch import autocast_disabled, memory_format_of, opmath_dtype
 from reimpl.functional._norm_chain import Chain, like, other_dims, per_channel
-from reimpl.functional.normalization import move_averages, scaled
+from reimpl.functional._norm_functions import scaled
+from reimpl.functional.normalization import move_averages
 
 
 def sync_batch_norm(

@@ -162,9 +162,14 @@ def test_kernels_run_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_conv_numba, "run", noting)
     x, w = torch.randn(4, 16, 16, 16, requires_grad=True), torch.randn(16, 16, 3, 3, requires_grad=True)
     function = compiled(lambda x, w: F.conv2d(x, w, padding=1))
-    function(x, w).sum().backward()
+    F.conv2d(x, w, padding=1).sum().backward()
+    with F.use_kernels(False):
+        function(x, w).sum().backward()
     assert not ran
+    function(x, w).sum().backward()
+    assert {"convolve", "convolve_weight"} <= set(ran)
     with F.use_kernels():
+        ran.clear()
         function(x, w).sum().backward()
     assert {"convolve", "convolve_weight"} <= set(ran)
 

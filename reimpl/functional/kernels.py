@@ -16,7 +16,7 @@ from torch import Tensor
 from reimpl.functional._plain import ordinary
 
 _enabled = False
-# Whether somebody has said so; until then compiled code alone runs through kernels.
+# Whether somebody has said so; until then only compiled code's convolutions run through kernels.
 _said = False
 
 
@@ -50,8 +50,8 @@ class use_kernels:
     Compiled at first use (the extra ``fused``), by Numba on the CPU, for float32, and by Triton on CUDA, for float32,
     bfloat16 and float16 with sums in float32; kept from then on in the user's cache folder. Everything else runs as it
     would without. Results differ by roundings: sums are taken in another order. The backward pass runs as the switch
-    stands then. Until the switch is first set, what ``torch.compile`` makes of a convolution or batch normalisation on
-    the CPU runs through kernels where Numba is installed, and nothing else does.
+    stands then. Until the switch is first set, convolutions that ``torch.compile`` has put into a graph run
+    through kernels on the CPU where Numba is installed, and nothing else does.
 
     Args:
         mode: on or off, in compiled code too.
@@ -84,23 +84,18 @@ def kernels_enabled() -> bool:
     return _enabled
 
 
-def kernels_in_compiled_code() -> bool:
-    """Whether compiled code on the CPU runs through kernels: where they are on, or installed and not off."""
-    return _enabled or (not _said and _installed())
-
-
 @cache
 def _installed() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
 def in_compiled_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator that compiled code calls, run through kernels as :func:`kernels_in_compiled_code` says."""
+    """An operator that compiled code calls, run through kernels on the CPU unless they are off or not installed."""
 
     @wraps(function)
     def run(first: Tensor, *others: Any) -> Any:
         before = _thread.in_operator
-        _thread.in_operator = first.is_cpu and kernels_in_compiled_code()
+        _thread.in_operator = first.is_cpu and not _said and _installed()
         try:
             return function(first, *others)
         finally:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_disabled, call, memory_format_of, opmath_dtype, scalar_type_name
 from reimpl.functional._norm_functions import BatchNormInference, BatchNormTraining, normalize, normalize_by_batch
-from reimpl.functional._norm_operators import batch_norm as operator_of_batch_norm
-from reimpl.functional.kernels import kernels_in_compiled_code
 
 _VECTORS = "running_mean", "running_var", "weight", "bias"
 
@@ -106,14 +103,6 @@ def _batch_norm(
         mean = zeros if running_mean is None else running_mean
         var = zeros if running_var is None else running_var
         return call(BatchNormInference, normalize, x, mean, var, weight, bias, eps, relu)  # type: ignore[no-any-return]
-
-
-def _operator_for(input: Tensor, *vectors: Tensor | None) -> Any:
-    """What compiled code calls whole: the operator where kernels would run, and nothing where they would not."""
-    if not torch.compiler.is_compiling() or not kernels_in_compiled_code() or input.device.type != "cpu":
-        return None
-    fits = all(t is None or t.dtype is torch.float32 for t in (input, *vectors))
-    return operator_of_batch_norm if fits else None
 
 
 def _check(

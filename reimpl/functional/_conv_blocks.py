@@ -27,6 +27,8 @@ _FEW_CHANNELS, _LEAST_RUN = 16, 8
 # Terms of a sum that a product takes in one run: the error of a longer one grows with their number, and PyTorch's
 # convolutions sum 192.
 _TERMS = 256
+# Pixels that the gradient of a kernel of one tap takes in one run.
+_PIXELS = 256
 # The gradient of the kernel takes them for runs of so many numbers: the product is then shared out among the threads
 # as the matrix was written, whose lines need not go from core to core.
 _LONG_RUN = 16
@@ -104,13 +106,16 @@ def _matrices(filters: Tensor, boxes: list[Box], taps_as_rows: bool) -> list[Ten
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
     outputs, channels, total = grad.shape[1], input.shape[1], None
+    pixels = _PIXELS if kernel == (1, 1) else grad[:, 0].numel()
     whole = boxes(kernel, channels, prod(kernel) * channels)
     windows, blocks = _gatherer(input, kernel, grad, geometry, whole, _LONG_RUN)
     for part in blocks:
         errors = grad[part].transpose(0, 1).reshape(outputs, -1)
         (matrix,) = windows(part)
-        values = product(matrix, errors.t()) if windows.taps_as_rows else product(errors, matrix)
-        total = values if total is None else total.add_(values)
+        left, right = (matrix, errors.t()) if windows.taps_as_rows else (errors, matrix)
+        for some, others in zip(left.split(pixels, 1), right.split(pixels), strict=True):
+            values = product(some, others)
+            total = values if total is None else total.add_(values)
     assert total is not None
     result = grad.new_empty(outputs, channels, *kernel)
     if windows.taps_as_rows:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._conv_arguments import Geometry
-from reimpl.functional._conv_plans import Image, Tiles, forward_plan, identity, input_plan, thin_plan, weight_plan
+from reimpl.functional._conv_plans import (
+    TERMS,
+    Image,
+    Tiles,
+    forward_plan,
+    identity,
+    input_plan,
+    thin_plan,
+    weight_plan,
+)
 from reimpl.functional._dispatch import memory_format_of
 from reimpl.functional._numba_source import load, run
 from reimpl.functional._numba_tiles import LANES, ROWS, WIDTH
@@ -197,7 +206,7 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     if not plan.image.dense:
         scratch[:, : result_offset // 4].zero_()
     places, a_table, c_table = plan.image.places * (channels * 4), plan.inputs * (channels * 4), plan.outputs * row
-    runs = plan.runs * np.array([channels * 4, own * width * 4, own])
+    runs = plan.runs * np.array([4, width * 4, 1])
     words = [
         *(tasks, plan.size, count),
         *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(places), places.ctypes.data, image_bytes),
@@ -205,6 +214,6 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
         *(len(plan.first), a_table.ctypes.data, c_table.ctypes.data),
         *(plan.first.ctypes.data, plan.count.ctypes.data, runs.ctypes.data),
         *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets.data_ptr()),
-        *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width),
+        *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width, TERMS),
     ]
     run(_KERNELS.convolve, words, used)

@@ -60,11 +60,17 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     return result
 
 
-def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
-    """``T(g, w)``: the gradient of the input, of height and width ``size``."""
+def convolve_input(
+    grad: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    geometry: Geometry,
+    layout: torch.memory_format | None = None,
+) -> Tensor:
+    """``T(g, w)``: the gradient of the input, of height and width ``size``, in ``layout`` or that of the two."""
     groups, kernel = geometry.groups, (weight.shape[2], weight.shape[3])
     result = grad.new_empty(grad.shape[0], groups * weight.shape[1], *size)
-    result = result.contiguous(memory_format=memory_format_of(grad, weight))
+    result = result.contiguous(memory_format=layout or memory_format_of(grad, weight))
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).transpose(1, 2)
     errors = (grad.shape[2], grad.shape[3])
     plan = input_plan(errors, size, kernel, grad.shape[1], result.shape[1], geometry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -228,6 +229,45 @@ def test_strides_of_output_and_gradients(layout: str, algorithm: str | None, dev
     ):
         assert_near(ours, theirs, layout)
     assert mine.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+
+
+LAYOUTS = {"planes": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernels", [False, True], ids=["as it comes", "kernels"])
+@pytest.mark.parametrize("case", ["3x3", "3x3, groups", "5x5, stride 2", "wide"])
+def test_layouts_of_gradients(case: str, kernels: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Input, weight and gradient in planes or with their channels last: strides of the gradients are PyTorch's."""
+    if kernels:
+        pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    args, options = drawn(0, case, dtype, device)
+    for names in itertools.product(LAYOUTS, repeat=3):
+        first, second, third = (LAYOUTS[name] for name in names)
+        x, w = args[0].detach().contiguous(memory_format=first), args[1].detach().contiguous(memory_format=second)
+        x.requires_grad_(), w.requires_grad_()
+        with F.use_kernels(kernels):
+            mine = F.conv2d(x, w, **options)
+            grad = torch.ones_like(mine).contiguous(memory_format=third)
+            ours = mine, *torch.autograd.grad(mine, (x, w), grad)
+        other = torch_functional.conv2d(x, w, **options)
+        theirs = other, *torch.autograd.grad(other, (x, w), grad)
+        assert [t.stride() for t in ours] == [t.stride() for t in theirs], names
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["as it comes", "kernels"])
+def test_sequences_have_one_layout(kernels: bool, device: torch.device) -> None:
+    if kernels:
+        pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    x = torch.ones(4, 33, 24, device=device).transpose(1, 2).requires_grad_()
+    w = torch.ones(16, 3, 24, device=device).transpose(1, 2).requires_grad_()
+    with F.use_kernels(kernels):
+        ours = F.conv1d(x, w, padding=1)
+        tensors = ours, *torch.autograd.grad(ours, (x, w), torch.ones_like(ours))
+    assert all(t.is_contiguous() for t in tensors)
+    other = torch_functional.conv1d(x, w, padding=1)
+    theirs = other, *torch.autograd.grad(other, (x, w), torch.ones_like(other))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, theirs, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._conv_arguments import Geometry, phase_pairs
-from reimpl.functional._conv_windows import Gatherer, parts, pixels_of
+from reimpl.functional._conv_windows import Box, Gatherer, boxes, parts, pixels_of
 from reimpl.functional._products import ordinary, product
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
 _FEW_CHANNELS, _LEAST_RUN = 16, 8
+# Terms of a sum that a product takes in one run: the error of a longer one grows with their number, and PyTorch's
+# convolutions sum 192.
+_TERMS = 256
+# Pixels that the gradient of a kernel of one tap takes in one run.
+_PIXELS = 256
 # The gradient of the kernel takes them for runs of so many numbers: the product is then shared out among the threads
 # as the matrix was written, whose lines need not go from core to core.
 _LONG_RUN = 16
@@ -41,8 +46,7 @@ def fits(geometry: Geometry, *tensors: Tensor | None) -> bool:
 
 def convolve_into(target: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
     """``C(x, w) + b``, written to ``target``."""
-    filters = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).t()
-    _multiply(target, input, filters, _plane(weight), bias, geometry)
+    _multiply(target, input, weight.permute(2, 3, 1, 0), bias, geometry)
 
 
 def convolve_input_into(target: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> None:
@@ -53,8 +57,9 @@ def convolve_input_into(target: Tensor, grad: Tensor, weight: Tensor, geometry: 
         target.zero_()
     for down, across, part in pairs:
         rows, columns = _places(down.taps, kernel[0]), _places(across.taps, kernel[1])
-        filters = torch.stack([weight[:, :, k, j] for k in rows for j in columns]).view(-1, weight.shape[1])
-        _multiply(pixels_of(target, down, across, geometry), grad, filters, (len(rows), len(columns)), None, part)
+        filters = torch.stack([weight[:, :, k, j] for k in rows for j in columns])
+        filters = filters.view(len(rows), len(columns), *filters.shape[1:])
+        _multiply(pixels_of(target, down, across, geometry), grad, filters, None, part)
 
 
 def _places(taps: tuple[int, int, int], size: int) -> range:
@@ -63,32 +68,54 @@ def _places(taps: tuple[int, int, int], size: int) -> range:
     return range(size - 1 - first, size - 1 - first - count * step, -step)
 
 
-def _multiply(
-    target: Tensor, input: Tensor, filters: Tensor, kernel: tuple[int, int], bias: Tensor | None, geometry: Geometry
-) -> None:
-    """All windows of ``input`` times ``filters``, a matrix ``(f_h·f_w·C, O)``, written to ``target``."""
-    output, (channels, outputs) = _plane(target), (input.shape[1], target.shape[1])
-    windows, blocks = _gatherer(input, kernel, target, geometry)
-    if windows.taps_as_rows:
-        filters = filters.view(prod(kernel), channels, outputs).permute(2, 1, 0).reshape(outputs, -1)
+def _multiply(target: Tensor, input: Tensor, filters: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+    """All windows of ``input`` times ``filters``, of shape ``(f_h, f_w, C, O)``, written to ``target``."""
+    output, outputs, kernel = _plane(target), target.shape[1], (filters.shape[0], filters.shape[1])
+    windows, blocks = _gatherer(input, kernel, target, geometry, boxes(kernel, input.shape[1], _TERMS))
+    matrices = _matrices(filters, windows.boxes, windows.taps_as_rows)
     for part in blocks:
+        total = None
+        for matrix, own in zip(windows(part), matrices, strict=True):
+            if windows.taps_as_rows:
+                values = product(own, matrix)
+            else:
+                values = product(matrix, own, bias if total is None else None)
+            total = values if total is None else total.add_(values)
+        assert total is not None
         if windows.taps_as_rows:
-            values = product(filters, windows(part)).view(outputs, -1, *output).transpose(0, 1)
+            values = total.view(outputs, -1, *output).transpose(0, 1)
             target[part].copy_(values if bias is None else values.add_(bias.view(-1, 1, 1)))
         else:
-            values = product(windows(part), filters, bias)
-            target[part].copy_(values.view(-1, *output, outputs).permute(0, 3, 1, 2))
+            target[part].copy_(total.view(-1, *output, outputs).permute(0, 3, 1, 2))
+
+
+def _matrices(filters: Tensor, boxes: list[Box], taps_as_rows: bool) -> list[Tensor]:
+    """Of each box the filters as a matrix, ``(f_h·f_w·C, O)``, or where taps are rows ``(O, C·f_h·f_w)``."""
+    outputs = filters.shape[3]
+    if len(boxes) > 1 and filters.stride(3) != 1:
+        # one tap's numbers together, which most boxes then read in place
+        filters = filters.transpose(2, 3).contiguous().transpose(2, 3)
+    parts = [filters[box] for box in boxes]
+    if taps_as_rows:
+        return [part.permute(3, 2, 0, 1).reshape(outputs, -1) for part in parts]
+    if filters.stride(3) == 1:
+        return [part.reshape(-1, outputs) for part in parts]
+    return [part.permute(3, 0, 1, 2).reshape(outputs, -1).t() for part in parts]
 
 
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
     outputs, channels, total = grad.shape[1], input.shape[1], None
-    windows, blocks = _gatherer(input, kernel, grad, geometry, _LONG_RUN)
+    pixels = _PIXELS if kernel == (1, 1) else grad[:, 0].numel()
+    whole = boxes(kernel, channels, prod(kernel) * channels)
+    windows, blocks = _gatherer(input, kernel, grad, geometry, whole, _LONG_RUN)
     for part in blocks:
         errors = grad[part].transpose(0, 1).reshape(outputs, -1)
-        matrix = windows(part)
-        values = product(matrix, errors.t()) if windows.taps_as_rows else product(errors, matrix)
-        total = values if total is None else total.add_(values)
+        (matrix,) = windows(part)
+        left, right = (matrix, errors.t()) if windows.taps_as_rows else (errors, matrix)
+        for some, others in zip(left.split(pixels, 1), right.split(pixels), strict=True):
+            values = product(some, others)
+            total = values if total is None else total.add_(values)
     assert total is not None
     result = grad.new_empty(outputs, channels, *kernel)
     if windows.taps_as_rows:
@@ -101,7 +128,12 @@ def _plane(tensor: Tensor) -> tuple[int, int]:
 
 
 def _gatherer(
-    input: Tensor, kernel: tuple[int, int], output: Tensor, geometry: Geometry, long: int | None = None
+    input: Tensor,
+    kernel: tuple[int, int],
+    output: Tensor,
+    geometry: Geometry,
+    boxes: list[Box],
+    long: int | None = None,
 ) -> tuple[Gatherer, list[slice]]:
     """What makes the matrices of the windows, and the parts of the batch; ``output`` has the output's shape.
 
@@ -109,9 +141,9 @@ def _gatherer(
     """
     size, (count, channels) = _plane(output), input.shape[:2]
     few = channels <= _FEW_CHANNELS or kernel == (1, 1)
-    row = prod(kernel) * channels * input.element_size()
+    row = max(prod(box.sizes) for box in boxes) * input.element_size()
     values = output.shape[1] * input.element_size()
     blocks = list(parts(count, prod(size) * (row + values), input.device, output.shape[1] * row))
     run = size[1] >= _LEAST_RUN if few else long is not None and size[1] >= long
     most = max(part.stop - part.start for part in blocks)
-    return Gatherer(input, kernel, size, geometry, run and input.stride(3) == 1, most), blocks
+    return Gatherer(input, kernel, size, geometry, boxes, run and input.stride(3) == 1, most), blocks

@@ -39,7 +39,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
         return kernels.convolve(input, weight, bias, geometry)  # type: ignore[no-any-return]
     if blocks.fits(geometry, input, weight, bias):
         shape = (input.shape[0], weight.shape[0], *_output(input, weight, geometry))
-        result = _empty(shape, input, weight)
+        result = input.new_empty(shape).contiguous(memory_format=memory_format_of(input, weight))
         blocks.convolve_into(result, input, weight, bias, geometry)
         return result
     algorithm = geometry.algorithm or _choose(input, weight, geometry)
@@ -50,13 +50,23 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     return _by_rows(input, weight, bias, geometry)
 
 
-def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
-    """``T(g, w)``: each output's gradient spread over its window; ``size`` is the input's height and width."""
+def convolve_input(
+    grad: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    geometry: Geometry,
+    layout: torch.memory_format | None = None,
+) -> Tensor:
+    """``T(g, w)``: each output's gradient spread over its window; ``size`` is the input's height and width.
+
+    The result is best wanted in ``layout``; without one, in that of ``grad`` and ``weight``.
+    """
     kernels = _compiled(geometry, grad, weight)
     if kernels and kernels.worth_it(grad, weight.transpose(0, 1), (grad.shape[2], grad.shape[3]), geometry.groups):
-        return kernels.convolve_input(grad, weight, size, geometry)  # type: ignore[no-any-return]
+        return kernels.convolve_input(grad, weight, size, geometry, layout)  # type: ignore[no-any-return]
     if blocks.fits(geometry, grad, weight):
-        result = _empty((grad.shape[0], weight.shape[1], *size), grad, weight)
+        result = grad.new_empty(grad.shape[0], weight.shape[1], *size)
+        result = result.contiguous(memory_format=layout or memory_format_of(grad, weight))
         blocks.convolve_input_into(result, grad, weight, geometry)
         return result
     groups, (outputs, channels, k_h, k_w) = geometry.groups, weight.shape
@@ -105,11 +115,6 @@ def _compiled(geometry: Geometry, *tensors: Tensor | None) -> Any:
 
 def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
     return geometry.output(input.shape[2], input.shape[3], weight.shape[2], weight.shape[3])
-
-
-def _empty(shape: tuple[int, ...], input: Tensor, weight: Tensor) -> Tensor:
-    """Memory for a result of ``shape``, in the layout that PyTorch would give it."""
-    return input.new_empty(shape).contiguous(memory_format=memory_format_of(input, weight))
 
 
 def _choose(input: Tensor, weight: Tensor, geometry: Geometry) -> str:

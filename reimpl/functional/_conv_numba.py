@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._conv_arguments import Geometry
-from reimpl.functional._conv_plans import Image, Tiles, forward_plan, identity, input_plan, thin_plan, weight_plan
+from reimpl.functional._conv_plans import (
+    TERMS,
+    Image,
+    Tiles,
+    forward_plan,
+    identity,
+    input_plan,
+    thin_plan,
+    weight_plan,
+)
 from reimpl.functional._dispatch import memory_format_of
 from reimpl.functional._numba_source import load, run
 from reimpl.functional._numba_tiles import LANES, ROWS, WIDTH
@@ -51,11 +60,17 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     return result
 
 
-def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
-    """``T(g, w)``: the gradient of the input, of height and width ``size``."""
+def convolve_input(
+    grad: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    geometry: Geometry,
+    layout: torch.memory_format | None = None,
+) -> Tensor:
+    """``T(g, w)``: the gradient of the input, of height and width ``size``, in ``layout`` or that of the two."""
     groups, kernel = geometry.groups, (weight.shape[2], weight.shape[3])
     result = grad.new_empty(grad.shape[0], groups * weight.shape[1], *size)
-    result = result.contiguous(memory_format=memory_format_of(grad, weight))
+    result = result.contiguous(memory_format=layout or memory_format_of(grad, weight))
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).transpose(1, 2)
     errors = (grad.shape[2], grad.shape[3])
     plan = input_plan(errors, size, kernel, grad.shape[1], result.shape[1], geometry)
@@ -197,7 +212,7 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     if not plan.image.dense:
         scratch[:, : result_offset // 4].zero_()
     places, a_table, c_table = plan.image.places * (channels * 4), plan.inputs * (channels * 4), plan.outputs * row
-    runs = plan.runs * np.array([channels * 4, own * width * 4, own])
+    runs = plan.runs * np.array([4, width * 4, 1])
     words = [
         *(tasks, plan.size, count),
         *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(places), places.ctypes.data, image_bytes),
@@ -205,6 +220,6 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
         *(len(plan.first), a_table.ctypes.data, c_table.ctypes.data),
         *(plan.first.ctypes.data, plan.count.ctypes.data, runs.ctypes.data),
         *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets.data_ptr()),
-        *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width),
+        *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width, TERMS),
     ]
     run(_KERNELS.convolve, words, used)

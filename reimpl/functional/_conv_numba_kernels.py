@@ -21,6 +21,8 @@ from reimpl.functional._numba_tiles import (
     accumulate_tile,
     move_number,
     move_vector,
+    multiply_more_narrow_tile,
+    multiply_more_tile,
     multiply_narrow_tile,
     multiply_tile,
     transpose_block,
@@ -124,15 +126,40 @@ def pack_weight(task: Any) -> None:
 
 @njit(error_model="numpy")
 def multiply_panel(
-    wide: Any, a: Any, a_table: Any, b: Any, runs: Any, first: Any, count: Any, bias: Any, c: Any, c_table: Any
+    wide: Any,
+    a: Any,
+    a_table: Any,
+    b: Any,
+    runs: Any,
+    first: Any,
+    count: Any,
+    terms: Any,
+    bias: Any,
+    c: Any,
+    c_table: Any,
 ) -> None:
-    """All tiles with one panel of the kernel."""
+    """All tiles with one panel of the kernel; what ``terms`` terms or a few more add up to is added to the result."""
     for t in range(len(first)):
-        own, rows_a, rows_c = runs + first[t] * 24, a_table + t * ROWS * 8, c_table + t * ROWS * 8
-        if wide:
-            multiply_tile(a, rows_a, b, own, count[t], WIDTH * 4, bias, c, rows_c)
-        else:
-            multiply_narrow_tile(a, rows_a, b, own, count[t], LANES * 4, bias, c, rows_c)
+        rows_a, rows_c = a_table + t * ROWS * 8, c_table + t * ROWS * 8
+        start, number, more = runs + first[t] * 24, count[t], False
+        lengths = carray(pointer(start), (number, 3), np.int64)
+        done = 0
+        while number > done or not more:
+            until, length = done, 0
+            while until < number and length < terms:
+                length += lengths[until, 2]
+                until += 1
+            own = start + done * 24
+            if wide:
+                if more:
+                    multiply_more_tile(a, rows_a, b, own, until - done, WIDTH * 4, bias, c, rows_c)
+                else:
+                    multiply_tile(a, rows_a, b, own, until - done, WIDTH * 4, bias, c, rows_c)
+            elif more:
+                multiply_more_narrow_tile(a, rows_a, b, own, until - done, LANES * 4, bias, c, rows_c)
+            else:
+                multiply_narrow_tile(a, rows_a, b, own, until - done, LANES * 4, bias, c, rows_c)
+            done, more = until, True
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
@@ -147,7 +174,7 @@ def convolve(task: Any) -> None:
     n_tiles, a_table, c_table, run_first, run_count, runs = w[15], w[16], w[17], w[18], w[19], w[20]
     weight, panel, panels, groups, group_step, bias = w[21], w[22], w[23], w[24], w[25], w[26]
     row_step, target, t_image, t_channel, t_pixel, outputs, out_pixels = w[27], w[28], w[29], w[30], w[31], w[32], w[33]
-    panel_width = w[34]
+    panel_width, terms = w[34], w[35]
     first = carray(pointer(run_first), (n_tiles,), np.int64)
     number = carray(pointer(run_count), (n_tiles,), np.int64)
     local = scratch + take(counter + 8) * scratch_step
@@ -163,7 +190,7 @@ def convolve(task: Any) -> None:
         for p in range(groups * panels):
             a, columns = local + p // panels * group_step, p * panel_width * 4
             multiply_panel(
-                panel_width == WIDTH, a, a_table, weight + p * panel, runs, first, number,
+                panel_width == WIDTH, a, a_table, weight + p * panel, runs, first, number, terms,
                 bias + columns, result + columns, c_table,
             )  # fmt: skip
         for n in range(images):

@@ -11,8 +11,11 @@ import numpy as np
 from reimpl.functional._conv_arguments import Geometry, phases
 from reimpl.functional._numba_tiles import LANES, ROWS, WIDTH
 
-# Measured: pixels summed up before the next tile.
-_PIXELS_PER_CHUNK = 1024
+# Terms summed up in registers before they are added to the result: the error of a longer sum grows with their number,
+# and PyTorch's convolutions sum 192.
+TERMS = 192
+# Measured: pixels summed up before the next tile; and for kernels of one tap, where PyTorch sums about as many.
+_PIXELS_PER_CHUNK, _PIXELS_OF_ONE_TAP = 1024, 128
 # A row of fewer pixels makes runs so short that their bookkeeping shows.
 _SHORT_ROW = 16
 # The buffers of one task are to stay in a core's second-level cache.
@@ -40,10 +43,11 @@ class Image:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of pixels with the same taps, for a number of images: tables in pixels and taps.
+    """Tiles of pixels with the same taps, for a number of images.
 
-    ``inputs`` and ``outputs`` place the pixels of each tile in the two buffers, and ``runs`` (offset in pixels, first
-    tap, number of taps that follow each other in memory) from ``first`` on, ``count`` of them, are its taps.
+    ``inputs`` and ``outputs`` place the pixels of each tile in the two buffers, and ``runs`` (offset in the image,
+    offset in the kernel, length; in numbers) from ``first`` on, ``count`` of them, are its taps: each at most ``TERMS``
+    long, with ends wherever so many are done.
     """
 
     image: Image
@@ -96,14 +100,14 @@ _Class = tuple[Array, Array, Array, list[_Tap]]
 
 
 def _tiles(
-    size: tuple[int, int], classes: list[_Class], taps: int, output: int, channels: int, outputs: int, merge: bool
+    size: tuple[int, int], classes: list[_Class], taps: int, output: int, channels: int, outputs: int, groups: int
 ) -> Tiles:
     """The cheapest tiles: with the padding multiplied or left out, over as many images as the cache holds."""
     best, least = None, np.inf
     inner = [part for whole in classes for part in _without_padding(size, whole)]
     for chosen in (classes, inner):
         for images in range(1, _MOST_IMAGES + 1):
-            tiles = _tiles_of(size, chosen, taps, output, images, merge)
+            tiles = _tiles_of(size, chosen, taps, output, images, channels, groups)
             if images > 1 and 4 * images * (tiles.image.pixels * channels + output * outputs) > _TASK_BYTES:
                 break
             lengths = np.append(0, np.cumsum(tiles.runs[:, 2]))
@@ -130,7 +134,9 @@ def _without_padding(size: tuple[int, int], whole: _Class) -> list[_Class]:
     return parts
 
 
-def _tiles_of(size: tuple[int, int], classes: list[_Class], taps: int, output: int, images: int, merge: bool) -> Tiles:
+def _tiles_of(
+    size: tuple[int, int], classes: list[_Class], taps: int, output: int, images: int, channels: int, groups: int
+) -> Tiles:
     met = [c for c in classes if c[3]]
     low, high = [0, 0], [0, 0]
     for _, *places, class_taps in met:
@@ -150,7 +156,7 @@ def _tiles_of(size: tuple[int, int], classes: list[_Class], taps: int, output: i
         # what fills up the last tile is computed twice and written beside the result
         inputs.append(np.append(a, np.repeat(a[-1:], short)))
         outputs.append(np.append(c, np.repeat(images * output, short)))
-        n_tiles, own = (len(a) + short) // ROWS, _runs(class_taps, image.width, merge)
+        n_tiles, own = (len(a) + short) // ROWS, _runs(class_taps, image.width, channels, groups)
         first += [len(runs)] * n_tiles
         count += [len(own)] * n_tiles
         runs += own
@@ -159,15 +165,21 @@ def _tiles_of(size: tuple[int, int], classes: list[_Class], taps: int, output: i
     return Tiles(image, taps, *arrays, images)
 
 
-def _runs(taps: list[tuple[int, int, int]], width: int, merge: bool) -> list[tuple[int, int, int]]:
-    """Offset, first tap and number of taps, with those put together that follow each other in both memories."""
+def _runs(taps: list[_Tap], width: int, channels: int, groups: int) -> list[tuple[int, int, int]]:
+    """Offset in the image, offset in the kernel and length, in numbers, of the longest pieces that follow each other in
+    both memories; none goes on where a multiple of ``TERMS`` is done."""
     runs: list[tuple[int, int, int]] = []
+    done, own = 0, channels // groups
     for tap, row, column in taps:
-        offset = row * width + column
-        if merge and runs and runs[-1][0] + runs[-1][2] == offset and runs[-1][1] + runs[-1][2] == tap:
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-        else:
-            runs.append((offset, tap, 1))
+        a, b, left = (row * width + column) * channels, tap * own, own
+        while left:
+            length = min(left, TERMS - done % TERMS)
+            last = runs[-1] if runs and done % TERMS else None
+            if last and last[0] + last[2] == a and last[1] + last[2] == b:
+                runs[-1] = (*last[:2], last[2] + length)
+            else:
+                runs.append((a, b, length))
+            a, b, left, done = a + length, b + length, left - length, done + length
     return runs
 
 
@@ -181,7 +193,7 @@ def forward_plan(
     taps = [(k * kernel[1] + j, k * d_h, j * d_w) for k in range(kernel[0]) for j in range(kernel[1])]
     pixels = output[0] * output[1]
     whole: _Class = (np.arange(pixels), rows * s_h - top, columns * s_w - left, taps)
-    return _tiles(size, [whole], len(taps), pixels, channels, outputs, geometry.groups == 1)
+    return _tiles(size, [whole], len(taps), pixels, channels, outputs, geometry.groups)
 
 
 @lru_cache(maxsize=256)
@@ -212,7 +224,7 @@ def input_plan(
         untouched = np.flatnonzero(idle)
         classes.append((untouched, np.zeros_like(untouched), np.zeros_like(untouched), []))
     pixels = size[0] * size[1]
-    return _tiles(errors, classes, kernel[0] * kernel[1], pixels, channels, outputs, geometry.groups == 1)
+    return _tiles(errors, classes, kernel[0] * kernel[1], pixels, channels, outputs, geometry.groups)
 
 
 @lru_cache(maxsize=256)
@@ -230,6 +242,11 @@ def weight_plan(
     if by_pixel:
         return _runs_by_pixel(count, size, kernel, channels, outputs, geometry)
     return _runs_by_row(count, size, kernel, channels, outputs, geometry, in_planes)
+
+
+def _pixels(kernel: tuple[int, int]) -> int:
+    """Of how many pixels the gradient of a kernel adds up the products in registers."""
+    return _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS_PER_CHUNK
 
 
 @lru_cache(maxsize=256)
@@ -277,7 +294,7 @@ def _runs_by_row(
         for k in range(kernel[0])
         for j in range(0, kernel[1], together)
     ]
-    width, per_chunk = -(-together * own // WIDTH) * WIDTH * 4, max(1, _PIXELS_PER_CHUNK // columns)
+    width, per_chunk = -(-together * own // WIDTH) * WIDTH * 4, max(1, _pixels(kernel) // columns)
     table, step = np.ascontiguousarray(runs, np.int64), s_w * channels * 4
     return WeightPlan(image, False, in_planes, step, table, len(runs), per_chunk, np.array(spans, np.int64), width)
 
@@ -301,6 +318,6 @@ def _runs_by_pixel(
             runs.append(np.stack([inside * (count * outputs * 4), seen * (count * channels * 4), 0 * seen + count], 1))
     table, most = np.ascontiguousarray(np.concatenate(runs), np.int64), max(len(rows) for rows in runs)
     return WeightPlan(
-        identity(size[0] * size[1]), True, False, channels * 4, table, most, max(1, _PIXELS_PER_CHUNK // count),
+        identity(size[0] * size[1]), True, False, channels * 4, table, most, max(1, _pixels(kernel) // count),
         np.array(spans, np.int64), -(-own // WIDTH) * width,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +37,42 @@ def window_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int],
     return windows.reshape(groups, count * output[0] * output[1], prod(kernel) * channels)
 
 
+class Box(NamedTuple):
+    """A part of a window: rows of taps, taps of a row, channels."""
+
+    rows: slice
+    columns: slice
+    channels: slice
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The number of each."""
+        rows, columns, channels = (part.stop - part.start for part in self)
+        return rows, columns, channels
+
+
+def boxes(kernel: tuple[int, int], channels: int, most: int) -> list[Box]:
+    """A window in parts of at most ``most`` numbers, of about one size, and in the longest runs of memory."""
+    row, taps = kernel[1] * channels, [_evenly(size, 1) for size in kernel]
+    if row <= most:
+        return [Box(k, slice(0, kernel[1]), slice(0, channels)) for k in _evenly(kernel[0], most // row)]
+    if channels <= most:
+        return [Box(k, j, slice(0, channels)) for k in taps[0] for j in _evenly(kernel[1], most // channels)]
+    return [Box(k, j, c) for k in taps[0] for j in taps[1] for c in _evenly(channels, most)]
+
+
+def _evenly(count: int, most: int) -> list[slice]:
+    """``range(count)`` in parts of at most ``most``, which differ by 1."""
+    number = -(-count // most)
+    return [slice(count * k // number, count * (k + 1) // number) for k in range(number)]
+
+
 class Gatherer:
     """Makes matrices of the windows of a batch, block by block, in memory of its own; for one group.
 
-    A matrix has a window a row, ``(N·H'·W', f_h·f_w·C)``, or a tap a row, ``(C·f_h·f_w, N·H'·W')``. It is valid until
-    the next: memory that is asked for anew for each block is taken from the system each time, which takes as long as
-    the products.
+    A matrix holds a box of each window, a window a row, ``(N·H'·W', f_h·f_w·C)``, or a tap a row,
+    ``(C·f_h·f_w, N·H'·W')``. It is valid until the next: memory that is asked for anew for each block is taken from the
+    system each time, which takes as long as the products.
     """
 
     def __init__(
@@ -50,12 +81,13 @@ class Gatherer:
         kernel: tuple[int, int],
         output: tuple[int, int],
         geometry: Geometry,
+        boxes: list[Box],
         taps_as_rows: bool,
         size: int,
     ) -> None:
         self.input, self.kernel, self.output, self.geometry = input, kernel, output, geometry
-        self.taps_as_rows = taps_as_rows
-        self._matrix = input.new_empty(size * prod(output) * prod(kernel) * input.shape[1])
+        self.boxes, self.taps_as_rows = boxes, taps_as_rows
+        self._matrix = input.new_empty(size * prod(output) * max(prod(box.sizes) for box in boxes))
         self._planes = self._staged = None
         if not self._read_in_place():
             self._planes = self._new_planes(size)
@@ -82,20 +114,24 @@ class Gatherer:
         room = self.input.new_empty(size, channels, height * width + _CLASHING // 16)
         return room[..., : height * width].view(size, channels, height, width)
 
-    def __call__(self, part: slice) -> Tensor:
-        """The matrix of the images of ``part``."""
+    def __call__(self, part: slice) -> Iterator[Tensor]:
+        """The matrices of the images of ``part``, one for each box."""
         planes = self.input[part]
         if self._planes is not None:
             planes = self._pad(planes, self._planes[: len(planes)])
+        return (self._gather(planes, box) for box in self.boxes)
+
+    def _gather(self, planes: Tensor, box: Box) -> Tensor:
         n, c, h, w = planes.stride()
         (s_h, s_w), (d_h, d_w) = self.geometry.stride, self.geometry.dilation
+        *taps, channels = box.sizes
+        first = box.rows.start * d_h * h + box.columns.start * d_w * w + box.channels.start * c
         pixels = (len(planes), *self.output), (n, h * s_h, w * s_w)
-        taps = self.kernel, (h * d_h, w * d_w)
-        channels = (planes.shape[1],), (c,)
-        order = (channels, taps, pixels) if self.taps_as_rows else (pixels, taps, channels)
+        window = [(tuple(taps), (h * d_h, w * d_w)), ((channels,), (c,))]
+        order = [*window[::-1], pixels] if self.taps_as_rows else [pixels, *window]
         sizes, strides = (sum(column, ()) for column in zip(*order, strict=True))
-        windows = planes.as_strided(sizes, strides)
-        length = prod(pixels[0]) if self.taps_as_rows else prod(self.kernel) * planes.shape[1]
+        windows = planes.as_strided(sizes, strides, planes.storage_offset() + first)
+        length = prod(pixels[0]) if self.taps_as_rows else prod(box.sizes)
         if windows.is_contiguous():
             return windows.view(-1, length)
         return self._matrix[: windows.numel()].view(sizes).copy_(windows).view(-1, length)

@@ -111,17 +111,19 @@ def _sums(
         return outer.close(results[2:])
 
 
-def _multiply(vectors: int) -> Any:
+def _multiply(vectors: int, more: bool) -> Any:
+    """c[row] = bias + sums or, with ``more``, c[row] += sums."""
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a_base, a_table, b_base, runs, n_runs, b_step, bias, c_base, c_table = args
         rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in range(ROWS)]
         sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step)
-        start = [_load(builder, _VECTOR, _plus(builder, bias, 4 * LANES * v)) for v in range(vectors)]
         for j in range(ROWS):
             target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
             for v in range(vectors):
-                place = _at(builder, _VECTOR, _plus(builder, target, 4 * LANES * v))
-                builder.store(builder.fadd(sums[vectors * j + v], start[v]), place, align=4)
+                address = _plus(builder, target, 4 * LANES * v)
+                start = _load(builder, _VECTOR, address if more else _plus(builder, bias, 4 * LANES * v))
+                builder.store(builder.fadd(sums[vectors * j + v], start), _at(builder, _VECTOR, address), align=4)
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 9), codegen
@@ -141,7 +143,7 @@ def multiply_tile(
     c_table: Any,
 ) -> Any:
     """c[row] = bias + Σ a[row + t] b[t] over all runs: ROWS rows at addresses from tables, WIDTH columns."""
-    return _multiply(WIDTH // LANES)
+    return _multiply(WIDTH // LANES, more=False)
 
 
 @intrinsic
@@ -158,7 +160,41 @@ def multiply_narrow_tile(
     c_table: Any,
 ) -> Any:
     """:func:`multiply_tile` of LANES columns."""
-    return _multiply(1)
+    return _multiply(1, more=False)
+
+
+@intrinsic
+def multiply_more_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_table: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    b_step: Any,
+    bias: Any,
+    c_base: Any,
+    c_table: Any,
+) -> Any:
+    """c[row] += Σ a[row + t] b[t] over all runs, beside :func:`multiply_tile`; ``bias`` is not read."""
+    return _multiply(WIDTH // LANES, more=True)
+
+
+@intrinsic
+def multiply_more_narrow_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_table: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    b_step: Any,
+    bias: Any,
+    c_base: Any,
+    c_table: Any,
+) -> Any:
+    """:func:`multiply_more_tile` of LANES columns."""
+    return _multiply(1, more=True)
 
 
 def _accumulate(vectors: int) -> Any:

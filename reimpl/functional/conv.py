@@ -116,7 +116,7 @@ def _convolution(
     check(batch, weight, bias, geometry)
     layout = memory_format_of(batch, weight)
     if dims == 1:
-        batch, weight, layout = batch.unsqueeze(2), weight.unsqueeze(2), torch.contiguous_format
+        batch, weight, layout = _row(batch), _row(weight), torch.contiguous_format
     with autocast_disabled(input.device):
         operator = convolution if differentiable_by_operators(batch, weight, bias) else None
         output: Tensor = call(_Conv2d, _composition, batch, weight, bias, geometry, operator=operator)
@@ -124,6 +124,12 @@ def _convolution(
     if dims == 1:
         output = output.squeeze(2)
     return output if input.dim() == dims + 2 else output.squeeze(0)
+
+
+def _row(sequences: Tensor) -> Tensor:
+    """Sequences as planes of one row, which no memory format but the contiguous one describes."""
+    planes = sequences.unsqueeze(2)
+    return planes if memory_format_of(planes) is torch.contiguous_format else planes.contiguous()
 
 
 def _composition(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -255,17 +261,21 @@ class _Conv2dWeight(torch.autograd.Function):
 
 
 def _transposed(grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry) -> Tensor:
-    size = (input.shape[2], input.shape[3])
+    """The gradient of ``input``, in the layout of the output, as PyTorch's."""
+    size, layout = (input.shape[2], input.shape[3]), memory_format_of(input, weight)
     if _for_good(grad, weight):
-        return convolve_input(grad, weight, size, geometry)
-    return _Conv2dInput.apply(grad, weight, size, geometry)  # type: ignore[no-any-return]
+        return convolve_input(grad, weight, size, geometry, layout).contiguous(memory_format=layout)
+    result: Tensor = _Conv2dInput.apply(grad, weight, size, geometry)
+    return result.contiguous(memory_format=layout)
 
 
 def _of_weight(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    size = (weight.shape[2], weight.shape[3])
+    """The gradient of ``weight``, in the layout of the output, as PyTorch's."""
+    size, layout = (weight.shape[2], weight.shape[3]), memory_format_of(input, weight)
     if _for_good(grad, input):
-        return convolve_weight(grad, input, size, geometry)
-    return _Conv2dWeight.apply(grad, input, size, geometry)  # type: ignore[no-any-return]
+        return convolve_weight(grad, input, size, geometry).contiguous(memory_format=layout)
+    result: Tensor = _Conv2dWeight.apply(grad, input, size, geometry)
+    return result.contiguous(memory_format=layout)
 
 
 def _for_good(*tensors: Tensor) -> bool:

@@ -85,16 +85,7 @@ def _batch_norm(
     x = input.contiguous(memory_format=memory_format_of(input))
     with autocast_disabled(input.device):
         if training and input.numel():
-            output, mean, var = call(
-                BatchNormTraining,
-                normalize_by_batch,
-                x,
-                weight,
-                bias,
-                eps,
-                relu,
-                operator=_operator_for(x, weight, bias),
-            )
+            output, mean, var = call(BatchNormTraining, normalize_by_batch, x, weight, bias, eps, relu)
             if running_mean is not None and running_var is not None:
                 count = input.numel() // input.shape[1]
                 move_averages(running_mean, running_var, mean, var, count, momentum)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -9,12 +10,57 @@ import torch
 from torch import Tensor
 
 from ._torch import Optimizer, StateDict
+from ._warnings import warn
 
 LATE_OPTIONS: dict[str, Any] = {
     "nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "capturable": False,
     "amsgrad": False, "decoupled_weight_decay": False, "fused": None,
 }  # fmt: skip
 """Options that PyTorch added after the first release of a class, with the value that an old checkpoint means."""
+
+
+def is_torch_way(optimizer: Any, dialect: str, value: Any) -> bool:
+    """Whether PyTorch's class does what ``value`` asks of the option ``dialect``.
+
+    ``fused`` is how a step runs and not what it computes, so it is PyTorch's way whatever its value.
+    """
+    return dialect == "fused" or bool(value == optimizer.dialects[dialect])
+
+
+def without_torch_ways(optimizer: Any, packed: StateDict) -> StateDict:
+    """A state dict without the dialects that are PyTorch's way: PyTorch's own checkpoint knows none of them."""
+    for group in packed["param_groups"]:
+        for key in optimizer.dialects:
+            if key in group and is_torch_way(optimizer, key, group[key]):
+                del group[key]
+    return packed
+
+
+def dialects_to_keep(optimizer: Any, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each group, the dialects that loading ``saved`` would lose; warns of those that are not PyTorch's way.
+
+    Raises:
+        ValueError: a saved group is of another dialect.
+    """
+    kept = []
+    name = type(optimizer).__name__
+    for i, (group, theirs) in enumerate(zip(optimizer.param_groups, saved, strict=False)):
+        mine = {key: group[key] for key in optimizer.dialects if key in group}
+        for key, value in mine.items():
+            if key != "fused" and key in theirs and theirs[key] != value:
+                raise ValueError(
+                    f"loaded state dict has {key}={theirs[key]!r} in parameter group {i}, "
+                    f"but this {name} was built with {key}={value!r}"
+                )
+        kept.append({key: value for key, value in mine.items() if key not in theirs})
+    for i, mine in enumerate(kept):
+        for key, value in mine.items():
+            if not is_torch_way(optimizer, key, value):
+                warn(
+                    f"the loaded state dict was written with {key}={optimizer.dialects[key]!r}, PyTorch's way (group "
+                    f"{i}); this {name} goes on with {key}={value!r} from that state"
+                )
+    return kept
 
 
 def restore_numbers(optimizer: Optimizer, state_dict: StateDict, keys: tuple[str, ...]) -> None:
@@ -70,7 +116,7 @@ def refuse_dialects(optimizer: Any) -> None:
         raise ValueError(f"torch.optim has no counterpart of {name}")
     for i, group in enumerate(optimizer.param_groups):
         for key in optimizer.dialects:
-            if key != "fused" and not optimizer.is_torch_way(key, group[key]):
+            if not is_torch_way(optimizer, key, group[key]):
                 raise ValueError(f"torch.optim.{name} has no equivalent of {key}={group[key]!r} (parameter group {i})")
 
 

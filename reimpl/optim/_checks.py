@@ -20,6 +20,12 @@ def learning_rate(lr: Any, text: str = "Invalid learning rate:") -> None:
         raise ValueError(f"{text} {lr}")
 
 
+def rate_of_foreach(lr: Any, foreach: bool | None, capturable: bool, error: type[Exception]) -> None:
+    """Raise ``error`` where Adam's foreach is asked for and the rate is a tensor that no graph is to capture."""
+    if foreach and not capturable and isinstance(lr, Tensor):
+        raise error("lr as a Tensor is not supported for capturable=False and foreach=True")
+
+
 def is_magnitude(value: Any) -> bool:
     """Whether a number, or a tensor of one, is at least 0 and neither infinite nor NaN."""
     return bool(0.0 <= value < math.inf)
@@ -62,11 +68,19 @@ def group(options: Mapping[str, Any], index: int) -> None:
         betas(options["betas"])
 
 
-def written(options: Mapping[str, Any], keys: tuple[str, ...], index: int) -> None:
-    """Raise for a number under ``keys`` that the constructor would refuse, written into a group since.
+_NUMBERS_OF: dict[type, tuple[str, ...]] = {}
+"""The options of each class that :func:`written` looks at."""
+
+
+def written(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
+    """Raise for a number that the constructor would refuse, written into a parameter group of ``optimizer`` since.
 
     PyTorch steps by it. It is asked at every step, so a tensor's value is not looked at: that could wait for a GPU.
     """
+    keys = _NUMBERS_OF.get(type(optimizer))
+    if keys is None:
+        keys = tuple(key for key in (*MAGNITUDES, "betas") if key in optimizer.defaults)
+        _NUMBERS_OF[type(optimizer)] = keys
     for key in keys:
         value = options.get(key)
         if isinstance(value, _NUMBERS):

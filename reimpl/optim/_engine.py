@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -11,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import _checks, _fused
-from ._checkpoints import LATE_OPTIONS, require_shapes, restore_numbers, torch_twin
+from . import _checkpoints, _checks, _fused
 from ._tensorlist import TensorList
 from ._torch import (
     Optimizer,
@@ -29,9 +27,6 @@ from ._torch import (
 
 State = dict[str, Any]
 Group = dict[str, Any]
-
-_NUMBERS_OF: dict[type, tuple[str, ...]] = {}
-"""The options of each class that ``_checks.written`` looks at."""
 
 
 class RuleOptimizer(Optimizer):
@@ -64,6 +59,8 @@ class RuleOptimizer(Optimizer):
     fused_sparse_error: ClassVar[str] = ""
     lazy_state: ClassVar[tuple[str, ...]] = ()
     """State that the rule itself makes at a parameter's first step."""
+    zero_state: ClassVar[tuple[str, ...]] = ()
+    """State that starts as zeros of the parameter's form, with a step count before it."""
     scalar_state: ClassVar[tuple[str, ...]] = ()
     """State of one number a parameter, beside the step count."""
     differentiates_step: ClassVar[bool] = False
@@ -80,6 +77,7 @@ class RuleOptimizer(Optimizer):
     """Whether foreach may be chosen unasked for a learning-rate tensor that is not captured."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self.check_dialects(defaults)
         if defaults.get("fused"):
             if defaults.get("differentiable"):
                 raise RuntimeError("`fused` does not support `differentiable`")
@@ -110,7 +108,7 @@ class RuleOptimizer(Optimizer):
 
     def init_state(self, p: Tensor, group: Group) -> State:
         """The state of ``p`` before its first step."""
-        return {}
+        return {"step": self.new_step(p, group), **{key: self.like(p) for key in self.zero_state}}
 
     def is_stateful(self, group: Group) -> bool:
         """Whether parameters of ``group`` have state at all."""
@@ -219,11 +217,7 @@ class RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             self._compiled_group(group)
             return
-        keys = _NUMBERS_OF.get(type(self))
-        if keys is None:
-            keys = tuple(key for key in (*_checks.MAGNITUDES, "betas") if key in self.defaults)
-            _NUMBERS_OF[type(self)] = keys
-        _checks.written(group, keys, index)
+        _checks.written(self, group, index)
         fused = group.get("fused")
         if fused and _fused.run_plan(self, index, group):
             return
@@ -297,7 +291,7 @@ class RuleOptimizer(Optimizer):
                     state[key] = value
 
     def _partition(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> Iterator[list[int]]:
-        """Indices of tensors that go together: one device, dtype and layout, equal numbers and lazy keys in state."""
+        """Indices of tensors that go together: one device, dtype and layout, the same keys and numbers in state."""
         if torch.compiler.is_compiling():
             yield list(range(len(params)))
             return
@@ -306,7 +300,7 @@ class RuleOptimizer(Optimizer):
         for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):
             missing = tuple(key for key in self.lazy_state if s.get(key) is None)
             numbers = tuple(s[key].item() for key in ("step", *self.scalar_state)) if with_steps else None
-            parts[p.device, p.dtype, g.dtype, g.layout, missing, numbers].append(i)
+            parts[p.device, p.dtype, g.dtype, g.layout, missing, numbers, *s].append(i)
         yield from parts.values()
 
     def _compiled_group(self, group: Group) -> None:
@@ -339,7 +333,7 @@ class RuleOptimizer(Optimizer):
         super().__setstate__(state)
         self.forget_plans()
         for group in self.param_groups:
-            for key, value in {**self.dialects, **LATE_OPTIONS, **self.late_options}.items():
+            for key, value in {**self.dialects, **_checkpoints.LATE_OPTIONS, **self.late_options}.items():
                 if key in self.defaults:
                     group.setdefault(key, value)
             for p in group["params"]:
@@ -354,15 +348,7 @@ class RuleOptimizer(Optimizer):
 
     def state_dict(self) -> StateDict:
         """PyTorch's ``state_dict``; dialects are in it only where they are not PyTorch's way."""
-        return self._strip(super().state_dict())
-
-    def _strip(self, packed: StateDict) -> StateDict:
-        for group in packed["param_groups"]:
-            for key in self.dialects:
-                # how it runs is not what it computes: a PyTorch checkpoint has no "fused" in it where PyTorch has none
-                if key in group and (key == "fused" or self.is_torch_way(key, group[key])):
-                    del group[key]
-        return packed
+        return _checkpoints.without_torch_ways(self, super().state_dict())
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a checkpoint of this class or of PyTorch's class of the same name.
@@ -373,38 +359,14 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: the checkpoint was written under another dialect, or for other parameters.
         """
-        here = [{key: group[key] for key in self.dialects if key in group} for group in self.param_groups]
-        saved = state_dict["param_groups"]
-        for i, group in enumerate(saved):
+        for i, group in enumerate(state_dict["param_groups"]):
             _checks.group(group, i)
-        for i, (mine, theirs) in enumerate(zip(here, saved, strict=False)):
-            for key, value in mine.items():
-                if key != "fused" and key in theirs and theirs[key] != value:
-                    raise ValueError(
-                        f"loaded state dict has {key}={theirs[key]!r} in parameter group {i}, "
-                        f"but this {type(self).__name__} was built with {key}={value!r}"
-                    )
-        require_shapes(self, state_dict)
-        self._warn_of_other_ways(here, saved)
-        absent = [[key for key in mine if key not in theirs] for mine, theirs in zip(here, saved, strict=False)]
+        here = _checkpoints.dialects_to_keep(self, state_dict["param_groups"])
+        _checkpoints.require_shapes(self, state_dict)
         super().load_state_dict(state_dict)
-        restore_numbers(self, state_dict, self.scalar_state)
-        for group, mine, keys in zip(self.param_groups, here, absent, strict=False):
-            group.update({key: mine[key] for key in keys})
-
-    def _warn_of_other_ways(self, here: Sequence[Group], saved: Sequence[Group]) -> None:
-        for i, (mine, theirs) in enumerate(zip(here, saved, strict=False)):
-            for key, value in mine.items():
-                if key != "fused" and key not in theirs and not self.is_torch_way(key, value):
-                    warnings.warn(
-                        f"the loaded state dict was written with {key}={self.dialects[key]!r}, PyTorch's way (group "
-                        f"{i}); this {type(self).__name__} goes on with {key}={value!r} from that state",
-                        stacklevel=4,
-                    )
-
-    def is_torch_way(self, dialect: str, value: Any) -> bool:
-        """Whether PyTorch's class does what ``value`` asks of the option ``dialect``."""
-        return bool(value == self.dialects[dialect]) or (dialect == "fused" and not value)
+        _checkpoints.restore_numbers(self, state_dict, self.scalar_state)
+        for group, kept in zip(self.param_groups, here, strict=False):
+            group.update(kept)
 
     def to_torch(self) -> Optimizer:
         """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
@@ -412,7 +374,7 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: a dialect is in use that PyTorch's class cannot express.
         """
-        return torch_twin(self)
+        return _checkpoints.torch_twin(self)
 
 
 def _hyperparameters(group: Group, differentiates_step: bool) -> Any:

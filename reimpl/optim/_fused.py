@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-import warnings
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ from torch import Tensor
 from ._shards import is_cut_up, local, local_parts
 from ._torch import check_fused_support
 from ._trace import Program, split_options, trace
+from ._warnings import warn
 from ._watch import PLAIN, SameItems, SameValues, walker, watch
 
 State = dict[str, Any]
@@ -33,19 +32,10 @@ _FORM = attrgetter("dtype", "layout", "device")
 
 @cache
 def _warn_missing(package: str, device: str) -> None:
-    warnings.warn(
+    warn(
         f"fused=True on {device} needs {package}, which is not installed (pip install 'reimpl[fused]'); "
-        "the foreach implementation runs instead",
-        stacklevel=_users_level(),
+        "the foreach implementation runs instead"
     )
-
-
-def _users_level() -> int:
-    """The ``stacklevel`` that names the user's line: how far up the first frame outside of here and PyTorch is."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("reimpl", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 COMPILERS = {"cpu": "numba", "cuda": "triton"}

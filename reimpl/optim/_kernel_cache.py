@@ -9,13 +9,14 @@ import os
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from ._warnings import warn
 
 
 def folder() -> Path | None:
@@ -75,7 +76,7 @@ def _load(text: str, versions: Iterable[str]) -> ModuleType:
         try:
             return _import(_write(base, name, text), name)
         except OSError as error:
-            warnings.warn(f"compiled kernels are not kept: {base} cannot be used ({error})", stacklevel=2)
+            warn(f"compiled kernels are not kept: {base} cannot be used ({error})")
     return _import(_write(_temporary_folder(), name, text), name)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._engine import Group, RuleOptimizer, State
+from ._engine import RuleOptimizer, State
 from ._ops import as_complex, descend, is_complex, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
@@ -40,6 +40,7 @@ class Adadelta(RuleOptimizer):
 
     dialects: ClassVar[Mapping[str, Any]] = {"fused": None, "decoupled_weight_decay": False}
     torch_class = torch.optim.Adadelta
+    zero_state = ("square_avg", "acc_delta")
     sparse_error = "Adadelta does not support sparse gradients"
     for_loop_captures_xla = foreach_captures_xla = False
 
@@ -52,11 +53,7 @@ class Adadelta(RuleOptimizer):
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"Invalid rho value: {rho}")
         _checks.each_at_least_zero(epsilon=eps, weight_decay=weight_decay)
-        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
-
-    def init_state(self, p: Tensor, group: Group) -> State:
-        return {"step": self.new_step(p, group), "square_avg": self.like(p), "acc_delta": self.like(p)}
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:

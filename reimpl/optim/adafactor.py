@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,13 +74,6 @@ class Adafactor(WholeTensorRule):
         rows, columns = (*g.shape[:-1], 1), (*g.shape[:-2], 1, g.shape[-1])
         return {"step": self.new_step(p, group), "row_var": g.new_zeros(rows), "col_var": g.new_zeros(columns)}
 
-    def _partition(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> Iterator[list[int]]:
-        for part in super()._partition(h, params, grads, states):
-            for factored in (True, False):
-                kind = [i for i in part if (grads[i].dim() > 1) is factored and params[i].numel()]
-                if kind:
-                    yield kind
-
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:
         return SimpleNamespace(weight=t**h.beta2_decay, rho=min(h.lr, 1 / (t**0.5)))
@@ -89,8 +81,6 @@ class Adafactor(WholeTensorRule):
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         params = [p] if isinstance(p, Tensor) else list(p)
-        if not params[0].numel():
-            return
         eps1, eps2 = h.eps
         eps1 = torch.finfo(params[0].dtype).eps if eps1 is None else eps1
         sizes = root_mean_squares(params)
@@ -108,7 +98,7 @@ def _second_moment(g: Any, s: State, weight: float, eps1: float) -> Any:
         return s["variance"].lerp_(g * g, weight).clone()
     for key, dim in (("row_var", -1), ("col_var", -2)):
         # a norm needs no memory of the gradient's size, where the mean of g * g does
-        mean = each(lambda x, dim=dim: vector_norm(x, dim=dim, keepdim=True).square_().div_(x.size(dim)), g)
+        mean = each(lambda x, dim=dim: vector_norm(x, dim=dim, keepdim=True).square_().div_(max(1, x.size(dim))), g)
         s[key].lerp_(mean, weight)
     mean = each(lambda row: row.mean(dim=-2, keepdim=True).clamp_(min=eps1), s["row_var"])
     return each(torch.matmul, s["row_var"], s["col_var"]).div_(mean)

@@ -58,7 +58,6 @@ class Adagrad(RuleOptimizer):
         _checks.learning_rate(lr)
         _checks.each_at_least_zero(lr_decay=lr_decay, weight_decay=weight_decay)
         _checks.each_at_least_zero(initial_accumulator_value=initial_accumulator_value, epsilon=eps)
-        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
         for group in self.param_groups:
             for p in group["params"]:

@@ -50,6 +50,7 @@ class Adam(RuleOptimizer):
 
     dialects: ClassVar[Mapping[str, Any]] = {"bias_correction": True, "eps_inside_sqrt": False, "eps_hat": False}
     torch_class: ClassVar[Callable[..., Optimizer] | None] = torch.optim.Adam
+    zero_state = ("exp_avg", "exp_avg_sq")
     sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
     differentiates_step = True
     foreach_captures_xla = False
@@ -62,23 +63,18 @@ class Adam(RuleOptimizer):
         decoupled_weight_decay: bool = False, bias_correction: bool = True, eps_inside_sqrt: bool = False,
         eps_hat: bool = False,
     ) -> None:  # fmt: skip
-        if isinstance(lr, Tensor) and foreach and not capturable:
-            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        _checks.rate_of_foreach(lr, foreach, capturable, ValueError)
         _checks.adam_family(lr, eps, betas, weight_decay)
         _checks.beta_types(betas, takes_tensors=capturable or not foreach)
-        self.check_dialects(locals())
         betas = (to_scalar(betas[0]), to_scalar(betas[1]))
         super().__init__(params, _checks.arguments(locals()))
 
     def check_group(self, group: Group) -> None:
-        if group["foreach"] and isinstance(group["lr"], Tensor) and not group["capturable"]:
-            raise RuntimeError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        _checks.rate_of_foreach(group["lr"], group["foreach"], group["capturable"], RuntimeError)
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        state = {"step": self.new_step(p, group), "exp_avg": self.like(p), "exp_avg_sq": self.like(p)}
-        if group["amsgrad"]:
-            state["max_exp_avg_sq"] = self.like(p)
-        return state
+        state = super().init_state(p, group)
+        return {**state, "max_exp_avg_sq": self.like(p)} if group["amsgrad"] else state
 
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._engine import Group, RuleOptimizer, State
+from ._engine import RuleOptimizer, State
 from ._ops import maximum_, real_views, shrink_or_penalise
 from ._torch import ParamsT
 
@@ -40,6 +40,7 @@ class Adamax(RuleOptimizer):
 
     dialects: ClassVar[Mapping[str, Any]] = {"fused": None, "eps_inside_max": True, "decoupled_weight_decay": False}
     torch_class = torch.optim.Adamax
+    zero_state = ("exp_avg", "exp_inf")
     sparse_error = "Adamax does not support sparse gradients"
     foreach_captures_xla = False
 
@@ -50,11 +51,7 @@ class Adamax(RuleOptimizer):
         decoupled_weight_decay: bool = False,
     ) -> None:  # fmt: skip
         _checks.adam_family(lr, eps, betas, weight_decay)
-        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
-
-    def init_state(self, p: Tensor, group: Group) -> State:
-        return {"step": self.new_step(p, group), "exp_avg": self.like(p), "exp_inf": self.like(p)}
 
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:

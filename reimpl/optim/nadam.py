@@ -44,6 +44,7 @@ class NAdam(RuleOptimizer):
 
     dialects: ClassVar[Mapping[str, Any]] = {"fused": None}
     torch_class = torch.optim.NAdam
+    zero_state = ("exp_avg", "exp_avg_sq")
     sparse_error = "NAdam does not support sparse gradients"
     scalar_state = ("mu_product",)
     for_loop_captured = "params, mu_products and state_steps"
@@ -61,13 +62,8 @@ class NAdam(RuleOptimizer):
         super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        step = self.new_step(p, group)
-        return {
-            "step": step,
-            "mu_product": torch.ones_like(step),
-            "exp_avg": self.like(p),
-            "exp_avg_sq": self.like(p),
-        }
+        state = super().init_state(p, group)
+        return {"step": state["step"], "mu_product": torch.ones_like(state["step"]), **state}
 
     @staticmethod
     def prologue(h: Any, t: Any, mu_product: Any) -> Any:

@@ -49,19 +49,12 @@ class NesterovLookahead(RuleOptimizer):
     fused_sparse_error = sparse_error
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-3, momentum: float = 0.9, *, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None,
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
         _checks.at_least_zero("momentum value", momentum)
-        defaults = {"lr": lr, "momentum": momentum, "maximize": maximize, "foreach": foreach, "fused": fused}
-        super().__init__(params, defaults)
+        super().__init__(params, _checks.arguments(locals()))
 
     def init_state(self, p: Tensor, group: Group) -> State:
         return {"momentum_buffer": self.like(p)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._engine import Group, RuleOptimizer, State
+from ._engine import RuleOptimizer, State
 from ._ops import choose, moments_, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
@@ -45,6 +45,7 @@ class RAdam(RuleOptimizer):
 
     dialects: ClassVar[Mapping[str, Any]] = {"fused": None, "eps_hat": True}
     torch_class = torch.optim.RAdam
+    zero_state = ("exp_avg", "exp_avg_sq")
     sparse_error = "RAdam does not support sparse gradients"
     foreach_captures_xla = False
 
@@ -55,11 +56,7 @@ class RAdam(RuleOptimizer):
         eps_hat: bool = True,
     ) -> None:  # fmt: skip
         _checks.adam_family(lr, eps, betas, weight_decay)
-        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
-
-    def init_state(self, p: Tensor, group: Group) -> State:
-        return {"step": self.new_step(p, group), "exp_avg": self.like(p), "exp_avg_sq": self.like(p)}
 
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:

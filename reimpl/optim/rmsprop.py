@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
+from ._momentum import check_form, velocity_step_
 from ._ops import descend, filled_like, real_views, saved, shrink_or_penalise
 from ._torch import ParamsT
 
@@ -71,7 +72,6 @@ class RMSprop(RuleOptimizer):
         _checks.learning_rate(lr)
         _checks.each_at_least_zero(epsilon=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
         _checks.each_at_least_zero(initial_accumulator_value=initial_accumulator_value)
-        self.check_dialects(locals())
         if nesterov and momentum <= 0:
             raise ValueError("Nesterov momentum requires a momentum")
         super().__init__(params, _checks.arguments(locals()))
@@ -79,11 +79,10 @@ class RMSprop(RuleOptimizer):
     @classmethod
     def check_dialects(cls, options: Mapping[str, Any]) -> None:
         super().check_dialects(options)
-        _checks.one_of("momentum_form", options["momentum_form"], ("torch", "velocity"))
+        check_form(options, ("torch", "velocity"))
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        start = filled_like(p, group["initial_accumulator_value"])
-        state = {"step": self.new_step(p, group), "square_avg": start}
+        state = {"step": self.new_step(p, group), "square_avg": filled_like(p, group["initial_accumulator_value"])}
         if group["momentum"] > 0:
             state["momentum_buffer"] = self.like(p)
         if group["centered"]:
@@ -94,25 +93,15 @@ class RMSprop(RuleOptimizer):
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         g = shrink_or_penalise(p, g, h)
         p, g, s = real_views(p, g, s)
-        square_avg = s["square_avg"]
-        square_avg.mul_(h.alpha).addcmul_(g, g, value=1 - h.alpha)
-        variance = square_avg
+        variance = s["square_avg"].mul_(h.alpha).addcmul_(g, g, value=1 - h.alpha)
         if h.centered:
-            grad_avg = s["grad_avg"]
-            grad_avg.lerp_(g, 1 - h.alpha)
-            variance = square_avg.addcmul(grad_avg, grad_avg, value=-1)
-        if h.eps_inside_sqrt:
-            avg = variance.add(h.eps).sqrt()
-        else:
-            avg = saved(variance.sqrt(), h).add_(h.eps)
+            grad_avg = s["grad_avg"].lerp_(g, 1 - h.alpha)
+            variance = variance.addcmul(grad_avg, grad_avg, value=-1)
+        avg = variance.add(h.eps).sqrt() if h.eps_inside_sqrt else saved(variance.sqrt(), h).add_(h.eps)
         if h.momentum == 0:
             p.addcdiv_(g, avg, value=-h.lr)
         elif h.momentum_form == "velocity":
-            buf = s["momentum_buffer"].mul_(h.momentum).addcdiv_(g, avg, value=-h.lr)
-            if h.nesterov:
-                p.add_(buf, alpha=h.momentum).addcdiv_(g, avg, value=-h.lr)
-            else:
-                p.add_(buf)
+            velocity_step_(p, s["momentum_buffer"], h, lambda x: x.addcdiv_(g, avg, value=-h.lr))
         else:
             buf = s["momentum_buffer"].mul_(h.momentum).addcdiv_(g, avg)
             descend(p, (g / avg).add_(buf, alpha=h.momentum) if h.nesterov else buf, h.lr)

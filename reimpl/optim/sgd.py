@@ -11,11 +11,9 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
+from ._momentum import check_form, velocity_step_
 from ._ops import descend, shrink_or_penalise
 from ._torch import ParamsT
-
-_FORMS_WITH = {"dampening": ("torch",), "nesterov": ("torch", "velocity"), "bias_correction": ("ewa",)}
-"""Options that go with some forms of momentum only."""
 
 
 class SGD(RuleOptimizer):
@@ -72,18 +70,12 @@ class SGD(RuleOptimizer):
         _checks.each_at_least_zero(momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        self.check_dialects(locals())
         super().__init__(params, _checks.arguments(locals()))
 
     @classmethod
     def check_dialects(cls, options: Mapping[str, Any]) -> None:
         super().check_dialects(options)
-        form = options["momentum_form"]
-        _checks.one_of("momentum_form", form, ("torch", "velocity", "ewa"))
-        if options["bias_correction"] and options["momentum"] >= 1:
-            raise ValueError(f"bias_correction=True needs momentum below 1, but it is {options['momentum']}")
-        for name, forms in _FORMS_WITH.items():
-            _checks.needs(name, options[name], "momentum_form", form, forms)
+        check_form(options, ("torch", "velocity", "ewa"))
 
     def is_stateful(self, group: Group) -> bool:
         return bool(group["momentum"] != 0)
@@ -106,11 +98,7 @@ class SGD(RuleOptimizer):
             return
         buf: Any = s.get("momentum_buffer")
         if h.momentum_form == "velocity":
-            descend(buf.mul_(h.momentum), g, h.lr)
-            if h.nesterov:
-                descend(p.add_(buf, alpha=h.momentum), g, h.lr)
-            else:
-                p.add_(buf)
+            velocity_step_(p, buf, h, lambda x: descend(x, g, h.lr))
             return
         if h.momentum_form == "ewa":
             buf.mul_(h.momentum).add_(g, alpha=1 - h.momentum)

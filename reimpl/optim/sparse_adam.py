@@ -45,22 +45,16 @@ class SparseAdam(WholeTensorRule):
     dense_error = "SparseAdam does not support dense gradients, please consider Adam instead"
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        self, params: ParamsT, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         maximize: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
         if not lr > 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
         if not 0.0 < eps < math.inf:
             raise ValueError(f"Invalid epsilon value: {eps}")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "maximize": maximize})
+        _checks.betas(betas)
+        super().__init__(params, _checks.arguments(locals()))
         self._refuse("Sparse", "requires dense parameter tensors", lambda p: p.is_sparse)
         self._refuse("Complex", "does not support complex parameters", Tensor.is_complex)
 

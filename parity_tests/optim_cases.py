@@ -97,3 +97,19 @@ def for_each(cases: Iterable[Any], check: Callable[[Any], None]) -> None:
         with failures.case():
             check(case)
     failures.report()
+
+
+def ready(p: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
+    """A parameter with a gradient, over the same memory."""
+    p = p.detach()
+    if p.is_floating_point():
+        p.requires_grad_()
+    p.grad = torch.linspace(1, 2, p.numel()).reshape(p.shape).to(p.dtype) if grad is None else grad
+    return p
+
+
+def stepped(optimizer: torch.optim.Optimizer, steps: int = 2) -> torch.optim.Optimizer:
+    """The optimizer, after some steps."""
+    for _ in range(steps):
+        optimizer.step()
+    return optimizer

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import reimpl.optim as optim
-from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES, for_each
+from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES, for_each, ready, stepped
 from parity_tests.twins import EXECUTIONS
-from reimpl.optim._checks import MAGNITUDES
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.optimizers import IMPLEMENTATIONS, parameters
 from reimpl.testing.tolerance import bits_equal
@@ -32,36 +31,21 @@ def technique(request: pytest.FixtureRequest) -> OptimizerTechnique:
     return request.param
 
 
-def _ready(p: Tensor, grad: Tensor | None = None) -> Tensor:
-    """A parameter with a gradient, over the same memory."""
-    p = p.detach()
-    if p.is_floating_point():
-        p.requires_grad_()
-    p.grad = torch.linspace(1, 2, p.numel()).reshape(p.shape).to(p.dtype) if grad is None else grad
-    return p
-
-
-def _stepped(optimizer: Optimizer, steps: int = 2) -> Optimizer:
-    for _ in range(steps):
-        optimizer.step()
-    return optimizer
-
-
 def _ill_fitting_parameters() -> Iterator[tuple[str, Case]]:
     def of(*params: Callable[[Tensor], Tensor]) -> Case:
         def case(build: Build) -> Optimizer:
             memory = torch.arange(1.0, 9.0)
-            return _stepped(build([_ready(make(memory)) for make in params]))
+            return stepped(build([ready(make(memory)) for make in params]))
 
         return case
 
     def twice_the_same(build: Build) -> Optimizer:
-        p = _ready(torch.ones(3))
+        p = ready(torch.ones(3))
         with pytest.warns(UserWarning, match="duplicate parameters"):
-            return _stepped(build([p, p]))
+            return stepped(build([p, p]))
 
     def with_an_empty_group(build: Build) -> Optimizer:
-        return _stepped(build([{"params": []}, {"params": [_ready(torch.ones(3))]}]))
+        return stepped(build([{"params": []}, {"params": [ready(torch.ones(3))]}]))
 
     yield "a number expanded", of(lambda m: m[:1].expand(3))
     yield "a row expanded", of(lambda m: m[None].expand(2, 8))
@@ -76,30 +60,30 @@ def _ill_fitting_parameters() -> Iterator[tuple[str, Case]]:
 def _ill_fitting_gradients() -> Iterator[tuple[str, Case]]:
     def of(grad: Tensor, first: bool) -> Case:
         def case(build: Build) -> Optimizer:
-            p = _ready(torch.ones(5))
+            p = ready(torch.ones(5))
             optimizer = build([p])
             if not first:
                 optimizer.step()
             p.grad.data = grad  # the setter of .grad itself refuses each of these
-            return _stepped(optimizer)
+            return stepped(optimizer)
 
         return case
 
     def negative_view(build: Build) -> Optimizer:
         grad = torch.view_as_complex(torch.ones(3, 2)).conj().imag
         assert grad.is_neg()
-        return _stepped(build([_ready(torch.ones(3), grad)]))
+        return stepped(build([ready(torch.ones(3), grad)]))
 
     def of_the_parameters_memory(build: Build) -> Optimizer:
         memory = torch.arange(1.0, 6.0)
-        return _stepped(build([_ready(memory, memory)]))
+        return stepped(build([ready(memory, memory)]))
 
     def pruned(build: Build) -> Optimizer:
-        p = _ready(torch.ones(5))
-        optimizer = _stepped(build([p]), 1)
+        p = ready(torch.ones(5))
+        optimizer = stepped(build([p]), 1)
         p.data, p.grad = p.data[:3], None
         p.grad = torch.ones(3)
-        return _stepped(optimizer)
+        return stepped(optimizer)
 
     for first in (True, False):
         when = "at first" if first else "later"
@@ -113,17 +97,17 @@ def _ill_fitting_gradients() -> Iterator[tuple[str, Case]]:
             memory = torch.arange(1.0, 21.0)
             p = memory[4:13].view(3, 3).requires_grad_()
             p.grad = torch.ones(3, 3)
-            optimizer = build([_ready(torch.ones(2)), p])
+            optimizer = build([ready(torch.ones(2)), p])
             if not first:
                 optimizer.step()
             p.grad = p.detach().t() if turned else memory[4 - back : 13 - back].view(3, 3)
-            return _stepped(optimizer)
+            return stepped(optimizer)
 
         return case
 
     def of_anothers_memory(build: Build) -> Optimizer:
         memory = torch.arange(1.0, 9.0)
-        return _stepped(build([_ready(memory[:5]), _ready(torch.ones(4), memory[2:6])]))
+        return stepped(build([ready(memory[:5]), ready(torch.ones(4), memory[2:6])]))
 
     for first in (True, False):
         when = "at first" if first else "later"
@@ -176,100 +160,13 @@ def test_what_does_not_fit_fares_as_in_pytorch(technique: OptimizerTechnique, ca
 @executions
 def test_no_memory_beyond_a_gradients_end_is_read(technique: OptimizerTechnique, execution: str) -> None:
     """A gradient that became shorter: refused, and nothing of what lies behind it arrives anywhere."""
-    p = _ready(torch.ones(5))
+    p = ready(torch.ones(5))
     optimizer = technique.ours([p], lr=0.1, **IMPLEMENTATIONS[execution])
-    _stepped(optimizer)
+    stepped(optimizer)
     p.grad.data = torch.full((64,), math.nan)[:3].fill_(1.0)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="must match the size"):
         optimizer.step()
     assert torch.isfinite(p).all()
-
-
-@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, torch.tensor(math.nan)], ids=str)
-def test_a_groups_own_numbers_are_checked(technique: OptimizerTechnique, value: Any) -> None:
-    """PyTorch checks the constructor's alone: a group's rate may be NaN there, and an added group's as well."""
-    known = technique.ours([torch.ones(2, 2)]).defaults
-    for key in ("lr", "weight_decay", "eps", "momentum", "lr_decay", "lambd", "momentum_decay"):
-        if key not in known or isinstance(known[key], tuple):
-            continue
-        first, second = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
-        named = "Invalid learning rate: " if key == "lr" else f"Invalid {key} value: "
-        with pytest.raises(ValueError, match=rf"{named}.* \(parameter group 0\)"):
-            technique.ours([{"params": [first], key: value}])
-        optimizer = technique.ours([first])
-        with pytest.raises(ValueError, match=rf"{named}.* \(parameter group 1\)"):
-            optimizer.add_param_group({"params": [second], key: value})
-        assert len(optimizer.param_groups) == 1
-    if "betas" in known:
-        with pytest.raises(ValueError, match="Invalid beta parameter at index 1"):
-            technique.ours([{"params": [torch.ones(2, 2)], "betas": (0.5, 1.0)}])
-
-
-@executions
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, -1], ids=str)
-def test_numbers_written_into_a_group_are_checked(technique: OptimizerTechnique, execution: str, value: float) -> None:
-    """PyTorch steps by them, silently."""
-    p = _ready(torch.ones(3))
-    optimizer = _stepped(technique.ours([_ready(torch.ones(2)), p], **IMPLEMENTATIONS[execution]))
-    group = optimizer.param_groups[0]
-    before = p.detach().clone()
-    keys = [key for key in MAGNITUDES if isinstance(group.get(key), float | int)]
-    assert "lr" in keys
-    for key in keys:
-        named = "learning rate" if key == "lr" else f"{key} value"
-        old, group[key] = group[key], value
-        with pytest.raises(ValueError, match=rf"Invalid {named}: {value} \(parameter group 0\)"):
-            optimizer.step()
-        group[key] = old
-    if "betas" in group:
-        old, group["betas"] = group["betas"], (0.5, value)
-        with pytest.raises(ValueError, match=f"Invalid beta parameter at index 1: {value}"):
-            optimizer.step()
-        group["betas"] = old
-    assert bits_equal(p.detach(), before), "a refused step left traces"
-    optimizer.step()
-    assert not bits_equal(p.detach(), before)
-
-
-@executions
-def test_a_rate_that_a_schedule_rounds_to_below_0_is_stepped(technique: OptimizerTechnique, execution: str) -> None:
-    """PyTorch's ``LinearLR`` from a third down to 0 ends at -4.7e-18, and checkpoints are written there."""
-    optimizers = []
-    for cls, how in ((technique.ours, execution), (technique.torch, "forloop")):
-        optimizer = cls([_ready(torch.ones(3))], lr=0.1, **IMPLEMENTATIONS[how])  # type: ignore[misc]
-        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, 100)
-        for _ in range(101):
-            optimizer.step()
-            scheduler.step()
-        assert -1e-17 < optimizer.param_groups[0]["lr"] < 0, "the schedule was to end below 0"
-        optimizers.append(_stepped(optimizer))
-    for mine, theirs in zip(*map(parameters, optimizers), strict=True):
-        # a hundred steps of the fused bound of 2 ulp, on numbers that come near 0
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-    optimizers[0].load_state_dict(optimizers[0].state_dict())
-
-
-@pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
-def test_infinite_numbers_are_refused(technique: OptimizerTechnique) -> None:
-    """PyTorch lets them through; an infinite decay or ε makes NaN of every parameter, or leaves it where it is."""
-    known = technique.ours([torch.ones(2, 2)]).defaults
-    tried = 0
-    for key in ("weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator_value", "lambd", "momentum_decay"):
-        if key in known:
-            tried += 1
-            value = (math.inf, math.inf) if isinstance(known[key], tuple) else math.inf
-            with pytest.raises(ValueError, match="inf"):
-                technique.ours([torch.ones(2, 2)], **{key: value})
-    if technique.name == "Rprop":
-        tried += 1
-        for sizes in ((math.nan, 1.0), (0.1, math.nan), (-1.0, 50.0), (1.0, 0.5)):
-            with pytest.raises(ValueError, match="Invalid step sizes: "):
-                technique.ours([torch.ones(1)], step_sizes=sizes)
-    if technique.name == "ASGD":
-        with pytest.raises(ValueError, match="Invalid t0: nan"):
-            technique.ours([torch.ones(1)], t0=math.nan)
-    assert tried
 
 
 def _bad_lists() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -317,7 +214,7 @@ def test_parameters_on_a_device_without_data(technique: OptimizerTechnique) -> N
         params = [torch.ones(3, 3, requires_grad=True), torch.ones(3, 3, device="meta", requires_grad=True)]
         for p in params:
             p.grad = torch.ones_like(p).to_sparse() if technique.only_sparse else torch.ones_like(p)
-        optimizer = _stepped(build(params))
+        optimizer = stepped(build(params))
         optimizer.param_groups[0]["params"] = params[:1]
         return optimizer
 
@@ -332,15 +229,15 @@ def test_parameters_on_a_device_without_data(technique: OptimizerTechnique) -> N
 def test_the_state_of_another_parameter_is_refused_by_name(technique: OptimizerTechnique, execution: str) -> None:
     """PyTorch loads it, and fails in the middle of the next step."""
     kwargs = {**IMPLEMENTATIONS[execution], **({"momentum": 0.9} if technique.name == "SGD" else {})}
-    other = _stepped(technique.ours([_ready(torch.ones(2)), _ready(torch.ones(4, 3))], **kwargs))
-    optimizer = _stepped(technique.ours([_ready(torch.ones(2)), _ready(torch.ones(3, 4))], **kwargs))
+    other = stepped(technique.ours([ready(torch.ones(2)), ready(torch.ones(4, 3))], **kwargs))
+    optimizer = stepped(technique.ours([ready(torch.ones(2)), ready(torch.ones(3, 4))], **kwargs))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"of shape \(4, 3\) for a parameter of shape \(3, 4\) \(parameter group 0\)"):
         optimizer.load_state_dict(other.state_dict())
     assert str(optimizer.state_dict()) == str(before), "the refused state dict left traces"
     optimizer.register_load_state_dict_pre_hook(lambda _, packed: before)
     optimizer.load_state_dict(other.state_dict())  # which the hook puts right
-    _stepped(optimizer)
+    stepped(optimizer)
 
 
 @pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
@@ -359,46 +256,6 @@ def test_state_dicts_of_other_groups_are_told_what_pytorch_tells(technique: Opti
         return [*texts, str(missing.value)]
 
     assert errors(technique.ours) == errors(technique.torch)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("name", "constructed", "own", "error", "words"),
-    [
-        ("SGD", {"lr": 0.1, "momentum": 0.9}, {"momentum_form": "Ewa"}, ValueError, "momentum_form: 'Ewa'"),
-        ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"momentum_form": "ewa"}, ValueError, "nesterov"),
-        ("RMSprop", {}, {"eps_inside_sqrt": "no"}, TypeError, "eps_inside_sqrt must be True or False, but got 'no'"),
-        ("RMSprop", {}, {"momentum_form": "ewa"}, ValueError, "Invalid momentum_form: 'ewa'"),
-        ("Adam", {}, {"eps_hat": 1}, TypeError, "eps_hat must be True or False"),
-    ],
-)  # fmt: skip
-def test_a_groups_own_dialect_is_checked(
-    name: str, constructed: dict[str, Any], own: dict[str, Any], error: type[Exception], words: str
-) -> None:
-    p, q = (torch.zeros(2, requires_grad=True) for _ in range(2))
-    with pytest.raises(error, match=words):
-        getattr(optim, name)([{"params": [p], **own}], **constructed)
-    optimizer = getattr(optim, name)([p], **constructed)
-    with pytest.raises(error, match=words):
-        optimizer.add_param_group({"params": [q], **own})
-    assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("lr", math.nan, "Invalid learning rate: nan"),
-        ("lr", -1.0, "learning rate: -1.0"),
-        ("betas", (2, 3), "index 0: 2"),
-    ],
-)
-def test_a_checkpoints_numbers_are_checked(key: str, value: Any, words: str) -> None:
-    p = torch.zeros(2, requires_grad=True)
-    optimizer = optim.Adam([p], lr=0.5)
-    saved = optimizer.state_dict()
-    saved["param_groups"][0][key] = value
-    with pytest.raises(ValueError, match=words):
-        optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_fuse_refuses_sparse_gradients() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -55,21 +56,22 @@ ROUNDING = 1e-12
 _NUMBERS = (float, int)
 
 
-def group(options: Mapping[str, Any], index: int) -> None:
-    """Raise for what the constructor would refuse, in the options of one parameter group.
+def group(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
+    """Raise for what the constructor would refuse, in the options of one parameter group of ``optimizer``.
 
     PyTorch takes anything there.
     """
     for key in MAGNITUDES:
         value = options.get(key)
         if isinstance(value, _NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1):
-            _magnitude_of_group(key, value, index)
-    if "betas" in options:
-        betas(options["betas"])
+            _number_of_group(optimizer, key, value, index)
+    for key, check in _PAIRS.items():
+        if key in options:
+            check(options[key])
 
 
-_NUMBERS_OF: dict[type, tuple[str, ...]] = {}
-"""The options of each class that :func:`written` looks at."""
+_WRITTEN: dict[type, tuple[list[tuple[str, float]], list[str]]] = {}
+"""The options of each class that :func:`written` looks at: numbers with the largest that they may be, and pairs."""
 
 
 def written(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
@@ -77,23 +79,23 @@ def written(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
 
     PyTorch steps by it. It is asked at every step, so a tensor's value is not looked at: that could wait for a GPU.
     """
-    keys = _NUMBERS_OF.get(type(optimizer))
-    if keys is None:
-        keys = tuple(key for key in (*MAGNITUDES, "betas") if key in optimizer.defaults)
-        _NUMBERS_OF[type(optimizer)] = keys
-    for key in keys:
+    kinds = _WRITTEN.get(type(optimizer))
+    if kinds is None:
+        most = {key: 1.0 if key in optimizer.decays else sys.float_info.max for key in MAGNITUDES}
+        limits = [(key, limit) for key, limit in most.items() if key in optimizer.defaults]
+        kinds = _WRITTEN[type(optimizer)] = limits, [key for key in _PAIRS if key in optimizer.defaults]
+    for key, limit in kinds[0]:
         value = options.get(key)
-        if isinstance(value, _NUMBERS):
-            if not 0.0 <= value < math.inf:
-                _magnitude_of_group(key, value, index)
-        elif key == "betas" and isinstance(value, tuple | list):
-            for beta in value:
-                if isinstance(beta, _NUMBERS) and not 0.0 <= beta < 1.0:
-                    betas(tuple(value))
+        if isinstance(value, _NUMBERS) and not 0.0 <= value <= limit:
+            _number_of_group(optimizer, key, value, index)
+    for key in kinds[1]:
+        pair = options.get(key)
+        if isinstance(pair, tuple | list) and all(isinstance(value, _NUMBERS) for value in pair):
+            _PAIRS[key](pair)
 
 
-def _magnitude_of_group(key: str, value: Any, index: int) -> None:
-    if not is_magnitude(value + ROUNDING if key == "lr" else value):
+def _number_of_group(optimizer: Any, key: str, value: Any, index: int) -> None:
+    if not is_magnitude(value + ROUNDING if key == "lr" else value) or (key in optimizer.decays and value > 1.0):
         name = "learning rate" if key == "lr" else f"{key} value"
         raise ValueError(f"Invalid {name}: {value} (parameter group {index})")
 
@@ -134,6 +136,28 @@ def betas(values: tuple[float | Tensor, ...]) -> None:
     for i, beta in enumerate(values):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+
+
+def decay(name: str, value: Any) -> None:
+    """Raise unless the rate of a running mean lies in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"Invalid {name} value: {value}")
+
+
+def etas(values: tuple[float, float]) -> None:
+    """Raise unless Rprop's factors lie below and above 1, and the first above 0."""
+    if not 0.0 < values[0] < 1.0 < values[1]:
+        raise ValueError(f"Invalid eta values: {values[0]}, {values[1]}")
+
+
+def step_sizes(values: tuple[float, float]) -> None:
+    """Raise unless Rprop's smallest and largest step are two numbers of at least 0 in order."""
+    if not 0.0 <= values[0] <= values[1]:
+        raise ValueError(f"Invalid step sizes: {values[0]}, {values[1]}")
+
+
+_PAIRS: dict[str, Callable[[Any], None]] = {"betas": betas, "etas": etas, "step_sizes": step_sizes}
+"""What is asked of the options that are two numbers."""
 
 
 def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class RuleOptimizer(Optimizer):
     foreach_captured: ClassVar[str] = "params and state_steps"
     for_loop_captures_xla: ClassVar[bool] = True
     foreach_captures_xla: ClassVar[bool] = True
+    decays: ClassVar[tuple[str, ...]] = ()
+    """Options that are the rate of a running mean, in [0, 1]; PyTorch lets RMSprop's above 1, and comes to NaN."""
     late_options: ClassVar[Mapping[str, Any]] = {}
     """What an old checkpoint means by leaving an option out, where that is not ``LATE_OPTIONS``'s value."""
     foreach_refuses_autograd: ClassVar[bool] = True
@@ -90,7 +92,7 @@ class RuleOptimizer(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """PyTorch's ``add_param_group``; options are checked as the constructor's are."""
         if isinstance(param_group, dict):
-            _checks.group(param_group, len(self.param_groups))
+            _checks.group(self, param_group, len(self.param_groups))
             if self.dialects.keys() & param_group.keys():
                 self.check_dialects({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -360,7 +362,7 @@ class RuleOptimizer(Optimizer):
             ValueError: the checkpoint was written under another dialect, or for other parameters.
         """
         for i, group in enumerate(state_dict["param_groups"]):
-            _checks.group(group, i)
+            _checks.group(self, group, i)
         here = _checkpoints.dialects_to_keep(self, state_dict["param_groups"])
         _checkpoints.require_shapes(self, state_dict)
         super().load_state_dict(state_dict)

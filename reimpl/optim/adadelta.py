@@ -41,6 +41,7 @@ class Adadelta(RuleOptimizer):
     dialects: ClassVar[Mapping[str, Any]] = {"fused": None, "decoupled_weight_decay": False}
     torch_class = torch.optim.Adadelta
     zero_state = ("square_avg", "acc_delta")
+    decays = ("rho",)
     sparse_error = "Adadelta does not support sparse gradients"
     for_loop_captures_xla = foreach_captures_xla = False
 
@@ -50,8 +51,7 @@ class Adadelta(RuleOptimizer):
         fused: bool | None = None, decoupled_weight_decay: bool = False,
     ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
-        if not 0.0 <= rho <= 1.0:
-            raise ValueError(f"Invalid rho value: {rho}")
+        _checks.decay("rho", rho)
         _checks.each_at_least_zero(epsilon=eps, weight_decay=weight_decay)
         super().__init__(params, _checks.arguments(locals()))
 

@@ -38,7 +38,7 @@ class RMSprop(RuleOptimizer):
     Args:
         params: parameters, named parameters or parameter groups.
         lr: γ, a number or a tensor of one element.
-        alpha: α, the decay of the averages (the notes use 0.9).
+        alpha: α in [0, 1], the decay of the averages (the notes use 0.9).
         eps: ε, beside the root, or under it with ``eps_inside_sqrt``: d = g/√(v + ε) (O8i).
         weight_decay: λ of the penalty (λ/2)‖θ‖², added to the gradient as λθ (O10).
         momentum: μ.
@@ -60,6 +60,7 @@ class RMSprop(RuleOptimizer):
     }  # fmt: skip
     torch_class = torch.optim.RMSprop
     late_options: ClassVar[Mapping[str, Any]] = {"momentum": 0, "centered": False}
+    decays = ("alpha",)
     sparse_error = "RMSprop does not support sparse gradients"
 
     def __init__(
@@ -70,7 +71,8 @@ class RMSprop(RuleOptimizer):
         initial_accumulator_value: float = 0, decoupled_weight_decay: bool = False,
     ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
-        _checks.each_at_least_zero(epsilon=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
+        _checks.each_at_least_zero(epsilon=eps, momentum=momentum, weight_decay=weight_decay)
+        _checks.decay("alpha", alpha)
         _checks.each_at_least_zero(initial_accumulator_value=initial_accumulator_value)
         if nesterov and momentum <= 0:
             raise ValueError("Nesterov momentum requires a momentum")

@@ -47,10 +47,8 @@ class Rprop(RuleOptimizer):
         maximize: bool = False, differentiable: bool = False, fused: bool | None = None,
     ) -> None:  # fmt: skip
         _checks.learning_rate(lr)
-        if not 0.0 < etas[0] < 1.0 < etas[1]:
-            raise ValueError(f"Invalid eta values: {etas[0]}, {etas[1]}")
-        if not 0.0 <= step_sizes[0] <= step_sizes[1]:
-            raise ValueError(f"Invalid step sizes: {step_sizes[0]}, {step_sizes[1]}")
+        _checks.etas(etas)
+        _checks.step_sizes(step_sizes)
         super().__init__(params, _checks.arguments(locals()))
 
     def _collect(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[State]]:

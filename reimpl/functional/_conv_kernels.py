@@ -2,9 +2,9 @@
 
 ``im2col`` gathers the windows of the padded input into rows, ``(N·H'·W', f_h·f_w·C)``, and multiplies once. Rows are
 laid out with the channels last, so that a window's row of ``f_w·C`` numbers is copied as one run, and made for a few
-samples at a time, so that they stay in the cache; :mod:`reimpl.functional._conv_blocks` does so for ordinary tensors
-on the CPU. ``views`` multiplies once for each kernel tap: the padded input as
-one matrix of ``C`` columns, read from a row further down, is the input as that tap sees it.
+samples at a time, so that they stay in the cache. ``views`` multiplies once for each kernel tap: the padded input as
+one matrix of ``C`` columns, read from a row further down, is the input as that tap sees it. Ordinary tensors on the CPU
+go to :mod:`reimpl.functional._conv_blocks` and, with one filter a channel, :mod:`reimpl.functional._conv_depthwise`.
 
 The gradient of the input is itself a convolution of the output's gradient, at stride 1: one for each residue of a
 pixel's place by the stride, with the kernel's taps that reach such a pixel, mirrored.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional import _conv_blocks as blocks
+from reimpl.functional import _conv_depthwise as depthwise
 from reimpl.functional._conv_arguments import Geometry, phase_pairs
 from reimpl.functional._conv_windows import every, parts, pixels_of, window_rows
 from reimpl.functional._conv_winograd import winograd, winograd_weight
@@ -37,10 +39,10 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     kernels = _compiled(geometry, input, weight, bias)
     if kernels and kernels.worth_it(input, weight, _output(input, weight, geometry), geometry.groups):
         return kernels.convolve(input, weight, bias, geometry)  # type: ignore[no-any-return]
-    if blocks.fits(geometry, input, weight, bias):
+    if sums := _sums_for(geometry, weight.shape[0], input.shape[1], input, weight, bias):
         shape = (input.shape[0], weight.shape[0], *_output(input, weight, geometry))
         result = input.new_empty(shape).contiguous(memory_format=memory_format_of(input, weight))
-        blocks.convolve_into(result, input, weight, bias, geometry)
+        sums.convolve_into(result, input, weight, bias, geometry)
         return result
     algorithm = geometry.algorithm or _choose(input, weight, geometry)
     if algorithm == "winograd":
@@ -64,10 +66,10 @@ def convolve_input(
     kernels = _compiled(geometry, grad, weight)
     if kernels and kernels.worth_it(grad, weight.transpose(0, 1), (grad.shape[2], grad.shape[3]), geometry.groups):
         return kernels.convolve_input(grad, weight, size, geometry, layout)  # type: ignore[no-any-return]
-    if blocks.fits(geometry, grad, weight):
-        result = grad.new_empty(grad.shape[0], weight.shape[1], *size)
+    if sums := _sums_for(geometry, grad.shape[1], geometry.groups * weight.shape[1], grad, weight):
+        result = grad.new_empty(grad.shape[0], geometry.groups * weight.shape[1], *size)
         result = result.contiguous(memory_format=layout or memory_format_of(grad, weight))
-        blocks.convolve_input_into(result, grad, weight, geometry)
+        sums.convolve_input_into(result, grad, weight, geometry)
         return result
     groups, (outputs, channels, k_h, k_w) = geometry.groups, weight.shape
     mirrored = weight.reshape(groups, outputs // groups, channels, k_h, k_w).transpose(1, 2).flip(3, 4)
@@ -93,8 +95,8 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
     kernels = _compiled(geometry, grad, input)
     if kernels and kernels.worth_it_for_weight(grad, input, size, groups):
         return kernels.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
-    if blocks.fits(geometry, grad, input):
-        return blocks.convolve_weight(grad, input, size, geometry)
+    if sums := _sums_for(geometry, grad.shape[1], input.shape[1], grad, input):
+        return sums.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
     total = None
     row_bytes = prod(output) * prod(size) * input.shape[1] * dtype.itemsize
     least = grad.shape[1] * channels * prod(size) * dtype.itemsize
@@ -111,6 +113,13 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
 def _compiled(geometry: Geometry, *tensors: Tensor | None) -> Any:
     """The module of compiled convolutions, where it is wanted and does for these tensors."""
     return kernels_for("_conv_numba", *tensors) if geometry.algorithm is None else None
+
+
+def _sums_for(geometry: Geometry, outputs: int, channels: int, *tensors: Tensor | None) -> ModuleType | None:
+    """What computes over blocks of the batch, where it does for these tensors."""
+    if outputs == channels == geometry.groups and depthwise.fits(geometry, *tensors):
+        return depthwise
+    return blocks if blocks.fits(geometry, *tensors) else None
 
 
 def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:

@@ -138,15 +138,19 @@ class Gatherer:
 
     def _pad(self, planes: Tensor, target: Tensor) -> Tensor:
         """The images within their padding, of which the zeros stay from block to block."""
-        inner = target
-        for dim, before, after in ((2, *self.geometry.padding[:2]), (3, *self.geometry.padding[2:])):
-            inner = inner.narrow(dim, max(before, 0), target.shape[dim] - max(before, 0) - max(after, 0))
-            planes = planes.narrow(dim, max(-before, 0), inner.shape[dim])
-        if self._staged is not None:
-            stage = self._staged[: len(planes), :, : planes.shape[2], : planes.shape[3]]
-            planes = stage.copy_(planes)
-        inner.copy_(planes)
-        return target
+        return fill_padded(target, planes, self.geometry, self._staged)
+
+
+def fill_padded(target: Tensor, planes: Tensor, geometry: Geometry, staged: Tensor | None = None) -> Tensor:
+    """Write images between the padding of ``target``, by way of ``staged``."""
+    inner = target
+    for dim, before, after in ((2, *geometry.padding[:2]), (3, *geometry.padding[2:])):
+        inner = inner.narrow(dim, max(before, 0), target.shape[dim] - max(before, 0) - max(after, 0))
+        planes = planes.narrow(dim, max(-before, 0), inner.shape[dim])
+    if staged is not None:
+        planes = staged[: len(planes), :, : planes.shape[2], : planes.shape[3]].copy_(planes)
+    inner.copy_(planes)
+    return target
 
 
 def parts(count: int, bytes_per_sample: int, device: torch.device, least: int = 0) -> Iterator[slice]:

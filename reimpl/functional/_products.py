@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from reimpl.functional._plain import ordinary as own_tensors
 from reimpl.functional._plain import plain
 
 # Measured: with fewer multiplications than this, the shorter way to mm wins.
@@ -42,9 +43,14 @@ def _fits(left: Tensor, right: Tensor) -> bool:
 
 def ordinary(*tensors: Tensor | None) -> bool:
     """Plain tensors whose operators nobody records, traces or intercepts."""
+    return plain(*tensors) and unobserved(*tensors)
+
+
+def unobserved(*tensors: Tensor | None) -> bool:
+    """The same of any dtype."""
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return (
-        plain(*tensors)
+        own_tensors(*tensors)
         and not recorded
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0

@@ -95,11 +95,17 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     return result
 
 
-def convolve_input(grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
-    """``T(g, w)``: the gradient of the input, of height and width ``size``."""
+def convolve_input(
+    grad: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    geometry: Geometry,
+    layout: torch.memory_format | None = None,
+) -> Tensor:
+    """``T(g, w)``: the gradient of the input, of height and width ``size``, in ``layout`` or that of the two."""
     groups, kernel = geometry.groups, (weight.shape[2], weight.shape[3])
     outputs, channels = weight.shape[0] // groups, weight.shape[1]
-    result = _empty(grad, weight, groups * channels, size)
+    result = _empty(grad, weight, groups * channels, size, layout)
     g, filters = (t.contiguous(memory_format=torch.channels_last) for t in (grad, weight))
     s_h, s_w = geometry.stride
     pixels = grad.shape[0] * blocks(size[0], s_h) * blocks(size[1], s_w)
@@ -141,8 +147,10 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
 _SIDES = ((0, "H"), (1, "W"))
 
 
-def _empty(input: Tensor, weight: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    layout = memory_format_of(input, weight)
+def _empty(
+    input: Tensor, weight: Tensor, channels: int, size: tuple[int, int], layout: torch.memory_format | None = None
+) -> Tensor:
+    layout = layout or memory_format_of(input, weight)
     shape = (input.shape[0], channels, *size)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
 

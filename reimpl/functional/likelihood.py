@@ -67,7 +67,7 @@ def nll_loss(
     weight = None if weight is None else weight.reshape(-1)
     if works:
         loss: Tensor = _WorkedPickedNegative.apply(batch, indices, ignore_index, weight, reduction, works)
-        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
+        return loss.reshape(target.shape).contiguous() if reduction == "none" else loss
     if not input.is_floating_point():
         kernel = "nll_loss2d_forward_out_frame" if input.dim() > 2 else "nll_loss_out_frame"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")

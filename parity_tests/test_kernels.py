@@ -276,3 +276,25 @@ def test_empty_batches_and_non_finite_numbers() -> None:
         ours = F.batch_norm_relu(x, None, None, training=True)
     expected = torch_functional.relu(torch_functional.batch_norm(x, None, None, training=True))
     torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+def test_a_network_compiles_whole_with_kernels_on() -> None:
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 16, 16, generator=generator)
+    leaves = [torch.randn(s, generator=generator, requires_grad=True) for s in ((16, 3, 3, 3), (16,), (10, 256), (10,))]
+    target = torch.arange(8)
+
+    def loss(x: Tensor, kernel: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.max_pool2d(F.batch_norm_relu(F.conv2d(x, kernel, padding=1), None, None, gamma, training=True), 2)
+        y = F.leaky_relu(F.tanh(F.avg_pool2d(y, 2)) + F.sigmoid(F.relu(F.adaptive_avg_pool2d(y, 4))))
+        scores = F.linear(y.flatten(1), weight, bias)
+        return F.cross_entropy(scores, target) + F.nll_loss(F.log_softmax(scores, 1), target) + F.mse_loss(x, x * 2)
+
+    results = []
+    with F.use_kernels():
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            value = function(x, *leaves)
+            results.append((value, *torch.autograd.grad(value, leaves)))
+    # two computations in float32, whose sums are taken in other orders
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

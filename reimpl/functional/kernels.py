@@ -147,8 +147,8 @@ def _kernels_elsewhere(name: str, given: list[Tensor]) -> Any:
 
 
 def _may_run(tensors: Sequence[Tensor | None]) -> bool:
-    # a dispatch mode wants to see operators
-    return torch._C._len_torch_dispatch_stack() == 0 and ordinary(*tensors)
+    # a dispatch mode wants to see operators; the question about it is none that Dynamo can trace
+    return ordinary(*tensors) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def final_kernels_for(name: str, *tensors: Tensor | None) -> Any:

@@ -16,7 +16,6 @@ from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.optimizers import IMPLEMENTATIONS, parameters
 from reimpl.testing.tolerance import bits_equal
 
-pytestmark = pytest.mark.quick
 executions = pytest.mark.parametrize("execution", EXECUTIONS)
 
 

@@ -16,8 +16,8 @@ from torch.nn import functional as torch_functional
 import reimpl.functional as F
 import reimpl.nn as nn
 from parity_tests.oracle.functional_norm import batch_norm_chain
-from reimpl.functional import _norm_plain
-from reimpl.functional._norm_chain import Chain, per_channel
+from reimpl.functional._norm import plain as _norm_plain
+from reimpl.functional._norm.chain import Chain, per_channel
 from reimpl.testing import judge, random_tensor, seeded_generator, to_oracle
 from reimpl.testing.torch_database import function_inputs
 

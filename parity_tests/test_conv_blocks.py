@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reimpl.functional as F
 from parity_tests.declarations.functional_samples import FORBIDDEN
 from parity_tests.test_conv import with_gradients
-from reimpl.functional import _conv_blocks, _conv_windows, _products
-from reimpl.functional._conv_arguments import geometry_of
+from reimpl.functional._conv import blocks as _conv_blocks
+from reimpl.functional._conv import products as _products
+from reimpl.functional._conv import windows as _conv_windows
+from reimpl.functional._conv.arguments import geometry_of
 from reimpl.testing import random_tensor, seeded_generator
 
 ONEDNN = "mkldnn::_linear_pointwise"

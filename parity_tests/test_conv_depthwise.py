@@ -14,7 +14,7 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 from parity_tests.test_conv import LAYOUTS, with_gradients
-from reimpl.functional import _conv_depthwise
+from reimpl.functional._conv import depthwise as _conv_depthwise
 from reimpl.testing import random_tensor, seeded_generator
 
 CHANNELS = 6

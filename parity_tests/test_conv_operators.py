@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
-from reimpl.functional import _conv_operators
-from reimpl.functional._conv_arguments import geometry_of
+from reimpl.functional._conv import operators as _conv_operators
+from reimpl.functional._conv.arguments import geometry_of
 
 # PyTorch's word about what its gradcheck imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -150,7 +150,7 @@ def test_gradient_taken_inside_the_compiled_function(device: torch.device) -> No
 
 def test_kernels_run_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba", reason="the kernels are compiled by Numba")
-    from reimpl.functional import _conv_numba
+    from reimpl.functional._conv import numba as _conv_numba
 
     ran: list[str] = []
     original = _conv_numba.run

@@ -13,12 +13,14 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 from parity_tests.functional_cases import row_of, verdicts
-from reimpl.functional import _plain, _pooling_plain
+from reimpl.functional import _plain
+from reimpl.functional._pooling import plain as _pooling_plain
 from reimpl.testing import SEEDS, Sample, Verdict, bits_equal, combine, random_tensor, seeded_generator
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 
-from reimpl.functional import _pointwise_numba, _pooling_numba
+from reimpl.functional._pointwise import numba as _pointwise_numba
+from reimpl.functional._pooling import numba as _pooling_numba
 
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 SHAPES: dict[str, tuple[int, ...]] = {"vector": (37,), "planes": (3, 5, 6, 7), "beyond a block": (70_003,)}

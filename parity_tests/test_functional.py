@@ -183,7 +183,7 @@ def test_conv2d_in_parts_of_the_batch(device: torch.device, monkeypatch: pytest.
         random_tensor(s, torch.float32, generator, device).requires_grad_() for s in ((7, 4, 9, 8), (6, 2, 3, 3), (6,))
     )
     for name in ("_ROW_BYTES_CPU", "_ROW_BYTES_OTHER"):
-        monkeypatch.setattr(f"reimpl.functional._conv_windows.{name}", 3 * 4 * 3 * 3 * 5 * 4 * 4)
+        monkeypatch.setattr(f"reimpl.functional._conv.windows.{name}", 3 * 4 * 3 * 3 * 5 * 4 * 4)
     for quantity, verdict in verdicts(row, Sample(args, {"stride": 2, "padding": 1, "groups": 2}), 0):
         verdict.check("conv2d", "three samples at a time", quantity)
 

@@ -25,7 +25,8 @@ pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 # PyTorch's word about what its forward mode imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 
-from reimpl.functional import _conv_numba, _norm_numba  # noqa: E402
+from reimpl.functional._conv import numba as _conv_numba  # noqa: E402
+from reimpl.functional._norm import numba as _norm_numba  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,7 @@ def test_is_taken_only_for_plain_float32(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not ran
     F.conv2d(x, w)
     assert "convolve" in ran
-    assert kernels_for("_conv_numba", x.double()) is None
+    assert kernels_for("_conv.numba", x.double()) is None
 
 
 def test_derivatives_of_every_kind_still_work() -> None:

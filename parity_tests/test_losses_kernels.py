@@ -16,15 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reimpl.functional as F
 from parity_tests.functional_cases import refuses_alike, row_of, verdicts
-from reimpl.functional import _losses_plain
+from reimpl.functional._losses import plain as _losses_plain
 from reimpl.testing import SEEDS, Sample, Verdict, combine, random_tensor, seeded_generator
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 
 from numba import njit
 
-from reimpl.functional import _losses_numba, _losses_numba_pointwise, _losses_numba_targets
-from reimpl.functional._losses_numba_math import exp_of_negative, log_of_positive
+from reimpl.functional._losses import numba as _losses_numba
+from reimpl.functional._losses import numba_pointwise as _losses_numba_pointwise
+from reimpl.functional._losses import numba_targets as _losses_numba_targets
+from reimpl.functional._losses.numba_math import exp_of_negative, log_of_positive
 
 # PyTorch's word about what its forward mode imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")

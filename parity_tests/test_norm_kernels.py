@@ -19,7 +19,7 @@ from reimpl.testing import SEEDS, Verdict, combine, judge, random_tensor, seeded
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 
-from reimpl.functional import _norm_numba
+from reimpl.functional._norm import numba as _norm_numba
 from reimpl.functional.kernels import kernels_for
 
 # (N, C, *) and whether it lies as channels_last: whole planes to a strip, blocks of small planes, pixels, features.
@@ -205,9 +205,9 @@ def test_a_gradient_in_another_layout(ran: list[str]) -> None:
 
 def test_gives_way() -> None:
     x = torch.randn(8, 4, 6)
-    assert kernels_for("_norm_numba", x) and kernels_for("_norm_numba", x.bfloat16(), x.double())
+    assert kernels_for("_norm.numba", x) and kernels_for("_norm.numba", x.bfloat16(), x.double())
     for other in (x.half(), x.to("meta")):
-        assert kernels_for("_norm_numba", other) is None
+        assert kernels_for("_norm.numba", other) is None
     assert not _norm_numba.worth_it(torch.randn(3)) and not _norm_numba.worth_it(x.transpose(1, 2))
     assert not _norm_numba.worth_it(torch.randn(0, 3)) and _norm_numba.worth_it(x)
     empty = F.batch_norm(torch.randn(0, 3, 2, 2), torch.zeros(3), torch.ones(3))

@@ -17,19 +17,17 @@ from torch import Tensor
 
 import reimpl.functional as F
 from reimpl.functional import kernels
-from reimpl.functional._conv_arguments import geometry_of
-from reimpl.functional._windows import plan_windows
+from reimpl.functional._conv.arguments import geometry_of
+from reimpl.functional._pooling.windows import plan_windows
 
 pytest.importorskip("triton", reason="the kernels are compiled by Triton")
 
-from reimpl.functional import (
-    _triton_common,
-    _triton_conv,
-    _triton_losses,
-    _triton_norm,
-    _triton_pointwise,
-    _triton_pooling,
-)
+from reimpl.functional import _triton_common
+from reimpl.functional._conv import triton as _triton_conv
+from reimpl.functional._losses import triton as _triton_losses
+from reimpl.functional._norm import triton as _triton_norm
+from reimpl.functional._pointwise import triton as _triton_pointwise
+from reimpl.functional._pooling import triton as _triton_pooling
 
 MODULES = (_triton_conv, _triton_losses, _triton_norm, _triton_pointwise, _triton_pooling)
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "debug", "sanitize_overflow", "enable_fp_fusion"}
@@ -246,14 +244,14 @@ def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_device_chooses_the_compiler(triton_on_the_cpu: None) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.ones(2, 2, dtype=dtype)
-        assert kernels.kernels_for("_conv_numba", x) is _triton_conv
-        assert kernels.kernels_for("_norm_numba", x, None, torch.ones(2)) is _triton_norm
-    assert kernels.kernels_for("_conv_numba", x.double()) is None
-    assert kernels.kernels_for("_conv_numba", x.to("meta")) is None
-    assert kernels.kernels_for("_conv_numba", torch._neg_view(x)) is None
+        assert kernels.kernels_for("_conv.numba", x) is _triton_conv
+        assert kernels.kernels_for("_norm.numba", x, None, torch.ones(2)) is _triton_norm
+    assert kernels.kernels_for("_conv.numba", x.double()) is None
+    assert kernels.kernels_for("_conv.numba", x.to("meta")) is None
+    assert kernels.kernels_for("_conv.numba", torch._neg_view(x)) is None
     assert kernels.kernels_for("_of_another_kind", x) is None
     with F.use_kernels(False):
-        assert kernels.kernels_for("_conv_numba", x) is None
+        assert kernels.kernels_for("_conv.numba", x) is None
 
 
 def test_without_triton_it_warns_once_and_runs(triton_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,18 +20,16 @@ from torch.nn import functional as torch_functional
 import reimpl.functional as F
 from parity_tests.functional_cases import row_of, verdicts
 from parity_tests.oracle import functional_norm as oracle_norm
-from reimpl.functional import (
-    _triton_conv,
-    _triton_losses,
-    _triton_norm,
-    _triton_pointwise,
-    _triton_pooling,
-    kernels,
-)
+from reimpl.functional import kernels
+from reimpl.functional._conv import triton as _triton_conv
 from reimpl.functional._dispatch import memory_format_of
+from reimpl.functional._losses import triton as _triton_losses
+from reimpl.functional._norm import triton as _triton_norm
+from reimpl.functional._pointwise import triton as _triton_pointwise
+from reimpl.functional._pooling import triton as _triton_pooling
+from reimpl.functional._pooling.triton import Lines
+from reimpl.functional._pooling.windows import plan_windows
 from reimpl.functional._triton_common import INTERPRETED
-from reimpl.functional._triton_pooling import Lines
-from reimpl.functional._windows import plan_windows
 from reimpl.testing import Sample, judge, random_tensor, seeded_generator, to_oracle
 
 MODULES = (_triton_conv, _triton_losses, _triton_norm, _triton_pointwise, _triton_pooling)

@@ -12,17 +12,18 @@ import numba
 import numpy as np
 import torch
 
-from reimpl.functional import _losses_numba_math, _numba_tiles
+from reimpl.functional import _numba_tiles
+from reimpl.functional._losses import numba_math as _losses_numba_math
 from reimpl.optim import _kernel_cache, _numba_ops, _threads
 
 # Words between those that are read and those that all threads write, so that no line of the cache holds both.
 _APART = (0,) * 16
 
 
-def load(name: str, replaced: str = "", by: str = "") -> ModuleType:
-    """The kernels of the file ``name`` of this folder, compiled or read back; a piece of it can be replaced, which
+def load(path: Path, replaced: str = "", by: str = "") -> ModuleType:
+    """The kernels of a file, compiled or read back; a piece of it can be replaced, which
     makes another module of it."""
-    source = Path(__file__).with_name(name).read_text().replace(replaced, by, 1)
+    source = path.read_text().replace(replaced, by, 1)
     files = (_numba_tiles.__file__, _losses_numba_math.__file__, _numba_ops.__file__)
     versions = (numba.__version__, np.__version__, *(Path(file).read_text() for file in files))
     return _kernel_cache.load(source, versions)

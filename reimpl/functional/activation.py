@@ -149,7 +149,7 @@ class _FromOutput(torch.autograd.Function):
 class _ReLU(_FromOutput):
     @staticmethod
     def forward(input: Tensor) -> Tensor:
-        kernels = kernels_for("_pointwise_numba", input)
+        kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
             return kernels.forward("relu", input)  # type: ignore[no-any-return]
         # Several times faster than the composition's choice; its derivative, shared out at 0, is not called for.
@@ -161,7 +161,7 @@ class _ReLU(_FromOutput):
 
     @staticmethod
     def error(grad: Tensor, output: Tensor) -> Tensor:
-        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        kernels = final_kernels_for("_pointwise.numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("relu", grad, output)  # type: ignore[no-any-return]
         if plain_on_cpu(grad, output):
@@ -178,7 +178,7 @@ class _LeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, slope: float) -> Tensor:
-        kernels = kernels_for("_pointwise_numba", input)
+        kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
             return kernels.forward("leaky_relu", input, slope)  # type: ignore[no-any-return]
         # The maximum is several times faster than a choice. At slope 0 it would meet 0 times infinity.
@@ -200,7 +200,7 @@ class _LeakyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (signed,) = ctx.saved_tensors
-        kernels = final_kernels_for("_pointwise_numba", grad, signed)
+        kernels = final_kernels_for("_pointwise.numba", grad, signed)
         if kernels and kernels.worth_it(grad, signed):
             return kernels.backward("leaky_relu", grad, signed, ctx.slope), None
         if 0 <= ctx.slope <= 1 and plain_on_cpu(grad, signed):
@@ -237,7 +237,7 @@ class _Sigmoid(_FromOutput):
     def forward(input: Tensor) -> Tensor:
         if input.is_complex():
             return logistic(input)
-        kernels = kernels_for("_pointwise_numba", input)
+        kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
             return kernels.forward("sigmoid", input)  # type: ignore[no-any-return]
         # The overflow of exp(-x) ends as 1/inf = 0, as it should; only a derivative would suffer from it.
@@ -254,7 +254,7 @@ class _Sigmoid(_FromOutput):
 
     @staticmethod
     def error(grad: Tensor, output: Tensor) -> Tensor:
-        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        kernels = final_kernels_for("_pointwise.numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("sigmoid", grad, output)  # type: ignore[no-any-return]
         if plain_on_cpu(grad, output):
@@ -282,7 +282,7 @@ class _Tanh(_FromOutput):
     def forward(input: Tensor) -> Tensor:
         if input.is_complex():
             return hyperbolic_tangent(input)
-        kernels = kernels_for("_pointwise_numba", input)
+        kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
             return kernels.forward("tanh", input)  # type: ignore[no-any-return]
         if plain_on_cpu(input):
@@ -297,7 +297,7 @@ class _Tanh(_FromOutput):
 
     @staticmethod
     def error(grad: Tensor, output: Tensor) -> Tensor:
-        kernels = final_kernels_for("_pointwise_numba", grad, output)
+        kernels = final_kernels_for("_pointwise.numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("tanh", grad, output)  # type: ignore[no-any-return]
         if plain_on_cpu(grad, output):

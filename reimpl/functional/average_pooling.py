@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional import _pooling_plain
 from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype
-from reimpl.functional._windows import (
+from reimpl.functional._pooling import plain as _pooling_plain
+from reimpl.functional._pooling.windows import (
     Size,
     Windows,
     adaptive_bounds,
@@ -209,7 +209,7 @@ class _AvgPool(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, windows: Windows, include_pad: bool, override: int | None) -> Tensor:
-        kernels = kernels_for("_pooling_numba", input)
+        kernels = kernels_for("_pooling.numba", input)
         if kernels and kernels.worth_it(input):
             lines = kernels.bounds(windows, (input.shape[-2], input.shape[-1]), include_pad, override)
             return kernels.means(input, lines, windows.output)  # type: ignore[no-any-return]
@@ -223,7 +223,7 @@ class _AvgPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         windows, include_pad, override = ctx.options
-        kernels = final_kernels_for("_pooling_numba", grad)
+        kernels = final_kernels_for("_pooling.numba", grad)
         if kernels and kernels.worth_spreading(grad, ctx.plane):
             lines = kernels.bounds(windows, ctx.plane, include_pad, override)
             return kernels.spread(grad, lines, ctx.plane, ctx.layout), None, None, None
@@ -282,7 +282,7 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, sizes: tuple[int, int]) -> Tensor:
-        kernels = kernels_for("_pooling_numba", input)
+        kernels = kernels_for("_pooling.numba", input)
         # over whole planes, PyTorch's reduction is as good
         whole = sizes == (1, 1) and input.is_contiguous()
         if kernels and not whole and kernels.worth_it(input) and 0 not in sizes:
@@ -297,7 +297,7 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        kernels = final_kernels_for("_pooling_numba", grad)
+        kernels = final_kernels_for("_pooling.numba", grad)
         whole = ctx.sizes == (1, 1) and ctx.layout == torch.contiguous_format
         if kernels and not whole and kernels.worth_spreading(grad, ctx.plane):
             return kernels.spread(grad, kernels.adaptive(ctx.sizes, ctx.plane), ctx.plane, ctx.layout), None

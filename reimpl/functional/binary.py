@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_enabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses_pointwise import Pointwise, PointwiseLoss, suits
-from reimpl.functional._reduction import reduced, resolve
-from reimpl.functional._targets import check_constant, check_unit_interval
+from reimpl.functional._losses.pointwise import Pointwise, PointwiseLoss, suits
+from reimpl.functional._losses.reduction import reduced, resolve
+from reimpl.functional._losses.targets import check_constant, check_unit_interval
 from reimpl.functional.activation import logistic, minus_log_sigmoid
 
 # PyTorch's guards: a logarithm is at least -100, and x(1 - x), which divides the gradient, at least 1e-12.

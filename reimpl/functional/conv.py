@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._conv_arguments import Geometry, check, check_dims, geometry_of
-from reimpl.functional._conv_kernels import convolve, convolve_input, convolve_weight
-from reimpl.functional._conv_operators import convolution, differentiable_by_operators
+from reimpl.functional._conv.arguments import Geometry, check, check_dims, geometry_of
+from reimpl.functional._conv.kernels import convolve, convolve_input, convolve_weight
+from reimpl.functional._conv.operators import convolution, differentiable_by_operators
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_lower, call, memory_format_of, opmath_dtype
 from reimpl.functional._plain import plain
 

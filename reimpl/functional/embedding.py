@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype
-from reimpl.functional._reduction import reduced, resolve
-from reimpl.functional._targets import values_are_readable
+from reimpl.functional._losses.reduction import reduced, resolve
+from reimpl.functional._losses.targets import values_are_readable
 from reimpl.functional.activation import logistic, minus_log_sigmoid
 
 

@@ -33,14 +33,14 @@ _SOURCES = {"numba": "pip install 'reimpl[fused]'", "triton": "PyTorch's CUDA wh
 _FLOAT32, _NONE = {torch.float32}, frozenset[torch.dtype]()
 _DTYPES = {"triton": {torch.float32, torch.bfloat16, torch.float16}}
 # What Numba's do, where not float32 alone.
-_MORE_DTYPES = {"_norm_numba": {torch.float32, torch.float64, torch.bfloat16}}
+_MORE_DTYPES = {"_norm.numba": {torch.float32, torch.float64, torch.bfloat16}}
 # The module of Triton kernels behind the same functions as one of Numba's.
 _TRITON = {
-    "_conv_numba": "_triton_conv",
-    "_losses_numba": "_triton_losses",
-    "_norm_numba": "_triton_norm",
-    "_pointwise_numba": "_triton_pointwise",
-    "_pooling_numba": "_triton_pooling",
+    "_conv.numba": "_conv.triton",
+    "_losses.numba": "_losses.triton",
+    "_norm.numba": "_norm.triton",
+    "_pointwise.numba": "_pointwise.triton",
+    "_pooling.numba": "_pooling.triton",
 }
 
 
@@ -69,7 +69,7 @@ class use_kernels:
         self._before = _enabled, _said
         _enabled, _said = mode, True
         if mode:
-            module("_conv_numba")
+            module("_conv.numba")
 
     def __enter__(self) -> use_kernels:
         return self

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional import _losses_plain_targets
 from reimpl.functional._dispatch import autocast_disabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses_plain import final_worker, worker
-from reimpl.functional._plain import ordinary
-from reimpl.functional._reduction import reduced, resolve
-from reimpl.functional._targets import (
+from reimpl.functional._losses import plain_targets as _losses_plain_targets
+from reimpl.functional._losses.plain import final_worker, worker
+from reimpl.functional._losses.reduction import reduced, resolve
+from reimpl.functional._losses.targets import (
     as_batch,
     check_class_indices,
     check_range,
@@ -20,10 +19,11 @@ from reimpl.functional._targets import (
     classes_that_count,
     counted,
 )
+from reimpl.functional._plain import ordinary
 from reimpl.functional.softmax import log_softmax_composition
 
-_OF_INDICES = ("_losses_numba", _losses_plain_targets)
-_OF_PROBABILITIES = ("_losses_numba_targets", _losses_plain_targets)
+_OF_INDICES = ("_losses.numba", _losses_plain_targets)
+_OF_PROBABILITIES = ("_losses.numba_targets", _losses_plain_targets)
 
 
 def cross_entropy(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional import _pooling_plain
 from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype, scalar_type_name
-from reimpl.functional._windows import (
+from reimpl.functional._pooling import plain as _pooling_plain
+from reimpl.functional._pooling.windows import (
     Size,
     Windows,
     adaptive_bounds,
@@ -202,7 +202,7 @@ class _Grid:
 
 def _search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
     """Maxima and their places."""
-    kernels = kernels_for("_pooling_numba", input)
+    kernels = kernels_for("_pooling.numba", input)
     if kernels and kernels.worth_it(input) and 0 not in windows.output:
         step = (1, 1) if isinstance(windows, _Grid) else windows.dilation
         lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
@@ -310,7 +310,7 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
         height, width = ctx.plane
-        kernels = final_kernels_for("_pooling_numba", grad)
+        kernels = final_kernels_for("_pooling.numba", grad)
         if kernels and places.numel() and kernels.worth_it(places):
             lines = _lines(kernels, ctx.windows, (height, width))
             return kernels.scatter(grad, places, (height, width), lines), None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_to_lower, call, opmath_dtype
-from reimpl.functional._losses_plain import final, runs_plainly
+from reimpl.functional._losses.plain import final, runs_plainly
 from reimpl.functional.activation import hyperbolic_tangent, logistic, relu, sigmoid, tanh
 from reimpl.functional.linear import linear
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses_pointwise import Pointwise, PointwiseLoss, suits
-from reimpl.functional._reduction import reduced, resolve
+from reimpl.functional._losses.pointwise import Pointwise, PointwiseLoss, suits
+from reimpl.functional._losses.reduction import reduced, resolve
 
 
 def mse_loss(

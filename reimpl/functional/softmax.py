@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional import _losses_plain
 from reimpl.functional._dispatch import autocast_enabled, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses_plain import final_worker, worker
+from reimpl.functional._losses import plain as _losses_plain
+from reimpl.functional._losses.plain import final_worker, worker
 
-_WORKERS = ("_losses_numba", _losses_plain)
+_WORKERS = ("_losses.numba", _losses_plain)
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:

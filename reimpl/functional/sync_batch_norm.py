@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, distributed
 
 from reimpl.functional._dispatch import autocast_disabled, memory_format_of, opmath_dtype
-from reimpl.functional._norm_chain import Chain, like, other_dims, per_channel
-from reimpl.functional._norm_functions import scaled
+from reimpl.functional._norm.chain import Chain, like, other_dims, per_channel
+from reimpl.functional._norm.functions import scaled
 from reimpl.functional.normalization import move_averages
 
 
@@ -85,7 +85,7 @@ class _SumOfProcesses(torch.autograd.Function):
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """The derivatives are :class:`~reimpl.functional._norm_chain.Chain`'s; (4.92) and (4.94) add up over all
+    """The derivatives are :class:`~reimpl.functional._norm.chain.Chain`'s; (4.92) and (4.94) add up over all
     processes, with whatever else depends on the statistics, which are differentiable outputs."""
 
     @staticmethod

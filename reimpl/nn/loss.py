@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from reimpl import functional as F
-from reimpl.functional._reduction import legacy_reduction
+from reimpl.functional._losses.reduction import legacy_reduction
 
 
 class _Loss(Module):

@@ -1,0 +1,1 @@
+"""Convolution's parts: arguments, blocks of windows and products, plans, and kernels."""

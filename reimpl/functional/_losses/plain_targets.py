@@ -1,0 +1,230 @@
+"""Losses of class indices and of class probabilities in few operators, for plain tensors that nothing differentiates.
+
+The modules of kernels have functions of the same names. Dimension 1 holds the classes; what is one number a sample
+keeps it, of size 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from reimpl.functional._losses.plain import along
+from reimpl.functional._losses.targets import check_range
+
+_Result = TypeVar("_Result")
+
+
+class _Samples:
+    """The classes of the samples, which of these are kept, and the weights of the classes."""
+
+    def __init__(self, indices: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> None:
+        self.indices, self.classes, self.ignore_index, self.weight = indices.unsqueeze(1), classes, ignore_index, weight
+        # where it is not known that all are
+        self.kept: Tensor | None = None
+        if 0 <= ignore_index < classes:
+            self.kept = self.indices != ignore_index
+        elif indices.device.type != "cpu":
+            self._ignore()
+
+    def _ignore(self) -> None:
+        self.kept = self.indices != self.ignore_index
+        self.indices = torch.where(self.kept, self.indices, 0)
+
+    def attempt(self, work: Callable[[], _Result]) -> _Result:
+        """Do what reads or writes at the classes. On the CPU that fails where there is no such class; only then the
+        ignored samples are looked for, and the work is done again.
+
+        Raises:
+            IndexError: a target is no class.
+        """
+        try:
+            return work()
+        except (RuntimeError, IndexError):
+            check_range(self.indices, self.classes, self.ignore_index)
+            if self.kept is not None:
+                raise
+            self._ignore()
+            return work()
+
+    def without_ignored(self, numbers: Tensor) -> Tensor:
+        """The numbers, one a sample or one for all, and 0 for the samples that are ignored."""
+        return numbers if self.kept is None else torch.where(self.kept, numbers, 0)
+
+    def weights(self) -> Tensor | None:
+        """The weight of each sample's class, ``None`` without weights."""
+        return None if self.weight is None else self.without_ignored(self.weight[self.indices])
+
+    def reduced(self, losses: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor | int]:
+        """The losses, their sum or mean, and what the sum was divided by."""
+        losses = self.without_ignored(losses)
+        if reduction == "none":
+            return losses.squeeze(1), 1
+        if reduction == "sum":
+            return losses.sum(), 1
+        if weights is not None:
+            count: Tensor | int = weights.sum()
+        else:
+            count = losses.numel() if self.kept is None else self.kept.sum()
+        return losses.sum().div_(count), count
+
+    def shares(self, grad: Tensor, divisor: Tensor | int) -> Tensor:
+        """The gradient of each sample's loss; one for all where it is the same."""
+        share = grad if isinstance(divisor, int) and divisor == 1 else grad / divisor
+        # after the division: where no sample counts, the divisor is 0
+        return self.without_ignored(share.unsqueeze(1) if share.dim() else share)
+
+
+def index_loss(
+    input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Cross-entropy, probabilities, and what the sum was divided by."""
+    samples = _Samples(indices, input.shape[1], ignore_index, weight)
+    input = input.contiguous()
+    probabilities = torch.empty_like(input)
+    losses, spread = samples.attempt(lambda: _log_losses(input, samples, probabilities, smoothing != 0))
+    weights = samples.weights()
+    if weights is not None:
+        losses.mul_(weights)
+    if spread is not None:
+        losses.mul_(1 - smoothing).add_(spread, alpha=smoothing / input.shape[1])
+    loss, divisor = samples.reduced(losses, weights, reduction)
+    return loss, probabilities, divisor
+
+
+def _log_losses(input: Tensor, samples: _Samples, probabilities: Tensor, smooth: bool) -> tuple[Tensor, Tensor | None]:
+    r""":math:`-\log \hat y_{n t_n}` and, for smoothing, :math:`-\sum_c w_c \log \hat y_{nc}`; writes :math:`\hat y`."""
+    losses, spreads = [], []
+    weight = None if samples.weight is None else _along_classes(samples.weight, input)
+    parts = input.shape[1] if weight is None else weight.sum()
+    for x, t, y in along(1, input, samples.indices, probabilities):
+        torch.sub(x, x.amax(1, True), out=y)
+        picked = y.gather(1, t)
+        spread = None
+        if smooth:
+            spread = (y if weight is None else y * weight).sum(1, True)
+        total = y.exp_().sum(1, True)
+        y.div_(total)
+        total.log_()
+        if spread is not None:
+            spreads.append((total * parts).sub_(spread))
+        losses.append(total.sub_(picked))
+    return _joined(losses), _joined(spreads) if smooth else None
+
+
+def index_loss_gradient(
+    grad: Tensor,
+    probabilities: Tensor,
+    indices: Tensor,
+    ignore_index: int,
+    weight: Tensor | None,
+    smoothing: float,
+    divisor: Tensor | int,
+) -> Tensor:
+    """The gradient of the logits from that of each loss or of their sum."""
+    samples = _Samples(indices, probabilities.shape[1], ignore_index, weight)
+    return samples.attempt(lambda: _index_gradient(grad, probabilities, samples, smoothing, divisor))
+
+
+def _index_gradient(
+    grad: Tensor, probabilities: Tensor, samples: _Samples, smoothing: float, divisor: Tensor | int
+) -> Tensor:
+    share, weights = samples.shares(grad, divisor), samples.weights()
+    at_target = share if weights is None else weights.mul_(share)
+    whole, each = at_target, None
+    if smoothing != 0:
+        at_target = at_target * (1 - smoothing)
+        each = share * (smoothing / samples.classes)
+        whole = at_target + each * (samples.classes if samples.weight is None else samples.weight.sum())
+    result, minus = torch.empty_like(probabilities), at_target.neg().expand(samples.indices.shape)
+    columns = [t.expand(samples.indices.shape) for t in (whole, each) if t is not None and t.dim()]
+    weight = None if samples.weight is None else _along_classes(samples.weight, probabilities)
+    for y, d, t, m, *given in along(1, probabilities, result, samples.indices, minus, *columns):
+        torch.mul(y, given[0] if whole.dim() else whole, out=d)
+        if each is not None:
+            every = given[1] if whole.dim() else each
+            d.sub_(every if weight is None else every * weight)
+        d.scatter_add_(1, t, m)
+    return result
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts along dimension 0 as one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _along_classes(weight: Tensor, like: Tensor) -> Tensor:
+    """The weights of the classes along dimension 1."""
+    return weight.reshape(-1, *(1,) * (like.dim() - 2))
+
+
+def picked_loss(
+    input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor | int]:
+    """Negative log-likelihood, and what the sum was divided by."""
+    samples = _Samples(indices, input.shape[1], ignore_index, weight)
+    losses = samples.attempt(lambda: input.gather(1, samples.indices)).neg_()
+    weights = samples.weights()
+    return samples.reduced(losses if weights is None else losses.mul_(weights), weights, reduction)
+
+
+def picked_loss_gradient(
+    grad: Tensor,
+    shape: torch.Size,
+    indices: Tensor,
+    ignore_index: int,
+    weight: Tensor | None,
+    divisor: Tensor | int,
+) -> Tensor:
+    """The gradient of the log-probabilities, which had the shape given."""
+    samples = _Samples(indices, shape[1], ignore_index, weight)
+
+    def scattered() -> Tensor:
+        share, weights = samples.shares(grad, divisor), samples.weights()
+        minus = share.neg() if weights is None else weights.mul_(share).neg_()
+        return grad.new_zeros(shape).scatter_(1, samples.indices, minus.expand(samples.indices.shape))
+
+    return samples.attempt(scattered)
+
+
+def probability_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, reduction: str
+) -> tuple[Tensor, Tensor]:
+    r"""Cross-entropy :math:`-\sum_c q_c (x_c - m) + \log(\sum_c e^{x_c - m}) \sum_c q_c`, and probabilities."""
+    input = input.contiguous()
+    probabilities, losses = torch.empty_like(input), []
+    for x, t, y in along(1, input, target, probabilities):
+        torch.sub(x, x.amax(1, True), out=y)
+        q = _smoothed(t, weight, smoothing)
+        loss = (q * y).sum(1, True).neg_()
+        total = y.exp_().sum(1, True)
+        y.div_(total)
+        losses.append(loss.addcmul_(q.sum(1, True), total.log_()))
+    of_each = _joined(losses)
+    if reduction == "none":
+        return of_each.squeeze(1), probabilities
+    return of_each.mean() if reduction == "mean" else of_each.sum(), probabilities
+
+
+def probability_loss_gradient(
+    grad: Tensor, probabilities: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, divisor: int
+) -> Tensor:
+    """The gradient of the logits from that of each loss or of their sum."""
+    share = grad / divisor if divisor != 1 else grad
+    columns = (share.unsqueeze(1),) if share.dim() else ()
+    result = torch.empty_like(probabilities)
+    for y, t, d, *given in along(1, probabilities, target, result, *columns):
+        g = given[0] if given else share
+        q = _smoothed(t, weight, smoothing)
+        torch.mul(y, q.sum(1, True).mul_(g), out=d)
+        d.addcmul_(q, g, value=-1)
+    return result
+
+
+def _smoothed(target: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
+    if smoothing > 0:
+        target = (target * (1 - smoothing)).add_(smoothing / target.shape[1])
+    return target if weight is None else target * _along_classes(weight, target)

@@ -1,0 +1,103 @@
+"""Losses number by number with their sum or mean as one Function, for plain tensors: in place, or by a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reimpl.functional._losses.plain import final, in_parts, runs_plainly
+from reimpl.functional._losses.targets import check_unit_interval
+from reimpl.functional.kernels import kernels_for
+
+_KERNELS = "_losses.numba_pointwise"
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A loss of pairs of numbers.
+
+    Args:
+        name: the kernels' name of it.
+        write: put the losses of ``(input, target)`` into the third tensor.
+        write_gradient: put the gradient of the input into the third tensor, for a loss's gradient, the fourth.
+        function: the Function of the losses without reduction, whose backward pass is differentiable.
+        probabilities: whether the numbers must lie in [0, 1].
+    """
+
+    name: str
+    write: Callable[[Tensor, Tensor, Tensor], object]
+    write_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], object]
+    function: Any
+    probabilities: bool = False
+
+
+def suits(input: Tensor, target: Tensor) -> bool:
+    """Whether the tensors are plain, of one wide dtype, have elements in the same places, and the target is fixed."""
+    return (
+        runs_plainly(input, target)
+        and input.dtype is target.dtype
+        and input.shape == target.shape
+        and input.device == target.device
+        and input.is_contiguous()
+        and target.is_contiguous()
+        and not target.requires_grad
+        and input.numel() > 0
+    )
+
+
+class PointwiseLoss(torch.autograd.Function):
+    """The losses of a :class:`Pointwise`, their sum or mean."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, loss: Pointwise, reduction: str) -> Tensor:
+        ctx.loss, ctx.divisor = loss, input.numel() if reduction == "mean" else 1
+        ctx.save_for_backward(input, target, None)
+        kernels = kernels_for(_KERNELS, input, target)
+        result: Tensor | None = None
+        if kernels:
+            result = kernels.losses(loss.name, input, target, reduction)
+        if result is None:
+            if loss.probabilities:
+                check_unit_interval(input, "input")
+                check_unit_interval(target, "target")
+            result = _reduced(loss.write, input, target, reduction)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, _ = ctx.saved_tensors
+        if not final(grad):
+            return *ctx.loss.function.backward(ctx, (grad / ctx.divisor).expand(input.shape))[:2], None, None
+        kernels = kernels_for(_KERNELS, grad, input, target)
+        if kernels:
+            return kernels.gradient(ctx.loss.name, grad, input, target, ctx.divisor), None, None, None
+        result = torch.empty_like(input)
+        factor = grad / ctx.divisor if ctx.divisor != 1 else grad
+        if factor.dim():
+            for x, t, d, g in in_parts(input, target, result, factor):
+                ctx.loss.write_gradient(x, t, d, g)
+        else:
+            for x, t, d in in_parts(input, target, result):
+                ctx.loss.write_gradient(x, t, d, factor)
+        return result, None, None, None
+
+
+def _reduced(
+    write: Callable[[Tensor, Tensor, Tensor], object], input: Tensor, target: Tensor, reduction: str
+) -> Tensor:
+    if reduction == "none":
+        result = torch.empty_like(input)
+        for x, t, y in in_parts(input, target, result):
+            write(x, t, y)
+        return result
+    total = scratch = None
+    for x, t in in_parts(input, target):
+        scratch = torch.empty_like(x) if scratch is None else scratch[: len(x)] if x.dim() else scratch
+        write(x, t, scratch)
+        total = scratch.sum() if total is None else total.add_(scratch.sum())
+    assert total is not None
+    return total.div_(input.numel()) if reduction == "mean" else total

@@ -1,0 +1,1 @@
+"""Batch normalisation's parts: the chain of derivatives, few passes over tensors, and kernels."""

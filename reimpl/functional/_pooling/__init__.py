@@ -1,0 +1,1 @@
+"""Pooling's parts: windows, few passes over tensors, and kernels."""

@@ -1,0 +1,186 @@
+"""Pooling in few operators that write over their results, for plain tensors on the CPU in planes or channels_last."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as pad_constant
+
+from reimpl.functional._plain import plain_on_cpu
+from reimpl.functional._pooling.windows import Windows, adaptive_bounds
+
+Pair = tuple[Tensor, Tensor]
+# Places are kept as numbers of the input's dtype until they are whole: float32 holds so many.
+_MOST_PLACES = 1 << 24
+
+
+def runs_plainly(input: Tensor) -> bool:
+    """Whether to take the functions of this file. They look at numbers, which a dispatch mode may not have."""
+    return plain_on_cpu(input) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def largest(input: Tensor, windows: Windows) -> Pair | None:
+    """The largest number of each window and its place, ``None`` where NaN or a window of -inf alone want more care."""
+    (o_h, o_w), (s_h, s_w), (d_h, d_w) = windows.output, windows.stride, windows.dilation
+    height, width = input.shape[-2:]
+    if input.numel() == 0 or height * width >= _MOST_PLACES:
+        return None
+    overhang = windows.overhang((height, width))
+    padded = pad_constant(input, overhang, value=-torch.inf) if any(overhang) else input
+    search, (k_h, k_w) = None, windows.kernel
+    for i in range(k_h):
+        rows = padded[..., i * d_h : i * d_h + (o_h - 1) * s_h + 1 : s_h, :]
+        for j in range(k_w):
+            tap = rows[..., j * d_w : j * d_w + (o_w - 1) * s_w + 1 : s_w]
+            if search is None:
+                search = _Search(tap)
+            else:
+                search.go_on(tap, i * d_h * width + j * d_w)
+    assert search is not None
+    if not search.is_sure(any(overhang)):
+        return None
+    top, left = (
+        torch.arange(n, device=input.device) * s - p
+        for n, s, p in zip((o_h, o_w), (s_h, s_w), windows.padding, strict=True)
+    )
+    corners = top.unsqueeze(1) * width + left
+    return search.best, search.found.long().add_(corners)
+
+
+class _Search:
+    """The largest of several tensors, one after the other, and the number given with each: the first of equal ones."""
+
+    def __init__(self, first: Tensor) -> None:
+        self.best = first.clone()
+        self.found, self._wins = torch.zeros_like(self.best), torch.empty_like(self.best)
+
+    def go_on(self, values: Tensor, number: float) -> Tensor:
+        """Look at further values; 1 where they are better than those before, else 0."""
+        # as numbers of the values' dtype: a comparison into bytes takes three times as long
+        wins = torch.gt(values, self.best, out=self._wins)
+        torch.maximum(self.best, values, out=self.best)
+        self.found.lerp_(self.best.new_tensor(number), wins)  # exact at 0 and at 1
+        return wins
+
+    def is_sure(self, padded: bool) -> bool:
+        """Whether comparisons told the first of the largest: not NaN's, nor in the padding."""
+        # not aminmax, which takes four times as long as both
+        highest = float(self.best.amax())
+        return highest == highest and not (padded and float(self.best.amin()) == -torch.inf)
+
+
+def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
+    """:func:`largest` of adaptive windows."""
+    height, width = input.shape[-2:]
+    if input.numel() == 0 or height * width >= _MOST_PLACES:
+        return None
+    if output == (1, 1):
+        return _largest_of_all(input)
+    if input.dim() != 4:
+        return None
+    if height % output[0] == 0 and width % output[1] == 0:
+        size = (height // output[0], width // output[1])
+        return largest(input, Windows(size, size, (0, 0), (1, 1), output))
+    # images of channels side by side; columns first, so that of equal numbers the first in row-major order counts
+    x = input.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    left, columns = _members(output[1], width, input.device)
+    search = _Search(x.index_select(2, columns[0]))
+    for number, line in enumerate(columns[1:], 1):
+        search.go_on(x.index_select(2, line), number)
+    values, places = search.best, search.found.add_(left.unsqueeze(1))
+    top, rows = _members(output[0], height, input.device)
+    search, found = _Search(values.index_select(1, rows[0])), places.index_select(1, rows[0])
+    for number, line in enumerate(rows[1:], 1):
+        wins = search.go_on(values.index_select(1, line), number)
+        found.lerp_(places.index_select(1, line), wins)
+    if not search.is_sure(False):
+        return None
+    # the sum of two whole numbers below the bound
+    places = search.found.add_(top.view(-1, 1, 1)).mul_(width).add_(found).long()
+    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
+    best, places = (t.permute(0, 3, 1, 2).contiguous(memory_format=layout) for t in (search.best, places))
+    return best, places
+
+
+def _members(count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the adaptive windows: the first elements, and line by line the first, the second, ... element of each; the
+    short ones repeat their last."""
+    bounds = [adaptive_bounds(i, count, size) for i in range(count)]
+    longest = max(end - start for start, end in bounds)
+    lines = [[min(start + j, end - 1) for start, end in bounds] for j in range(longest)]
+    return torch.tensor(lines[0], device=device), torch.tensor(lines, device=device)
+
+
+def _largest_of_all(input: Tensor) -> Pair | None:
+    """:func:`largest` of whole planes: the places count down, and the highest is the first."""
+    height, width = input.shape[-2:]
+    best = input.amax((-2, -1), keepdim=True)
+    if bool(best.amax().isnan()):
+        return None
+    rest = torch.arange(height * width, 0, -1, dtype=input.dtype, device=input.device).view(height, width)
+    hits = torch.eq(input, best, out=torch.empty_like(input)).mul_(rest)
+    return best, height * width - hits.amax((-2, -1), keepdim=True).long()
+
+
+def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int]) -> Tensor:
+    """The gradients, each added at its place of zeros in the layout of ``places``."""
+    size, count, outer = prod(plane), prod(grad.shape[-2:]), grad.shape[:-2]
+    if places.dim() == 4 and places.is_contiguous(memory_format=torch.channels_last):
+        where, what = (t.permute(0, 2, 3, 1).reshape(outer[0], count, outer[1]) for t in (places, grad))
+        result = grad.new_zeros(outer[0], size, outer[1]).scatter_add_(1, where, what)
+        return result.view(outer[0], *plane, outer[1]).permute(0, 3, 1, 2)
+    where, what = (t.reshape(*outer, count) for t in (places, grad))
+    return grad.new_zeros(*outer, size).scatter_add_(-1, where, what).view(*outer, *plane)
+
+
+def adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
+    """Sums over the adaptive windows along one dimension, or, for more windows than elements, the transposed map."""
+    length = input.shape[dim]
+    shape = (*input.shape[:dim], windows, *input.shape[dim + 1 :])
+    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
+    result = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    if windows < length:
+        for i in range(windows):
+            start, end = adaptive_bounds(i, windows, length)
+            torch.sum(input.narrow(dim, start, end - start), dim, out=result.select(dim, i))
+        return result
+    result.zero_()
+    for j in range(length):
+        start, end = adaptive_bounds(j, length, windows)
+        result.narrow(dim, start, end - start).add_(input.narrow(dim, j, 1))
+    return result
+
+
+def spread(shares: Tensor, windows: Windows, plane: tuple[int, int]) -> Tensor:
+    """Each window's number added to every element of it: the channels_last gradient of sums over windows."""
+    count, channels = shares.shape[:2]
+    tiled = (
+        windows.kernel == windows.stride
+        and windows.padding == (0, 0)
+        and all(n * k == size for n, k, size in zip(windows.output, windows.kernel, plane, strict=True))
+    )
+    result = (shares.new_empty if tiled else shares.new_zeros)(count, *plane, channels).permute(0, 3, 1, 2)
+    for i in range(windows.kernel[0]):
+        for j in range(windows.kernel[1]):
+            to, of = zip(*(_reached(windows, plane, axis, tap) for axis, tap in enumerate((i, j))), strict=True)
+            meets, part = result[..., to[0], to[1]], shares[..., of[0], of[1]]
+            if tiled:
+                meets.copy_(part)
+            else:
+                meets.add_(part)
+    return result
+
+
+def _reached(windows: Windows, plane: tuple[int, int], axis: int, tap: int) -> tuple[slice, slice]:
+    """The elements of the plane that a tap of the windows meets, and the windows that meet one."""
+    stride, offset = windows.stride[axis], tap - windows.padding[axis]
+    first = max(0, -(offset // stride))
+    last = min(windows.output[axis] - 1, (plane[axis] - 1 - offset) // stride)
+    start = first * stride + offset
+    return slice(start, max(start, last * stride + offset + 1), stride), slice(first, max(first, last + 1))
+
+
+def _side_by_side(input: Tensor) -> bool:
+    return input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)

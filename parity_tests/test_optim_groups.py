@@ -13,7 +13,7 @@ from parity_tests.optim_cases import EVERY_TECHNIQUE, TECHNIQUES, ready, stepped
 from parity_tests.twins import EXECUTIONS
 from reimpl.optim._checks import MAGNITUDES
 from reimpl.testing.declarations import OptimizerTechnique
-from reimpl.testing.optimizers import IMPLEMENTATIONS, parameters
+from reimpl.testing.optimizers import IMPLEMENTATIONS, parameters, step_with
 from reimpl.testing.tolerance import bits_equal
 
 executions = pytest.mark.parametrize("execution", EXECUTIONS)
@@ -161,7 +161,11 @@ def test_infinite_numbers_are_refused(technique: OptimizerTechnique) -> None:
         ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"momentum_form": "ewa"}, ValueError, "nesterov"),
         ("RMSprop", {}, {"eps_inside_sqrt": "no"}, TypeError, "eps_inside_sqrt must be True or False, but got 'no'"),
         ("RMSprop", {}, {"momentum_form": "ewa"}, ValueError, "Invalid momentum_form: 'ewa'"),
+        ("SGD", {"momentum": 0.9, "momentum_form": "velocity"}, {"dampening": 0.5}, ValueError, "dampening=0.5 needs"),
+        ("RMSprop", {"momentum": 0.9}, {"nesterov": True, "momentum": 0}, ValueError, "Nesterov momentum requires"),
         ("Adam", {}, {"eps_hat": 1}, TypeError, "eps_hat must be True or False"),
+        ("RAdam", {}, {"eps_hat": None}, TypeError, "eps_hat must be True or False"),
+        ("Adadelta", {}, {"decoupled_weight_decay": 1}, TypeError, "decoupled_weight_decay must be True or False"),
     ],
 )  # fmt: skip
 def test_a_groups_own_dialect_is_checked(
@@ -174,6 +178,37 @@ def test_a_groups_own_dialect_is_checked(
     with pytest.raises(error, match=words):
         optimizer.add_param_group({"params": [q], **own})
     assert len(optimizer.param_groups) == 1
+    step_with(optimizer, [torch.ones(2)])
+    before = p.detach().clone()
+    optimizer.param_groups[0].update(own)
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            optimizer.step()
+    assert bits_equal(p.detach(), before), "a refused step left traces"
+    optimizer.param_groups[0].update({key: optimizer.defaults[key] for key in own})
+    optimizer.step()
+    assert not bits_equal(p.detach(), before)
+
+
+@executions
+def test_a_dialect_written_into_a_group_is_refused_after_one_that_was_taken(execution: str) -> None:
+    """The groups of one class share what was found right before; 1 is no ``True``, and no group goes by another's."""
+    params = [ready(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": params[:1], "momentum_form": "ewa", "bias_correction": True}, {"params": params[1:]}]
+    optimizer = stepped(optim.SGD(groups, lr=0.1, momentum=0.9, **IMPLEMENTATIONS[execution]))
+    optimizer.param_groups[0]["bias_correction"] = 1
+    with pytest.raises(TypeError, match="bias_correction must be True or False, but got 1"):
+        optimizer.step()
+    optimizer.param_groups[0]["bias_correction"] = True
+    optimizer.param_groups[1]["bias_correction"] = True
+    with pytest.raises(ValueError, match="bias_correction=True needs momentum_form='ewa', but it is 'torch'"):
+        optimizer.step()
+    optimizer.param_groups[1]["bias_correction"] = False
+    optimizer.param_groups[0]["momentum"] = 1.0
+    with pytest.raises(ValueError, match="needs momentum below 1"):
+        optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.5
+    optimizer.step()
 
 
 @pytest.mark.parametrize(

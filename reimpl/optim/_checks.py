@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -70,8 +71,25 @@ def group(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
             check(options[key])
 
 
-_WRITTEN: dict[type, tuple[list[tuple[str, float]], list[str]]] = {}
-"""The options of each class that :func:`written` looks at: numbers with the largest that they may be, and pairs."""
+class _Looked:
+    """The options of a class that :func:`written` looks at."""
+
+    def __init__(self, optimizer: Any) -> None:
+        most = {key: 1.0 if key in optimizer.decays else sys.float_info.max for key in MAGNITUDES}
+        self.limits = [(key, limit) for key, limit in most.items() if key in optimizer.defaults]
+        """Numbers, with the largest that they may be."""
+        self.pairs = [key for key in _PAIRS if key in optimizer.defaults]
+        self.ways = [(key, way) for key, way in optimizer.dialects.items() if isinstance(way, bool | str)]
+        """Flags and words of the dialects, with PyTorch's way."""
+        keys = [key for key in (*dict(self.ways), "momentum", "dampening", "nesterov") if key in optimizer.defaults]
+        # the first twice, since it gives a tuple of several only
+        self.dialect: Any = itemgetter(*keys, keys[0]) if keys else None
+        """What gives the values of those, and of the options that go with some of them only."""
+        self.accepted: tuple[Any, ...] = (object(),)
+        """The values that were last found to go together, as the very objects."""
+
+
+_LOOKED: dict[type, _Looked] = {}
 
 
 def written(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
@@ -79,19 +97,24 @@ def written(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
 
     PyTorch steps by it. It is asked at every step, so a tensor's value is not looked at: that could wait for a GPU.
     """
-    kinds = _WRITTEN.get(type(optimizer))
-    if kinds is None:
-        most = {key: 1.0 if key in optimizer.decays else sys.float_info.max for key in MAGNITUDES}
-        limits = [(key, limit) for key, limit in most.items() if key in optimizer.defaults]
-        kinds = _WRITTEN[type(optimizer)] = limits, [key for key in _PAIRS if key in optimizer.defaults]
-    for key, limit in kinds[0]:
+    looked = _LOOKED.get(type(optimizer))
+    if looked is None:
+        looked = _LOOKED[type(optimizer)] = _Looked(optimizer)
+    for key, limit in looked.limits:
         value = options.get(key)
         if isinstance(value, _NUMBERS) and not 0.0 <= value <= limit:
             _number_of_group(optimizer, key, value, index)
-    for key in kinds[1]:
+    for key in looked.pairs:
         pair = options.get(key)
         if isinstance(pair, tuple | list) and all(isinstance(value, _NUMBERS) for value in pair):
             _PAIRS[key](pair)
+    for key, way in looked.ways:
+        if options[key] is not way:
+            dialect = looked.dialect(options)
+            if not all(map(is_, dialect, looked.accepted)):
+                optimizer.check_dialects(options)
+                looked.accepted = dialect
+            break
 
 
 def _number_of_group(optimizer: Any, key: str, value: Any, index: int) -> None:

@@ -93,8 +93,7 @@ class RuleOptimizer(Optimizer):
         """PyTorch's ``add_param_group``; options are checked as the constructor's are."""
         if isinstance(param_group, dict):
             _checks.group(self, param_group, len(self.param_groups))
-            if self.dialects.keys() & param_group.keys():
-                self.check_dialects({**self.defaults, **param_group})
+            self.check_dialects({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @classmethod

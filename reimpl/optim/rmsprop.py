@@ -74,14 +74,14 @@ class RMSprop(RuleOptimizer):
         _checks.each_at_least_zero(epsilon=eps, momentum=momentum, weight_decay=weight_decay)
         _checks.decay("alpha", alpha)
         _checks.each_at_least_zero(initial_accumulator_value=initial_accumulator_value)
-        if nesterov and momentum <= 0:
-            raise ValueError("Nesterov momentum requires a momentum")
         super().__init__(params, _checks.arguments(locals()))
 
     @classmethod
     def check_dialects(cls, options: Mapping[str, Any]) -> None:
         super().check_dialects(options)
         check_form(options, ("torch", "velocity"))
+        if options["nesterov"] and options["momentum"] <= 0:
+            raise ValueError("Nesterov momentum requires a momentum")
 
     def init_state(self, p: Tensor, group: Group) -> State:
         state = {"step": self.new_step(p, group), "square_avg": filled_like(p, group["initial_accumulator_value"])}

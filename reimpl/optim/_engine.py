@@ -19,6 +19,7 @@ from ._torch import (
     check_fused_support,
     defaults_to_foreach,
     grad_mode_of_step,
+    is_being_compiled,
     require_capturable_devices,
     step_dtype,
     step_value,
@@ -175,14 +176,24 @@ class RuleOptimizer(Optimizer):
             raise RuntimeError(self.dense_error)
 
     def _init_group(
-        self, group: Group, params: list[Tensor], grads: list[Tensor], *columns: list[Tensor | None]
-    ) -> None:
-        """Fill the lists, one column for each key of the state; the form that ``torch.compile`` runs eagerly."""
+        self, group: Group, params: list[Tensor], grads: list[Tensor], *columns: list[Tensor | None], own: bool = False
+    ) -> tuple[bool, bool]:
+        """Fill the lists, one column for each key of the state; the form that ``torch.compile`` runs eagerly.
+
+        PyTorch's ``step`` asks for it, too, if it was bound before ``fuse``: the group is stepped here then, and over
+        lists that stay empty PyTorch's does nothing.
+        """
+        if not own and is_being_compiled():
+            raise RuntimeError("this step was compiled before fuse() or unfuse(); compile optimizer.step anew")
+        if not own:
+            self._step_group([*map(id, self.param_groups)].index(id(group)), group)
+            return False, False  # as where no tensor is sparse or complex; some of PyTorch's take two answers
         found, found_grads, states = self._collect(group)
         params.extend(found)
         grads.extend(found_grads)
         for key, column in zip(self._state_keys(group), columns, strict=True):
             column.extend(state.get(key) for state in states)
+        return False, False
 
     def _state_keys(self, group: Group) -> list[str]:
         """The keys of a parameter's state, in order, with the lazy ones last."""
@@ -201,6 +212,9 @@ class RuleOptimizer(Optimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
+        cls: Any = type(self)
+        if not issubclass(cls, RuleOptimizer):  # bound before unfuse()
+            return cls.step.__wrapped__(self, closure)  # without the hooks, which have been called
         return self._step_all(closure)
 
     def _step_all(self, closure: Callable[[], Any] | None) -> Any:
@@ -310,7 +324,7 @@ class RuleOptimizer(Optimizer):
         params: list[Tensor] = []
         grads: list[Tensor] = []
         columns: list[list[Tensor | None]] = [[] for _ in keys]
-        self._init_group(group, params, grads, *columns)
+        self._init_group(group, params, grads, *columns, own=True)
         if not params:
             return
         h = _hyperparameters(group, self.differentiates_step)

@@ -35,15 +35,14 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
 
     Args:
         optimizer: one of ``torch.optim``'s own SGD, Adagrad, Adadelta, RMSprop, Adam, AdamW, Adamax, NAdam, RAdam,
-            ASGD or Rprop. A step that was compiled, or otherwise bound, before goes on calling PyTorch's code: take
-            it anew.
+            ASGD or Rprop. Its ``step``, bound or wrapped before, steps ours from now on; if it was compiled, it
+            raises a ``RuntimeError``: compile it anew.
 
     Returns:
         ``optimizer``, now of the class of its name in ``reimpl.optim``. :func:`unfuse` goes back.
 
     Raises:
         TypeError: it is of another class; a subclass of PyTorch's may have another rule and is another class.
-        ValueError: ``step`` was replaced on the object itself, and would go on calling PyTorch's.
         RuntimeError: a group is ``differentiable``, or a parameter is not of floating point, as the constructor says;
             a gradient is sparse. One that becomes so later is refused by ``step``.
     """
@@ -57,7 +56,6 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
             check_fused_support(p)
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("fuse() takes no optimizer whose parameters have sparse gradients")
-    _check_step(optimizer)
     _change_class(optimizer, ours)
     for options in (optimizer.defaults, *optimizer.param_groups):
         options.update(ours.dialects, fused=True)
@@ -81,12 +79,11 @@ def unfuse(optimizer: Optimizer) -> Optimizer:
 
     Raises:
         TypeError: it is of another class.
-        ValueError: a dialect is in use that PyTorch's class cannot express, or ``step`` was replaced on the object.
+        ValueError: a dialect is in use that PyTorch's class cannot express.
     """
     if not isinstance(optimizer, RuleOptimizer) or type(optimizer) not in _FUSIBLE.values():
         raise TypeError(f"unfuse() takes an optimizer of reimpl.optim's own {_names()}, but got {_name(optimizer)}")
     _checkpoints.refuse_dialects(optimizer)
-    _check_step(optimizer)
     _numbers_to_their_places(optimizer)
     own = optimizer.dialects
     _change_class(optimizer, optimizer.torch_class)
@@ -107,16 +104,11 @@ class _StepTracker(LRScheduler):
         pass
 
 
-def _check_step(optimizer: Optimizer) -> None:
-    """Raise if ``step`` is neither the class's own nor that with a scheduler's counter around it."""
-    step = vars(optimizer).get("step")
-    if step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step:
-        raise ValueError(f"step of this {type(optimizer).__name__} was replaced on the object; put it back first")
-
-
 def _change_class(optimizer: Optimizer, cls: Any) -> None:
     """Give the object another class, and that class's ``step`` where schedulers count the calls of the old one's."""
-    counted = vars(optimizer).pop("step", None) is not None
+    counted = getattr(vars(optimizer).get("step"), "__wrapped__", None) is type(optimizer).step
+    if counted:
+        del optimizer.step
     optimizer.__class__ = cls
     optimizer._patch_step_function()
     if counted:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._guards import CompileContext
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import (
     Optimizer,
@@ -28,6 +29,7 @@ __all__ = [
     "check_fused_support",
     "defaults_to_foreach",
     "grad_mode_of_step",
+    "is_being_compiled",
     "plain_scalar",
     "require_capturable_devices",
     "runs_eagerly",
@@ -42,6 +44,11 @@ step_dtype = _get_scalar_dtype
 step_value = _get_value
 runs_eagerly = _disable_dynamo
 """A decorator for what ``torch.compile`` is to call, not to trace; unlike ``torch.compiler.disable`` it is lazy."""
+
+
+def is_being_compiled() -> bool:
+    """Whether ``torch.compile`` is at work, also where what asks is called by it and not traced."""
+    return torch.compiler.is_compiling() or CompileContext.try_get() is not None
 
 
 def defaults_to_foreach(params: list[Tensor], differentiable: bool) -> bool:

@@ -29,7 +29,7 @@ test: lint
 	$(PYTEST)
 
 quick: $(INSTALLED)
-	$(PYTEST) -m quick
+	$(PYTEST) -m "quick and not slow"
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest parity_tests/benchmarks/bench_*.py --benchmark-enable --device all -q -s --tb=line

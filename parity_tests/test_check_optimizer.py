@@ -148,7 +148,6 @@ def test_faults_are_found(fault: str) -> None:
     assert said in str(caught.value) and f"[{scenario}, float64, default]" in str(caught.value)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     "fault", ["state outside the state dict", "gradient kept as state", "view of the storage", "lost by deep copies"]
 )
@@ -166,7 +165,6 @@ def test_a_shared_fault_is_no_difference() -> None:
     assert result.ok and [outcome.status for outcome in result.outcomes] == ["both leave"]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("planted", "bug", "kwargs"),
     [
@@ -275,7 +273,6 @@ def test_lengths_that_a_vector_unit_leaves_over_in_low_precision() -> None:
     assert [outcome.dtype for outcome in result.partings] == ["bfloat16"]
 
 
-@pytest.mark.quick
 def test_only_sparse_gradients() -> None:
     result = assert_optimizers_agree(torch.optim.SparseAdam, scenarios=["sizes", "state dict", "sparse"])
     assert result.compared > 0
@@ -406,7 +403,6 @@ def test_findings_hold(number: int) -> None:
     exec(compile(code, f"findings.md, example {number}", "exec"), {})
 
 
-@pytest.mark.quick
 def test_documentation_names_every_scenario_and_runs() -> None:
     text = (ROOT / "docs" / "check_optimizer.md").read_text(encoding="utf-8")
     assert not [scenario.name for scenario in SCENARIOS if f"| {scenario.name} | {scenario.about} |" not in text]

@@ -197,7 +197,9 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", hostile(""))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "deep nesting" else n for n in hostile("")]
+)
 def test_hostile_pickles_are_refused_by_name(layout: Path, tmp_path: Path, name: str) -> None:
     marker = tmp_path / "marker"
     data, message = hostile(str(marker))[name]

@@ -132,6 +132,7 @@ def test_merging_is_fitting_on_all(transform: Any, device: torch.device) -> None
     assert not transform().merge(transform()).fitted
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_fit(tmp_path: Path) -> None:
     x = sample((60, 3))
     torch.save(x, tmp_path / "data.pt")

@@ -415,6 +415,7 @@ def test_everything_plots(tmp_path: Path) -> None:
     assert pyplot.get_fignums() == before  # none of them stays in pyplot's list
 
 
+@pytest.mark.slow
 def test_plotting_says_what_it_needs() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = sys.modules['matplotlib.figure'] = None\n"

@@ -28,9 +28,7 @@ MODULES = (
 FORBIDDEN = ("aten::_fused_*", "torch._fused_*", *(f"torch.optim.{module}.*" for module in MODULES))
 
 
-@pytest.mark.parametrize(
-    "implementation", [pytest.param("forloop", marks=quick), pytest.param("foreach", marks=quick), "fused"]
-)
+@pytest.mark.parametrize("implementation", [pytest.param("forloop", marks=quick), "foreach", "fused"])
 @pytest.mark.parametrize("technique", EVERY_TECHNIQUE)
 def test_no_step_calls_pytorchs(technique: OptimizerTechnique, implementation: str, device: torch.device) -> None:
     skip_unless_it_runs(technique, implementation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,15 @@ from reimpl.optim import _kernel_cache
 
 pytestmark = pytest.mark.quick
 TEXT = "VALUE = 1\n"
+ROOT = Path(__file__).resolve().parents[1]
+STEP = """
+import torch
+from reimpl.optim import SGD, _kernel_cache
+p = torch.ones(3, requires_grad=True)
+p.grad = torch.ones(3)
+SGD([p], lr=0.1, fused=True).step()
+print(_kernel_cache.folder(), round(p[0].item(), 6))
+"""
 
 
 @pytest.fixture
@@ -62,6 +72,28 @@ def test_a_folder_that_cannot_be_written_is_done_without(folder: Path, monkeypat
     monkeypatch.setattr(_kernel_cache.tempfile, "TemporaryFile", _fail(errno.EROFS))
     assert _kernel_cache.folder() is None
     assert _load().parent != folder and kept.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_a_read_only_folder_is_done_without(folder: Path) -> None:
+    """The real thing: a folder without write permission, and a fused step of a process that has to compile."""
+    pytest.importorskip("numba", reason="compiles a kernel")
+    command = [sys.executable, "-c", STEP]
+    if os.geteuid() == 0:  # whom no permission binds
+        bound = ["setpriv", "--bounding-set", "-dac_override"]
+        if shutil.which("setpriv") is None or subprocess.run([*bound, "true"], capture_output=True).returncode:
+            pytest.skip("root writes everywhere, and setpriv, which would bind it, is missing or not allowed to")
+        command = [*bound, *command]
+    _load()
+    before = sorted(folder.rglob("*"))
+    folder.chmod(0o555)
+    try:
+        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    finally:
+        folder.chmod(0o755)
+    assert (run.returncode, run.stdout) == (0, "None 0.9\n"), run.stderr
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_full_disk_is_told_and_nothing_half_written_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from reimpl.testing.optimizers import DENSE_LAYOUTS, STRIDED_LAYOUTS, skip_some
 
 quick = pytest.mark.quick
 FOR_LOOP = [
-    pytest.param("default", torch.float32, marks=quick),
+    pytest.param("default", torch.float32),
     pytest.param("forloop", torch.float64),
     pytest.param("forloop", torch.float32, marks=quick),
     pytest.param("forloop", torch.bfloat16),

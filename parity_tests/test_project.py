@@ -114,6 +114,7 @@ print([str(warning.message) for warning in caught])
 """
 
 
+@pytest.mark.slow
 def test_library_needs_torch_and_numpy_alone() -> None:
     """Every package is imported, and fused steps run, where all that is optional is missing."""
     extras = "numba,llvmlite,torchvision,expecttest,scipy,sklearn,matplotlib,tyro,rich,tqdm,tensorboard,pytest"
@@ -155,7 +156,9 @@ def test_readme_has_examples() -> None:
     assert len(readme_examples()) >= 2
 
 
-@pytest.mark.parametrize("number", range(len(readme_examples())))
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(readme_examples())))]
+)
 def test_readme_example_runs(number: int, tmp_path: Path) -> None:
     """From another folder, as after an installation."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

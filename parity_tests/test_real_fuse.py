@@ -169,7 +169,9 @@ def test_a_step_bound_or_wrapped_before_goes_on(technique: OptimizerTechnique) -
     def both(held: Any, wrapped: Any, first: int, case: str) -> None:
         for step, call in enumerate((held, wrapped), first):
             for o in (optimizer, other):
-                for p, g in zip(o.param_groups[0]["params"], make_grads(LAYOUTS, torch.float32, step=step), strict=True):
+                for p, g in zip(
+                    o.param_groups[0]["params"], make_grads(LAYOUTS, torch.float32, step=step), strict=True
+                ):
                     p.grad = g
             calls.clear()
             assert call(lambda: calls.append("closure") or "loss") == "loss"

@@ -49,6 +49,7 @@ def test_setup_runs_before_each_sample_and_is_not_timed() -> None:
     assert timings.median("a") < 0.02  # the least that the setup's sleep takes
 
 
+@pytest.mark.slow
 def test_sample_is_the_time_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))  # one tick between two looks at it
     monkeypatch.setattr(timing, "perf_counter", lambda: float(next(clock)))
@@ -67,6 +68,7 @@ def test_time_limit_ends_the_rounds() -> None:
     assert len(timings.samples["a"]) == 1 and len(calls) == 2
 
 
+@pytest.mark.slow
 def test_garbage_collection_is_restored_even_after_an_error() -> None:
     seen: list[bool] = []
 
@@ -93,6 +95,7 @@ def test_bad_arguments(arguments: dict[str, object], text: str) -> None:
         interleave(**{"contenders": {"a": lambda: None}, **arguments})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_temporaries(device: torch.device) -> None:
     x = torch.zeros(64 * 2**20 // 4, device=device)
     needed = {"none": lambda: x.add_(1), "one": lambda: x * 2, "two": lambda: (x * 2) + 1}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import reimpl.optim
+from parity_tests import twins
 from parity_tests.declarations.optim_reducing import OPTIMIZERS
 from parity_tests.oracle.optim_reducing import newton_schulz
 from reimpl.optim.muon import orthogonalize
@@ -27,8 +28,7 @@ pytestmark = pytest.mark.quick
 Optimizer = torch.optim.Optimizer
 RICH: dict[str, dict[str, Any]] = {
     "SparseAdam": {"lr": 0.05, "betas": (0.8, 0.95)},
-    "Adafactor": {"lr": 0.1, "weight_decay": 0.1, "d": 1.5},
-    "Muon": {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.8},
+    **{name: twins.RICH[name] for name in ("Adafactor", "Muon")},
 }
 MATRICES = ((6, 4), (3, 7), (9, 9))
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parity_tests.optim_cases import TECHNIQUES
-from parity_tests.twins import small_model
+from parity_tests.optim_cases import EVERY_TECHNIQUE
+from parity_tests.twins import RICH, small_model
 from parity_tests.versions import IS_REFERENCE
 from reimpl.testing.declarations import OptimizerTechnique
 from reimpl.testing.tolerance import bits_equal
@@ -22,9 +22,22 @@ from reimpl.testing.tolerance import bits_equal
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this PyTorch has no gloo", allow_module_level=True)
 
-from parity_tests.distributed_worker import CHECKS, RUNS, STEPS, WORLD, load, maker, step_by_hand
+from parity_tests.distributed_worker import (
+    RUNS,
+    SHARDED_BY_OURS_ALONE,
+    STEPS,
+    WORLD,
+    checks_of,
+    chosen,
+    load,
+    maker,
+    runs_of,
+    step_by_hand,
+)
 
 pytestmark = pytest.mark.slow
+#: All but SparseAdam, whose sparse gradients the small model does not have.
+TECHNIQUES = [param for param in EVERY_TECHNIQUE if param.id != "SparseAdam"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -50,8 +63,14 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
-@pytest.mark.parametrize("kind", CHECKS)
+@pytest.mark.parametrize(
+    ("technique", "kind"),
+    [
+        pytest.param(*param.values, kind, id=f"{param.id}-{kind}")
+        for param in TECHNIQUES
+        for kind in checks_of(param.id)
+    ],
+)
 def test_ours_and_pytorchs_train_alike(technique: OptimizerTechnique, kind: str, session: Path) -> None:
     for rank in range(WORLD):
         said = json.loads((session / f"{rank}.json").read_text())[f"{kind} {technique.name}"]
@@ -63,17 +82,23 @@ def test_ours_and_pytorchs_train_alike(technique: OptimizerTechnique, kind: str,
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_a_checkpoint_of_two_processes_goes_on_in_one(technique: OptimizerTechnique, session: Path) -> None:
     """From ours to ours, from ours to PyTorch's, from PyTorch's to ours: where the two processes went."""
-    for saved in RUNS:
-        path = session / "-".join((technique.name, *saved))
-        if saved == RUNS[0] and not IS_REFERENCE and not (path / "end.pt").exists():
+    name = technique.name
+    # three steps: each within a few ulp if fused; of squares summed up in another order; and of Muon by products
+    # in another order, which leaves the direction, whose elements are below 1, within eight roundings of bfloat16
+    tolerance = {"rtol": 0, "atol": STEPS * RICH[name]["lr"] * 8 * 2**-8} if name == "Muon" else {}
+    for saved in runs_of(name):
+        path = session / "-".join((name, *saved))
+        if saved == RUNS[0] and not (path / "end.pt").exists():
+            assert not IS_REFERENCE or name in SHARDED_BY_OURS_ALONE
             continue  # this release of PyTorch's own class cannot
         end = torch.load(path / "end.pt")
-        for loaded in RUNS:
+        for loaded in runs_of(name):
             model = small_model()
             with torch.no_grad():
                 for p in model.parameters():
                     p.zero_()
-            optimizer = maker(technique.name, *loaded)(model.parameters())
+            make = maker(name, *loaded)
+            optimizer = make(chosen(make, model))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that no process group is there
                 load(model, optimizer, path)
@@ -81,7 +106,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(technique: OptimizerTechni
                 group.update({key: value for key, value in optimizer.defaults.items() if key in ("foreach", "fused")})
             step_by_hand(model, optimizer, STEPS, 2 * STEPS)
             for p, q in zip(model.parameters(), end, strict=True):
-                if "fused" in (*saved, *loaded):
-                    torch.testing.assert_close(p, q)  # its default rtol: three steps, each within a few ulp
+                if "fused" in (*saved, *loaded) or name in ("Adafactor", "Muon"):
+                    torch.testing.assert_close(p, q, **tolerance)
                 else:
                     assert bits_equal(p, q), f"{saved} to {loaded}"

@@ -20,6 +20,12 @@ def local(t: Any) -> Tensor:
     return part
 
 
+def whole(t: Any) -> Tensor:
+    """What the parts of a ``DTensor`` in all processes make together; ``item()`` of one gives its part here."""
+    value: Tensor = t.full_tensor() if is_cut_up(t) else t
+    return value
+
+
 def is_cut_alike(t: Any, p: Any) -> bool:
     """Whether the elements of two ``DTensor``s that belong together lie in the same places of the same processes."""
     there, here = t._spec, p._spec

@@ -98,7 +98,7 @@ def _second_moment(g: Any, s: State, weight: float, eps1: float) -> Any:
         return s["variance"].lerp_(g * g, weight).clone()
     for key, dim in (("row_var", -1), ("col_var", -2)):
         # a norm needs no memory of the gradient's size, where the mean of g * g does
-        mean = each(lambda x, dim=dim: vector_norm(x, dim=dim, keepdim=True).square_().div_(max(1, x.size(dim))), g)
+        mean = each(lambda x, dim=dim: vector_norm(x, dim=dim, keepdim=True).square().div_(max(1, x.size(dim))), g)
         s[key].lerp_(mean, weight)
     mean = each(lambda row: row.mean(dim=-2, keepdim=True).clamp_(min=eps1), s["row_var"])
     return each(torch.matmul, s["row_var"], s["col_var"]).div_(mean)

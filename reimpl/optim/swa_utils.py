@@ -22,15 +22,7 @@ REIMPLEMENTED = (
     "update_bn",
 )
 
-__all__ = [
-    "SWALR",
-    "AveragedModel",
-    "get_ema_avg_fn",
-    "get_ema_multi_avg_fn",
-    "get_swa_avg_fn",
-    "get_swa_multi_avg_fn",
-    "update_bn",
-]
+__all__ = ["SWALR", *REIMPLEMENTED]
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 Average = Callable[[Tensor, Tensor, Tensor | int], Tensor]

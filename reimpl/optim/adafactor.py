@@ -40,7 +40,7 @@ class Adafactor(WholeTensorRule):
         foreach: over all tensors at once, with one synchronisation instead of two a tensor; ``None`` is no.
         maximize: ascend.
 
-    An empty parameter is left alone, where PyTorch divides by zero.
+    An empty parameter is left alone, where PyTorch divides by zero; a ``DTensor`` is stepped, which PyTorch's cannot.
 
     Raises:
         ValueError: an argument outside its range.

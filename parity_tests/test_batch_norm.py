@@ -16,6 +16,7 @@ from torch.nn import functional as torch_functional
 import reimpl.functional as F
 import reimpl.nn as nn
 from parity_tests.oracle.functional_norm import batch_norm_chain
+from reimpl.functional._dispatch import CHANNELS_LAST
 from reimpl.functional._norm import plain as _norm_plain
 from reimpl.functional._norm.chain import Chain, per_channel
 from reimpl.testing import judge, random_tensor, seeded_generator, to_oracle
@@ -287,6 +288,7 @@ BLOCKWISE = {
     "few images": ((5, 3, 3, 2), False),
     "small planes": ((17, 3, 3, 2), False),
     "channels_last": ((5, 3, 4, 6), True),
+    "volume, channels_last_3d": ((5, 3, 2, 3, 4), True),
     "features": ((37, 6), False),
 }
 
@@ -310,7 +312,7 @@ def test_block_by_block(
     shape, by_pixel = BLOCKWISE[case]
     generator = seeded_generator(0, case)
     x = 2 * random_tensor(shape, dtype, generator, device) + 1
-    x = x.to(memory_format=torch.channels_last) if by_pixel else x
+    x = x.to(memory_format=CHANNELS_LAST[x.dim()]) if by_pixel else x
     grad = random_tensor(shape, dtype, generator, device)
     mean, var, weight, bias = (random_tensor(shape[1:2], torch.float32, generator, device) for _ in range(4))
     vectors = (mean, var.abs() + 0.5, weight, bias)

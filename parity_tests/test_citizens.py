@@ -269,6 +269,33 @@ def test_strides_are_pytorchs_on_real_meta_and_fake_tensors(layout: str, device:
         assert on_meta.is_meta and fake.device == x.device
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "expanded"])  # its gradient is a sum
+def test_strides_of_gradients_are_pytorchs(layout: str, device: torch.device) -> None:
+    x = LAYOUTS[layout](torch.randn(4, 6, 8, 8, device=device))
+    reference = planar_calls(torch.nn.functional)
+    for name, function in planar_calls(F).items():
+        # PyTorch's mse_loss writes its gradient in rows whatever the layout, its nll_loss refuses other layouts
+        if name in ("max_pool2d indices", "mse_loss", "nll_loss"):
+            continue
+        grads = []
+        for call in (function, reference[name]):
+            leaf = x.clone().requires_grad_()
+            output = call(leaf)
+            grads.append(torch.autograd.grad(output, leaf, torch.ones_like(output))[0])
+        assert significant_strides(grads[0]) == significant_strides(grads[1]), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_volumes_of_batch_norm_keep_their_layout(training: bool, device: torch.device) -> None:
+    x = torch.randn(2, 3, 4, 5, 6, device=device).to(memory_format=torch.channels_last_3d).requires_grad_()
+    weight, averages = torch.ones(3, device=device, requires_grad=True), torch.ones(2, 3, device=device)
+    for vector in (weight, None):
+        for function in (F.batch_norm, F.batch_norm_relu):
+            y = function(x, *averages, vector, training=training)
+            (grad,) = torch.autograd.grad(y, x, torch.ones(x.shape, device=device))
+            assert y.stride() == grad.stride() == x.stride()
+
+
 def on_meta(value: Any) -> Any:
     """A tensor without data in place of one with."""
     return value.detach().to("meta").requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value

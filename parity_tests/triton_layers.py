@@ -119,11 +119,11 @@ def cross_entropy(
 
 
 def max_pool2d(input: Tensor, lines: Lines, output: tuple[int, int], step: tuple[int, int]) -> Tensor:
-    plane = (input.shape[-2], input.shape[-1])
+    plane, layout = (input.shape[-2], input.shape[-1]), memory_format_of(input)
     return _Kernels.apply(  # type: ignore[no-any-return]
         input,
         lambda x: _triton_pooling.largest(x, lines, output, step),
-        lambda grad, x, y, places: _triton_pooling.scatter(grad, places, plane, lines),
+        lambda grad, x, y, places: _triton_pooling.scatter(grad, places, plane, lines, layout),
     )
 
 

@@ -124,10 +124,10 @@ def _largest_of_all(input: Tensor) -> Pair | None:
     return best, height * width - hits.amax((-2, -1), keepdim=True).long()
 
 
-def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int]) -> Tensor:
-    """The gradients, each added at its place of zeros in the layout of ``places``."""
+def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], layout: torch.memory_format) -> Tensor:
+    """The gradients, each added at its place of zeros in that layout."""
     size, count, outer = prod(plane), prod(grad.shape[-2:]), grad.shape[:-2]
-    if places.dim() == 4 and places.is_contiguous(memory_format=torch.channels_last):
+    if layout is torch.channels_last:
         where, what = (t.permute(0, 2, 3, 1).reshape(outer[0], count, outer[1]) for t in (places, grad))
         result = grad.new_zeros(outer[0], size, outer[1]).scatter_add_(1, where, what)
         return result.view(outer[0], *plane, outer[1]).permute(0, 3, 1, 2)

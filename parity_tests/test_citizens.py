@@ -126,6 +126,13 @@ def test_batch_norm_where_pytorchs_is_wrong() -> None:
     torch.testing.assert_close(second(ours), second(right))
     leaf = point.clone().requires_grad_()
     torch.testing.assert_close(*(torch.autograd.grad(function(leaf), leaf, grad) for function in (ours, right)))
+    # one image of one column, whose dimensions of 1 have strides of another layout
+    image = torch.randn(1, 3, 4, 1, dtype=torch.float64).to(memory_format=torch.channels_last).transpose(0, 3)
+    leaf, grad = image.requires_grad_(), torch.randn(1, 3, 4, 1, dtype=torch.float64)
+    rows = leaf.squeeze(3).squeeze(0).t()
+    (expected,) = torch.autograd.grad(composed_batch_norm(rows, torch.ones(3)), leaf, grad.squeeze(3).squeeze(0).t())
+    (found,) = torch.autograd.grad(F.batch_norm(leaf, None, None, training=True), leaf, grad)
+    torch.testing.assert_close(found, expected)
 
 
 @each_differentiable_function

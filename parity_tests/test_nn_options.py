@@ -188,7 +188,7 @@ def test_cross_entropy_with_every_option(reduction: str, kind: str, device: torc
         rest: tuple[int, ...] = draw.choice(((), (3,), (2, 3), (1, 2, 2), (0,)))
         shape = draw.choice(((classes,), (0, classes, *rest), (3, classes, *rest)))
         x = torch.randn(shape, dtype=DOUBLE, generator=generator)
-        options: dict[str, Any] = {"reduction": reduction, "label_smoothing": draw.choice((0.0, 0.1, 1.0))}
+        options: dict[str, Any] = {"reduction": reduction, "label_smoothing": draw.choice((0.0, 0.1, 1.0, -0.2))}
         if kind == "indices":
             options["ignore_index"] = draw.choice((-100, 0, -1))
             target = _targets(draw, shape, options["ignore_index"], generator)

@@ -126,6 +126,13 @@ def test_batch_norm_where_pytorchs_is_wrong() -> None:
     torch.testing.assert_close(second(ours), second(right))
     leaf = point.clone().requires_grad_()
     torch.testing.assert_close(*(torch.autograd.grad(function(leaf), leaf, grad) for function in (ours, right)))
+    # one image of one column, whose dimensions of 1 have strides of another layout
+    image = torch.randn(1, 3, 4, 1, dtype=torch.float64).to(memory_format=torch.channels_last).transpose(0, 3)
+    leaf, grad = image.requires_grad_(), torch.randn(1, 3, 4, 1, dtype=torch.float64)
+    rows = leaf.squeeze(3).squeeze(0).t()
+    (expected,) = torch.autograd.grad(composed_batch_norm(rows, torch.ones(3)), leaf, grad.squeeze(3).squeeze(0).t())
+    (found,) = torch.autograd.grad(F.batch_norm(leaf, None, None, training=True), leaf, grad)
+    torch.testing.assert_close(found, expected)
 
 
 @each_differentiable_function
@@ -269,6 +276,33 @@ def test_strides_are_pytorchs_on_real_meta_and_fake_tensors(layout: str, device:
         assert on_meta.is_meta and fake.device == x.device
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "expanded"])  # its gradient is a sum
+def test_strides_of_gradients_are_pytorchs(layout: str, device: torch.device) -> None:
+    x = LAYOUTS[layout](torch.randn(4, 6, 8, 8, device=device))
+    reference = planar_calls(torch.nn.functional)
+    for name, function in planar_calls(F).items():
+        # PyTorch's mse_loss writes its gradient in rows whatever the layout, its nll_loss refuses other layouts
+        if name in ("max_pool2d indices", "mse_loss", "nll_loss"):
+            continue
+        grads = []
+        for call in (function, reference[name]):
+            leaf = x.clone().requires_grad_()
+            output = call(leaf)
+            grads.append(torch.autograd.grad(output, leaf, torch.ones_like(output))[0])
+        assert significant_strides(grads[0]) == significant_strides(grads[1]), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_volumes_of_batch_norm_keep_their_layout(training: bool, device: torch.device) -> None:
+    x = torch.randn(2, 3, 4, 5, 6, device=device).to(memory_format=torch.channels_last_3d).requires_grad_()
+    weight, averages = torch.ones(3, device=device, requires_grad=True), torch.ones(2, 3, device=device)
+    for vector in (weight, None):
+        for function in (F.batch_norm, F.batch_norm_relu):
+            y = function(x, *averages, vector, training=training)
+            (grad,) = torch.autograd.grad(y, x, torch.ones(x.shape, device=device))
+            assert y.stride() == grad.stride() == x.stride()
+
+
 def on_meta(value: Any) -> Any:
     """A tensor without data in place of one with."""
     return value.detach().to("meta").requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
@@ -332,7 +366,7 @@ def test_autocast_gives_pytorchs_dtypes(name: str, compiled: bool, device: torch
         ours = (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(F, x)
         theirs = run(torch.nn.functional, x)
         assert ours.dtype == theirs.dtype
-        # Two computations in bfloat16, each within a few of its roundings of 2^-8.
+        # Two computations in bfloat16, each within a few of its roundings of 2^-8; gradients, of their largest.
         torch.testing.assert_close(ours, theirs, rtol=2**-5, atol=2**-5)
         (grad,) = torch.autograd.grad(ours.float().square().mean(), x)
         (expected,) = torch.autograd.grad(theirs.float().square().mean(), x)

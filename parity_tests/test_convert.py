@@ -178,13 +178,6 @@ def test_leaves_a_module_with_a_forward_of_its_own() -> None:
     assert type(layer) is torch.nn.Linear
 
 
-def test_parametrized_modules_are_left() -> None:
-    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))
-    conversion = nn.convert(torch.nn.Sequential(layer, torch.nn.ReLU()))
-    assert conversion.left["0"] == "ParametrizedLinear is a subclass of torch.nn.Linear"
-    assert conversion.replaced == ("1",)
-
-
 @pytest.mark.quick
 def test_every_reimplemented_module_has_a_twin() -> None:
     names = {ours.__name__ for _, ours in twins()}

@@ -88,7 +88,26 @@ def window_in_the_padding(library: Any) -> Tensor:
 
 
 def batch_norm_without_channels(library: Any) -> Tensor:
-    return library.batch_norm(torch.empty(0), torch.ones(3), torch.ones(3)).sum()  # type: ignore[no-any-return]
+    averages = torch.ones(3), torch.ones(3)
+    return sum(library.batch_norm(torch.empty(shape), *averages).sum() for shape in ((0,), (2, 0), (2, 0, 4, 4)))  # type: ignore[no-any-return]
+
+
+def gradient_of_an_empty_grid(library: Any) -> Tensor:
+    x = leaf(1, 2, 3)
+    return grad_of(library.adaptive_avg_pool2d(x, (0, 2)), x) + grad_of(library.adaptive_max_pool2d(x, (0, 2)), x)
+
+
+def layer(library: Any) -> torch.nn.Module:
+    return (nn if library is F else torch.nn).Linear(2, 3)  # type: ignore[no-any-return]
+
+
+def scripted(library: Any) -> Tensor:
+    return torch.jit.script(layer(library))(torch.ones(2)).detach().sum() * 0  # type: ignore[no-any-return]
+
+
+def taken_apart(library: Any) -> Tensor:
+    graph = torch.fx.symbolic_trace(torch.nn.Sequential(layer(library)))
+    return graph(torch.ones(2)).detach().sum() * 0  # type: ignore[no-any-return]
 
 
 def rows(library: Any, table: Tensor, **options: Any) -> Tensor:
@@ -128,7 +147,10 @@ EXCEPTIONS = (
     Exceptional("leaky_relu", "the gradient in place at a negative slope", leaky_in_place, RuntimeError, RuntimeError),
     Exceptional("dropout", "under `vmap` without `randomness=`", dropout_under_vmap, RuntimeError, RuntimeError),
     Exceptional("max_pool2d", "a window in the padding alone", window_in_the_padding, RuntimeError, -1.0),
-    Exceptional("batch_norm", "an empty vector, averages of 3", batch_norm_without_channels, RuntimeError, 0.0),
+    Exceptional(
+        "batch_norm", "an input without channels, averages of 3", batch_norm_without_channels, RuntimeError, 0.0
+    ),
+    Exceptional("adaptive_avg_pool2d", "the gradient of an empty result", gradient_of_an_empty_grid, 0.0, RuntimeError),
     Exceptional("embedding", "`sparse=True` with a gradient, compiled", compiled_sparse_embedding, Exception, 6.0),
     Exceptional(
         "embedding",
@@ -145,6 +167,8 @@ EXCEPTIONS = (
         8.0,
     ),
     Exceptional("embedding", "the tangent of the padding row", tangent_of_the_padding_row, 0.0, 1.0),
+    Exceptional("Linear", "`torch.jit.script`", scripted, ValueError, 0.0),
+    Exceptional("Linear", "`torch.fx.symbolic_trace`", taken_apart, torch.fx.proxy.TraceError, 0.0),
 )
 
 

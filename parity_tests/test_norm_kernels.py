@@ -19,6 +19,7 @@ from reimpl.testing import SEEDS, Verdict, combine, judge, random_tensor, seeded
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 
+from reimpl.functional._dispatch import CHANNELS_LAST
 from reimpl.functional._norm import numba as _norm_numba
 from reimpl.functional.kernels import kernels_for
 
@@ -31,6 +32,7 @@ BATCHES: dict[str, tuple[tuple[int, ...], bool]] = {
     "volume": ((2, 3, 2, 9, 8), False),
     "channels_last": ((5, 7, 6, 5), True),
     "channels_last, many channels": ((3, 700, 2, 3), True),
+    "volume by pixel": ((2, 5, 2, 4, 3), True),
     "features": ((75, 19), False),
 }
 
@@ -62,7 +64,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def batch(case: str, dtype: torch.dtype, seed: int) -> Tensor:
     shape, by_pixel = BATCHES[case]
     x = 2 * random_tensor(shape, dtype, seeded_generator(seed, case)) + 1
-    return (x.to(memory_format=torch.channels_last) if by_pixel else x).requires_grad_()
+    return (x.to(memory_format=CHANNELS_LAST[x.dim()]) if by_pixel else x).requires_grad_()
 
 
 def arguments(case: str, dtype: torch.dtype, seed: int, training: bool) -> tuple[Tensor | None, ...]:

@@ -146,7 +146,7 @@ def _pools(dtype: torch.dtype) -> None:
         plane, output = (32, 32), windows.output
         lines = _triton_pooling.bounds(windows, plane)
         y, places = _triton_pooling.largest(x, lines, output, (1, 1))
-        _triton_pooling.scatter(y, places, plane, lines)
+        _triton_pooling.scatter(y, places, plane, lines, layout)
         _triton_pooling.spread(_triton_pooling.means(x, lines, output), lines, plane, layout)
         for sizes in ((1, 1), (6, 6)):
             lines = _triton_pooling.adaptive(sizes, plane)
@@ -177,7 +177,8 @@ def _ones(dtype: torch.dtype) -> None:
     _triton_losses.softmax_gradient(x, _triton_losses.softmax(x, 1, True), 1, True)
     windows = plan_windows("max_pool2d", x, 1, 1, 0, 1, False)
     for lines in (_triton_pooling.bounds(windows, (1, 1), True, 1), _triton_pooling.adaptive((1, 1), (1, 1))):
-        _triton_pooling.scatter(*_triton_pooling.largest(x, lines, (1, 1), (1, 1)), (1, 1), lines)
+        planes = (1, 1), lines, torch.contiguous_format
+        _triton_pooling.scatter(*_triton_pooling.largest(x, lines, (1, 1), (1, 1)), *planes)
         y = _triton_pooling.means(x, lines, (1, 1))
         _triton_pooling.spread(y, lines, (1, 1), torch.contiguous_format)
     _triton_pointwise.backward("leaky_relu", x, _triton_pointwise.forward("leaky_relu", x, 1), 1)

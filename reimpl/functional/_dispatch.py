@@ -28,6 +28,8 @@ _SCALAR_TYPE_NAMES = {
 }
 
 
+# The layouts in which the channels of a place lie side by side, by the number of dimensions.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
 # asked once, since Dynamo before torch 2.13 cannot trace the question
 _AUTOCAST_DEVICES = frozenset(filter(torch.amp.is_autocast_available, _DEVICE_TYPES))
@@ -127,14 +129,24 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def memory_format_of(*tensors: Tensor) -> torch.memory_format:
-    """``channels_last`` where one of the 4-d ``tensors`` is laid out so, else ``contiguous_format``.
+    """``channels_last`` (of 5-d tensors ``channels_last_3d``) where one of the ``tensors`` is laid out so, else
+    ``contiguous_format``.
 
     Read from the strides, as PyTorch's own suggestion is. Inside ``vmap`` the layout of the tensor that the map
     hides is unknown, and the answer is ``contiguous_format``.
     """
     if not torch.compiler.is_compiling() and any(map(is_batched, tensors)):
         return torch.contiguous_format
-    return torch.channels_last if any(map(_strides_like_channels_last, tensors)) else torch.contiguous_format
+    for tensor in tensors:
+        if _strides_like_channels_last(tensor):
+            return CHANNELS_LAST[tensor.dim()]
+    return torch.contiguous_format
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the numbers lie densely in the layout of channels side by side (which may be the contiguous one too)."""
+    layout = CHANNELS_LAST.get(tensor.dim())
+    return layout is not None and tensor.is_contiguous(memory_format=layout)
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -149,10 +161,10 @@ def is_batched(tensor: Tensor) -> bool:
 
 def _strides_like_channels_last(tensor: Tensor) -> bool:
     """Strides that grow in the order channels, columns, rows, samples, and are not a contiguous tensor's."""
-    if tensor.dim() != 4 or tensor.stride(1) == 0:
+    if tensor.dim() not in CHANNELS_LAST or tensor.stride(1) == 0:
         return False
     least = 0
-    for d in (1, 3, 2, 0):
+    for d in (1, 3, 2, 0) if tensor.dim() == 4 else (1, 4, 3, 2, 0):
         size, stride = tensor.shape[d], tensor.stride(d)
         if size == 0 or stride < least:
             return False

@@ -237,7 +237,7 @@ class _AvgPool(torch.autograd.Function):
             before, size = windows.padding[i], ctx.plane[i]
             after = size - (spread.shape[dim] - before)
             spread = pad_constant(spread, (0, 0) * (grad.dim() - 1 - dim) + (-before, after))
-        return spread.to(grad.dtype), None, None, None
+        return spread.to(grad.dtype).contiguous(memory_format=ctx.layout), None, None, None
 
 
 def _adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
@@ -306,4 +306,4 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
         g = grad.to(opmath_dtype(grad.dtype))
         g = g / _areas(ctx.plane, ctx.sizes, g)
         spread = _adaptive_sums(_adaptive_sums(g, g.dim() - 2, ctx.plane[0]), g.dim() - 1, ctx.plane[1])
-        return spread.to(grad.dtype), None
+        return spread.to(grad.dtype).contiguous(memory_format=ctx.layout), None

@@ -66,10 +66,11 @@ def cross_entropy(
     """
     reduction = resolve(reduction, size_average, reduce)
     input, weight = autocast_to_float32(input, weight)
+    smoothing = max(label_smoothing, 0.0)  # a negative number smooths nothing, as in PyTorch
     if input.shape == target.shape:
         (target,) = autocast_to_float32(target)
-        return _with_probabilities(input, target, weight, ignore_index, reduction, label_smoothing)
-    return _with_indices(input, target, weight, ignore_index, reduction, label_smoothing)
+        return _with_probabilities(input, target, weight, ignore_index, reduction, smoothing)
+    return _with_indices(input, target, weight, ignore_index, reduction, smoothing)
 
 
 def _with_indices(
@@ -121,13 +122,13 @@ def _fixed_and_alike(input: Tensor, *others: Tensor | None) -> bool:
 
 def _check_indices(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, values: bool
-) -> bool:
+) -> None:
     if smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     _check_floating(input)
     if input.dim() == 0:
         raise ValueError("Expected input to have at least 1 dimension, but got 0")
-    return check_class_indices(input, target, weight, ignore_index, values)
+    check_class_indices(input, target, weight, ignore_index, values)
 
 
 def _check_floating(input: Tensor) -> None:

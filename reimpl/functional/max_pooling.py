@@ -58,7 +58,8 @@ def max_pool2d(
     Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.max_pool2d`.
     """
     windows = plan_windows("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
-    _refuse_windows_of_padding(input, windows)
+    if input.numel():
+        _refuse_windows_of_padding(input, windows)
     if input.dtype == torch.bool or input.is_complex():
         raise NotImplementedError(f"\"max_pool2d\" not implemented for '{scalar_type_name(input.dtype)}'")
     return _pool(input, windows, return_indices)
@@ -304,7 +305,8 @@ class _MaxPool(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
-        ctx.plane, ctx.windows = inputs[0].shape[-2:], inputs[1]
+        input, ctx.windows = inputs
+        ctx.plane, ctx.layout = input.shape[-2:], memory_format_of(input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
@@ -313,10 +315,10 @@ class _MaxPool(torch.autograd.Function):
         kernels = final_kernels_for("_pooling.numba", grad)
         if kernels and places.numel() and kernels.worth_it(places):
             lines = _lines(kernels, ctx.windows, (height, width))
-            return kernels.scatter(grad, places, (height, width), lines), None
+            return kernels.scatter(grad, places, (height, width), lines, ctx.layout), None
         if _pooling_plain.runs_plainly(grad):
-            return _pooling_plain.scatter(grad, places, (height, width)), None
+            return _pooling_plain.scatter(grad, places, (height, width), ctx.layout), None
         outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
         flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
         spread = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)
-        return spread.reshape(*outer, height, width).to(grad.dtype), None
+        return spread.reshape(*outer, height, width).to(grad.dtype).contiguous(memory_format=ctx.layout), None

@@ -36,7 +36,8 @@ def rnn_tanh_cell(
 
     Source: F14; N2 eq. 8.11. PyTorch: :func:`torch.rnn_tanh_cell`.
     """
-    return tanh(_preactivation(input, hx, w_ih, w_hh, b_ih, b_hh, 1))
+    _check(input, w_ih, w_hh, hx)
+    return tanh(linear(input, w_ih, b_ih) + linear(hx, w_hh, b_hh))
 
 
 def rnn_relu_cell(
@@ -51,7 +52,8 @@ def rnn_relu_cell(
 
     Source: F14; N2. PyTorch: :func:`torch.rnn_relu_cell`.
     """
-    return relu(_preactivation(input, hx, w_ih, w_hh, b_ih, b_hh, 1))
+    _check(input, w_ih, w_hh, hx)
+    return relu(linear(input, w_ih, b_ih) + linear(hx, w_hh, b_hh))
 
 
 def lstm_cell(
@@ -84,9 +86,8 @@ def lstm_cell(
     if len(hx) != 2:
         raise RuntimeError("lstm_cell expects two hidden states")
     hidden, cell = hx
-    gates = _preactivation(input, hidden, w_ih, w_hh, b_ih, b_hh, 4)
-    if cell.shape != hidden.shape:
-        raise RuntimeError(f"hx[1] must have the shape of hx[0], {list(hidden.shape)}, got {list(cell.shape)}")
+    _check(input, w_ih, w_hh, hidden, cell)
+    gates = linear(input, w_ih, b_ih) + linear(hidden, w_hh, b_hh)
     if cell.device.type == "cuda":
         (cell,) = autocast_to_lower(cell)  # PyTorch's fused kernel takes all in one dtype, its CPU cell promotes
     if gates.dtype is cell.dtype and runs_plainly(gates, cell):
@@ -96,17 +97,19 @@ def lstm_cell(
     return new_hidden, new_cell
 
 
-def _preactivation(
-    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, chunks: int
-) -> Tensor:
+def _check(input: Tensor, w_ih: Tensor, w_hh: Tensor, *states: Tensor) -> None:
+    """Raise PyTorch's ``RuntimeError`` where the sizes of input and state do not fit."""
+    if input.dim() != 2:
+        raise RuntimeError(f"Expected 2D input (batch x feature), but got {input.dim()}D input")
     if input.size(1) != w_ih.size(1):
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}")
-    hidden = w_hh.size(1)
-    if input.size(0) != hx.size(0):
-        raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden0 batch size {hx.size(0)}")
-    if hx.size(1) != hidden:
-        raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {hx.size(1)}, expected {hidden}")
-    return linear(input, w_ih, b_ih) + linear(hx, w_hh, b_hh)
+    for i, state in enumerate(states):
+        if state.dim() != 2:
+            raise RuntimeError(f"Expected 2D hidden{i} (batch x hidden_size), but got {state.dim()}D tensor")
+        if input.size(0) != state.size(0):
+            raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{i} batch size {state.size(0)}")
+        if state.size(1) != w_hh.size(1):
+            raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}")
 
 
 def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

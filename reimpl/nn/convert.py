@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.nn.utils.parametrize import is_parametrized
 
 # They hold, pass on or reshape, and compute nothing that could be reimplemented.
 _PASSIVE = (
+    "DataParallel",
+    "DistributedDataParallel",
     "Flatten",
     "Identity",
     "Module",
@@ -19,6 +22,7 @@ _PASSIVE = (
     "ModuleList",
     "ParameterDict",
     "ParameterList",
+    "ParametrizationList",
     "Sequential",
     "Unflatten",
 )
@@ -47,15 +51,17 @@ def convert(model: Module) -> Conversion:
     """Make every module of ``model`` whose class is one of :mod:`torch.nn`'s with a twin here that twin.
 
     The twin takes over the module's identity, and with it everything that it has or that refers to it: parameters and
-    buffers, hooks, mode, device and layout, names, places where it is shared, an optimizer's references. Only exact
-    classes are replaced: a subclass may do anything. What a ``forward`` calls in :mod:`torch.nn.functional` stays.
+    buffers, hooks and parametrizations, mode, device and layout, names, places where it is shared, an optimizer's
+    references. Only exact classes are replaced: a subclass may do anything. What a ``forward`` calls in
+    :mod:`torch.nn.functional` stays.
 
     Args:
         model: any module; changed in place.
 
     Returns:
         the model, what was replaced and what was left: modules of :mod:`torch.nn` that have no twin (attention, layer
-        normalisation and others that the notes do not have), subclasses, and modules with a ``forward`` of their own.
+        normalisation and others that the notes do not have), subclasses, modules with a ``forward`` of their own, and
+        what :mod:`torch.jit` has compiled.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -97,20 +103,36 @@ def _turn(model: Module, twin_of: dict[type[Module], type[Module]], source: str)
         reason = _reason_to_leave(module, twin_of, source)
         if reason is not None:
             left[name] = reason
-        elif type(module) in twin_of:
-            module.__class__ = twin_of[type(module)]
+        elif (cls := _own_class(module)) in twin_of:
+            module.__class__ = _parametrized(module, twin_of[cls]) if is_parametrized(module) else twin_of[cls]
             replaced.append(name)
     return Conversion(model, tuple(replaced), left)
 
 
+def _own_class(module: Module) -> type[Module]:
+    """The module's class, or what it was before it was parametrized."""
+    cls = type(module)
+    return cls.__bases__[0] if is_parametrized(module) else cls
+
+
+def _parametrized(module: Module, twin: type[Module]) -> type[Module]:
+    """A class like the one that :mod:`torch.nn.utils.parametrize` made for this module alone, from the twin."""
+    own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{twin.__name__}", (twin,), own | {"__module__": twin.__module__})
+
+
 def _reason_to_leave(module: Module, twin_of: dict[type[Module], type[Module]], source: str) -> str | None:
     """Why a module that one might expect to be replaced is not; ``None`` where there is nothing to explain."""
-    cls = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        name = module.original_name
+        return None if name in _PASSIVE else f"torch.jit has compiled this {name}"
+    cls = _own_class(module)
     if cls in twin_of:
         return "has a forward of its own" if "forward" in vars(module) else None
     for base in cls.__mro__[1:]:
         if base in twin_of:
-            return f"{cls.__qualname__} is a subclass of {source}.{base.__name__}"
+            name = cls.__qualname__ if cls.__name__ != base.__name__ else f"{cls.__module__}.{cls.__qualname__}"
+            return f"{name} is a subclass of {source}.{base.__name__}"
     if cls.__module__.startswith(f"{source}.") and cls.__name__ not in _PASSIVE:
         return f"{source}'s {cls.__name__} has no twin"
     return None

@@ -11,14 +11,11 @@ from reimpl.functional._dispatch import is_batched, scalar_type_name
 
 def check_class_indices(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, values: bool = True
-) -> bool:
+) -> None:
     """Raise as PyTorch does where ``target`` does not name a class of ``input`` for every sample; with ``values`` false
     whoever reads the targets checks their range.
 
     PyTorch has a kernel for planes (three dimensions or more), with words of its own and for int64 alone.
-
-    Returns:
-        whether it is known that every sample counts.
     """
     planes = input.dim() > 2
     check_target_shape(input, target)
@@ -39,7 +36,8 @@ def check_class_indices(
             expected, found = (scalar_type_name(t.dtype) for t in (input, weight))
             raise RuntimeError(f"expected scalar type {expected} but found {found}")
         check_constant(weight, "weight", "nll_loss2d_forward" if planes else "nll_loss_forward")
-    return values and check_range(target, classes, ignore_index)
+    if values:
+        check_range(target, classes, ignore_index)
 
 
 def class_dim(input: Tensor) -> int:
@@ -75,11 +73,11 @@ def check_target_shape(input: Tensor, target: Tensor) -> None:
         if target.dim() == 1 and target.numel() != 1:
             raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}")
         return
-    if input.dim() == 2 and target.dim() > 1:
-        raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
     if target.dim() == 0 or input.shape[0] != target.shape[0]:
         size = target.shape[0] if target.dim() else 0
         raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({size}).")
+    if input.dim() == 2 and target.dim() > 1:
+        raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
     expected = [input.shape[0], *input.shape[2:]]
     if list(target.shape) == expected:
         return
@@ -111,23 +109,15 @@ def holds_values(tensor: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_batched(tensor))
 
 
-def check_range(target: Tensor, classes: int, ignore_index: int) -> bool:
-    """Name the first target that is no class; where the values cannot be read, the gather itself guards.
-
-    Returns:
-        whether it is known that no target is ``ignore_index``.
-    """
-    if not values_are_readable(target):
-        return False
-    if not target.numel():
-        return True
+def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Name the first target that is no class; where the values cannot be read, the gather itself guards."""
+    if not values_are_readable(target) or not target.numel():
+        return
     low, high = map(int, target.aminmax())
-    if low >= 0 and high < classes:
-        return not low <= ignore_index <= high
-    outside = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if outside.any():
-        raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
-    return False
+    if low < 0 or high >= classes:
+        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if outside.any():
+            raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
 
 
 def check_unit_interval(tensor: Tensor, argument: str, slack: float = 0.0) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._dispatch import memory_format_of, opmath_dtype
 from reimpl.functional._norm import plain as _norm_plain
 from reimpl.functional._norm.chain import Chain, like, other_dims, per_channel
 from reimpl.functional._plain import ordinary
@@ -213,7 +213,7 @@ def _infer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = grad_weight = grad_bias = None
     if wanted:
         scale = s if weight is None else s * weight.to(x.dtype)
-        grad_input = (g * per_channel(scale, g)).to(input.dtype)
+        grad_input = (g * per_channel(scale, g)).to(input.dtype).contiguous(memory_format=memory_format_of(input))
     if weight_wanted:
         grad_weight = like(s * (g * (x - per_channel(mean, x))).sum(other_dims(x)), weight)
     if bias_wanted:

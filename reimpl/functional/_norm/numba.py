@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._dispatch import CHANNELS_LAST, is_channels_last, opmath_dtype
 from reimpl.functional._numba_source import load, run
 
 # Below so many numbers PyTorch's own operators are as good.
@@ -40,11 +40,7 @@ def worth_it(input: Tensor) -> bool:
     """Whether there is enough of the input, in a layout that the kernels walk through."""
     if input.dim() < 2 or input.numel() < max(1, _LEAST_NUMBERS):
         return False
-    return input.is_contiguous() or _by_pixel(input)
-
-
-def _by_pixel(input: Tensor) -> bool:
-    return input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    return input.is_contiguous() or is_channels_last(input)
 
 
 @dataclass(frozen=True)
@@ -202,7 +198,7 @@ def _gradient(
     weight, mean, var, grad_mean, grad_var = statistics
     plan, result = _planned(input, eps), torch.empty_like(input) if wanted else None
     k, partials = plan.kernels, _partials(plan, mean)
-    layout = torch.contiguous_format if input.is_contiguous() else torch.channels_last
+    layout = torch.contiguous_format if input.is_contiguous() else CHANNELS_LAST[input.dim()]
     tensors = {
         k.SOURCE: input,
         k.ERRORS: grad.contiguous(memory_format=layout),

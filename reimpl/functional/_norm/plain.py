@@ -53,7 +53,7 @@ class Layout:
         """A tensor of the batch's shape as rows; a view where its layout is the batch's."""
         if self.in_planes:
             return tensor.reshape(*self.shape[:2], -1)
-        pixels = tensor.permute(0, 2, 3, 1) if self.by_pixel else tensor
+        pixels = tensor.movedim(1, -1) if self.by_pixel else tensor
         return pixels.reshape(-1, self.fold * self.channels * self.size)
 
     def blocks(self, *flats: Tensor) -> list[tuple[Tensor, ...]]:

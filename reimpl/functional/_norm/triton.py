@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reimpl.functional._dispatch import is_channels_last
 from reimpl.functional._norm import triton_kernels as kernels
 from reimpl.functional._triton_common import blocks, laid_out_as, launch, power_of_two, programs_wanted
 
@@ -27,12 +28,7 @@ def worth_it(input: Tensor) -> bool:
     if input.dim() < 2 or not input.numel():
         return False
     sizes = prod(input.shape[1:]), input.numel() // input.shape[1]
-    return max(sizes) < _MOST and (input.is_contiguous() or _channels_last(input))
-
-
-def _channels_last(input: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()])
+    return max(sizes) < _MOST and (input.is_contiguous() or is_channels_last(input))
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,11 @@ def largest(input: Tensor, lines: Bounds, output: tuple[int, int], step: tuple[i
     return values, places
 
 
-def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], lines: Bounds) -> Tensor:
-    """The gradient of what :func:`largest` was taken of; the places suffice here, ``lines`` are for the twin."""
-    layout = layout_of(places)
-    result, grad = _empty(grad, plane, layout), grad.contiguous(memory_format=layout)
+def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], lines: Bounds, layout: torch.memory_format) -> Tensor:
+    """The gradient, in that layout, of what :func:`largest` was taken of; the places suffice here, ``lines`` are for
+    the twin."""
+    result = _empty(grad, plane, layout)
+    grad, places = grad.contiguous(memory_format=layout), places.contiguous(memory_format=layout)
     tasks, *shares = _shares(places, layout)
     sizes = (shares[-1] * prod(plane), shares[-1] * prod(grad.shape[-2:]))
     run(_KERNELS.scatter, [*shares, *sizes, grad.data_ptr(), places.data_ptr(), result.data_ptr()], tasks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -23,52 +25,74 @@ def runs_plainly(input: Tensor) -> bool:
 
 def largest(input: Tensor, windows: Windows) -> Pair | None:
     """The largest number of each window and its place, ``None`` where NaN or a window of -inf alone want more care."""
-    (o_h, o_w), (s_h, s_w), (d_h, d_w) = windows.output, windows.stride, windows.dilation
     height, width = input.shape[-2:]
     if input.numel() == 0 or height * width >= _MOST_PLACES:
         return None
     overhang = windows.overhang((height, width))
     padded = pad_constant(input, overhang, value=-torch.inf) if any(overhang) else input
-    search, (k_h, k_w) = None, windows.kernel
-    for i in range(k_h):
-        rows = padded[..., i * d_h : i * d_h + (o_h - 1) * s_h + 1 : s_h, :]
-        for j in range(k_w):
-            tap = rows[..., j * d_w : j * d_w + (o_w - 1) * s_w + 1 : s_w]
-            if search is None:
-                search = _Search(tap)
-            else:
-                search.go_on(tap, i * d_h * width + j * d_w)
-    assert search is not None
-    if not search.is_sure(any(overhang)):
-        return None
+    numbers, top, left = _places(windows, width, input.dtype)
+    first, *others = _taps(padded, windows)
+    search = _Search(first)
+    for tap, number in zip(others, numbers[1:], strict=True):
+        search.go_on(tap, number)
+    best, found = search.result()
+    return (best, found.long().add_(top + left)) if _is_sure(best, any(overhang)) else None
+
+
+def _taps(padded: Tensor, windows: Windows) -> Iterator[Tensor]:
+    """The elements at each place of a window, those of all windows together."""
+    (s_h, s_w), (d_h, d_w), (*outer, row, column) = windows.stride, windows.dilation, padded.stride()
+    size, strides = (*padded.shape[:-2], *windows.output), (*outer, s_h * row, s_w * column)
+    for i in range(windows.kernel[0]):
+        for j in range(windows.kernel[1]):
+            yield padded.as_strided(size, strides, padded.storage_offset() + i * d_h * row + j * d_w * column)
+
+
+@lru_cache(64)
+def _places(windows: Windows, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The distance of each tap from the first, and the parts of rows and columns in the first one's place."""
+    (k_h, k_w), (d_h, d_w) = windows.kernel, windows.dilation
+    distances = [float(i * d_h * width + j * d_w) for i in range(k_h) for j in range(k_w)]
     top, left = (
-        torch.arange(n, device=input.device) * s - p
-        for n, s, p in zip((o_h, o_w), (s_h, s_w), windows.padding, strict=True)
+        torch.arange(n, device="cpu") * s - p
+        for n, s, p in zip(windows.output, windows.stride, windows.padding, strict=True)
     )
-    corners = top.unsqueeze(1) * width + left
-    return search.best, search.found.long().add_(corners)
+    return torch.tensor(distances, dtype=dtype, device="cpu").unbind(), top.unsqueeze(1) * width, left
 
 
 class _Search:
     """The largest of several tensors, one after the other, and the number given with each: the first of equal ones."""
 
     def __init__(self, first: Tensor) -> None:
-        self.best = first.clone()
-        self.found, self._wins = torch.zeros_like(self.best), torch.empty_like(self.best)
+        self._best = first
+        self._found: Tensor | None = None
+        self._wins: Tensor | None = None
 
-    def go_on(self, values: Tensor, number: float) -> Tensor:
+    def go_on(self, values: Tensor, number: Tensor) -> Tensor:
         """Look at further values; 1 where they are better than those before, else 0."""
         # as numbers of the values' dtype: a comparison into bytes takes three times as long
-        wins = torch.gt(values, self.best, out=self._wins)
-        torch.maximum(self.best, values, out=self.best)
-        self.found.lerp_(self.best.new_tensor(number), wins)  # exact at 0 and at 1
+        if self._found is None:
+            best = torch.maximum(self._best, values)
+            wins = self._wins = torch.gt(values, self._best, out=torch.empty_like(best))
+            self._best, self._found = best, wins * number
+            return wins
+        wins = torch.gt(values, self._best, out=self._wins)
+        torch.maximum(self._best, values, out=self._best)
+        self._found.lerp_(number, wins)  # exact at 0 and at 1
         return wins
 
-    def is_sure(self, padded: bool) -> bool:
-        """Whether comparisons told the first of the largest: not NaN's, nor in the padding."""
-        # not aminmax, which takes four times as long as both
-        highest = float(self.best.amax())
-        return highest == highest and not (padded and float(self.best.amin()) == -torch.inf)
+    def result(self) -> Pair:
+        """The largest values and their numbers, to be written over."""
+        if self._found is None:
+            self._best, self._found = self._best.clone(), torch.zeros_like(self._best)
+        return self._best, self._found
+
+
+def _is_sure(best: Tensor, padded: bool) -> bool:
+    """Whether comparisons told the first of the largest: not NaN's, nor in the padding."""
+    # not aminmax, which takes four times as long as both
+    highest = float(best.amax())
+    return highest == highest and not (padded and float(best.amin()) == -torch.inf)
 
 
 def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
@@ -88,19 +112,21 @@ def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
     left, columns = _members(output[1], width, input.device)
     search = _Search(x.index_select(2, columns[0]))
     for number, line in enumerate(columns[1:], 1):
-        search.go_on(x.index_select(2, line), number)
-    values, places = search.best, search.found.add_(left.unsqueeze(1))
+        search.go_on(x.index_select(2, line), x.new_tensor(number))
+    values, places = search.result()
+    places.add_(left.unsqueeze(1))
     top, rows = _members(output[0], height, input.device)
     search, found = _Search(values.index_select(1, rows[0])), places.index_select(1, rows[0])
     for number, line in enumerate(rows[1:], 1):
-        wins = search.go_on(values.index_select(1, line), number)
+        wins = search.go_on(values.index_select(1, line), x.new_tensor(number))
         found.lerp_(places.index_select(1, line), wins)
-    if not search.is_sure(False):
+    best, places = search.result()
+    if not _is_sure(best, False):
         return None
     # the sum of two whole numbers below the bound
-    places = search.found.add_(top.view(-1, 1, 1)).mul_(width).add_(found).long()
+    places = places.add_(top.view(-1, 1, 1)).mul_(width).add_(found).long()
     layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
-    best, places = (t.permute(0, 3, 1, 2).contiguous(memory_format=layout) for t in (search.best, places))
+    best, places = (t.permute(0, 3, 1, 2).contiguous(memory_format=layout) for t in (best, places))
     return best, places
 
 
@@ -124,10 +150,10 @@ def _largest_of_all(input: Tensor) -> Pair | None:
     return best, height * width - hits.amax((-2, -1), keepdim=True).long()
 
 
-def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int]) -> Tensor:
-    """The gradients, each added at its place of zeros in the layout of ``places``."""
+def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], layout: torch.memory_format) -> Tensor:
+    """The gradients, each added at its place of zeros in that layout."""
     size, count, outer = prod(plane), prod(grad.shape[-2:]), grad.shape[:-2]
-    if places.dim() == 4 and places.is_contiguous(memory_format=torch.channels_last):
+    if layout is torch.channels_last:
         where, what = (t.permute(0, 2, 3, 1).reshape(outer[0], count, outer[1]) for t in (places, grad))
         result = grad.new_zeros(outer[0], size, outer[1]).scatter_add_(1, where, what)
         return result.view(outer[0], *plane, outer[1]).permute(0, 3, 1, 2)

@@ -339,9 +339,9 @@ def largest(input: Tensor, lines: Lines, output: tuple[int, int], step: tuple[in
     return values, places
 
 
-def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], lines: Lines) -> Tensor:
-    """The gradient of what :func:`largest` was taken of."""
-    places, layout, inner = _layout(places)
+def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], lines: Lines, layout: torch.memory_format) -> Tensor:
+    """The gradient, in that layout, of what :func:`largest` was taken of."""
+    places, layout, inner = _layout(places, layout)
     grad, windows = grad.contiguous(memory_format=layout), lines.windows
     result, output = _empty(grad, plane, layout, grad.dtype), (grad.shape[-2], grad.shape[-1])
     over, stride, padding = _longest(output, plane), (1, 1), (0, 0)

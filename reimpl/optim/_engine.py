@@ -19,6 +19,8 @@ from ._torch import (
     check_fused_support,
     defaults_to_foreach,
     grad_mode_of_step,
+    has_accelerator,
+    hook_step,
     require_capturable_devices,
     step_dtype,
     step_value,
@@ -195,6 +197,8 @@ class RuleOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- the step
 
+    profile_hook_step = staticmethod(hook_step)
+
     @grad_mode_of_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -205,7 +209,7 @@ class RuleOptimizer(Optimizer):
         return self._step_all(closure)
 
     def _step_all(self, closure: Callable[[], Any] | None) -> Any:
-        if "capturable" in self.defaults:
+        if "capturable" in self.defaults and has_accelerator():
             self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:

@@ -223,8 +223,10 @@ class RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             self._compiled_group(group)
             return
-        _checks.written(self, group, index)
         fused = group.get("fused")
+        if fused and _fused.run_unchanged(self, index, group):
+            return  # options that are what they were have been looked at
+        _checks.written(self, group, index)
         if fused and _fused.run_plan(self, index, group):
             return
         params, grads, states = self._collect(group)

@@ -191,11 +191,17 @@ class Bundle:
             return structure, numbers
         if self.question is None:
             self.question = self._ask_at_once(optimizer, group)
+            self.numbers = self.options[2]
         return self.options[1:]
 
     def _ask_at_once(self, optimizer: Any, group: Group) -> Question | None:
         found = walker()
-        if found is None or self.all_states is None or not self.all_states.plain or group["params"] is not self.params.source:
+        if (
+            found is None
+            or self.all_states is None
+            or not self.all_states.plain
+            or group["params"] is not self.params.source
+        ):
             return None
         self.group_entries = SameEntries([group, optimizer.state], found)
         return found.question(**self.params.parts, **self.group_entries.parts)
@@ -213,7 +219,7 @@ class Bundle:
         ):
             return False
         for plan in self.plans:
-            plan.run(self.options[2], None)
+            plan.run(self.numbers, None)
         return True
 
     def run(self, optimizer: Any, group: Group) -> bool:

@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,9 @@ __all__ = [
     "to_scalar",
 ]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 check_fused_support = _device_dtype_check_for_fused
 step_dtype = _get_scalar_dtype
 step_value = _get_value
@@ -66,7 +69,7 @@ def _callbacks_question() -> Callable[[], bool]:
     return function
 
 
-def _is_observed(optimizer: Optimizer) -> bool:
+def _is_observed(optimizer: Any) -> bool:
     """Whether anything but the step itself is to happen when ``step`` is called."""
     return bool(
         torch.compiler.is_compiling()
@@ -79,13 +82,13 @@ def _is_observed(optimizer: Optimizer) -> bool:
     )
 
 
-def hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
     """``Optimizer.profile_hook_step``, which calls hooks and tells profilers, but at no cost where there are none."""
-    hooked = Optimizer.profile_hook_step(step)
+    hooked = Optimizer.profile_hook_step(func)
 
-    @functools.wraps(step)
-    def run(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        return (hooked if _is_observed(optimizer) else step)(optimizer, *args, **kwargs)
+    @functools.wraps(func)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return (hooked if _is_observed(args[0]) else func)(*args, **kwargs)
 
     return run
 

@@ -86,7 +86,7 @@ def same_items(api: Any, items: Any, objects: Any) -> Any:
 
 @njit
 def same_entries(api: Any, dictionaries: Any, starts: Any, entries: Any) -> Any:
-    """Whether dictionary ``i`` holds the keys and values ``entries[2 * starts[i] : 2 * starts[i + 1]]``, and no more."""
+    """Whether dictionary ``i`` holds the keys and values ``entries[2 * starts[i] : 2 * starts[i + 1]]``, no more."""
     room = api.ctypes.data
     for i in range(len(dictionaries)):
         arguments = (dictionaries[i], room + 8 * POSITION, room + 8 * KEY, room + 8 * VALUE)

@@ -111,6 +111,13 @@ def test_equal_steps_ask_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_fused.Bundle, "run", refuse)
     optimizer.step()
+    optimizer.param_groups[0]["note"] = "the user's own"
+    with pytest.raises(AssertionError, match="more than it has to"):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step()
+    monkeypatch.setattr(_fused.Bundle, "run", refuse)
+    optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.5
     with pytest.raises(AssertionError, match="more than it has to"):
         optimizer.step()

@@ -173,7 +173,7 @@ class Bundle:
         few = len(optimizer.state) <= 4 * len(group["params"])
         self.all_states = SameEntries([optimizer.state], walker()) if few else None
         self.question: Question | None = None
-        """Whether the group, its list of parameters and the optimizer's state are as in the last two steps."""
+        """Whether the group, its list of parameters and the optimizer's state are as noted when nothing changed."""
 
     def _same_states(self, state: Mapping[Tensor, State]) -> bool:
         if self.all_states is not None:
@@ -189,32 +189,31 @@ class Bundle:
             fixed = all(value is None or isinstance(value, _FIXED) for value in now)
             self.options, self.question = (now, structure, numbers) if fixed else None, None
             return structure, numbers
-        if self.question is None:
-            self.question = self._ask_at_once(optimizer, group)
-            self.numbers = self.options[2]
+        if not self._is_as_noted(optimizer, group):
+            self._note(optimizer, group)
         return self.options[1:]
 
-    def _ask_at_once(self, optimizer: Any, group: Group) -> Question | None:
-        found = walker()
-        if (
-            found is None
-            or self.all_states is None
-            or not self.all_states.plain
-            or group["params"] is not self.params.source
-        ):
-            return None
-        self.group_entries = SameEntries([group, optimizer.state], found)
-        return found.question(**self.params.parts, **self.group_entries.parts)
+    def _note(self, optimizer: Any, group: Group) -> None:
+        """Prepare to ask in one call, from the next step on, whether group and state are as they are now."""
+        found, self.question = walker(), None
+        if found is None or self.options is None or self.all_states is None or not self.all_states.plain:
+            return
+        if group["params"] is self.params.source:
+            self.noted, self.numbers = SameEntries([group, optimizer.state], found), self.options[2]
+            self.question = found.question(**self.params.parts, **self.noted.parts)
+
+    def _is_as_noted(self, optimizer: Any, group: Group) -> bool:
+        if self.question is None:
+            return False
+        noted_group, noted_state = self.noted.dictionaries
+        return noted_group is group and noted_state is optimizer.state and self.question.holds()
 
     def run_unchanged(self, optimizer: Any, group: Group) -> bool:
         """The step, or ``False`` with nothing done where a quick look does not find everything as it was."""
         if (
-            self.question is None
-            or self.group_entries.dictionaries[0] is not group
-            or self.group_entries.dictionaries[1] is not optimizer.state
+            not self._is_as_noted(optimizer, group)
             or any(p.grad is not None for p in self.outside)
             or _is_scaled(optimizer)
-            or not self.question.holds()
             or not all(plan.watch.unchanged() for plan in self.plans)
         ):
             return False

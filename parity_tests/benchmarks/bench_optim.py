@@ -50,6 +50,9 @@ _MOVES_LITTLE, _MEMORY_SLACK = ("ASGD",), 1.15
 #: Of an in-place add's speed, how much a step over large tensors has to reach.
 _MEMORY_SHARE = 0.87
 _DEFAULT_LIMIT = 1.05
+#: Rounds of a row, and the seconds after which none is begun: slow steps get fewer, and all rows take under 8 minutes.
+_ROUNDS, _SECONDS = 60, 2.5
+_LARGE_ROUNDS, _LARGE_SECONDS = 12, 4.5
 #: Seconds that the first step may take, compilation included; it does not grow with the tensors.
 _FIRST_USE = 10.0
 
@@ -85,7 +88,7 @@ def _outcome(times: StepTimes, device: torch.device, limit: float) -> Outcome:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_ratio(device: torch.device, workload: str, optimizer: str, report_outcome: Callable[[Outcome], None]) -> None:
-    times = time_steps(optimizer, workload, device, rounds=60, ours=("fused",), max_seconds=8)
+    times = time_steps(optimizer, workload, device, rounds=_ROUNDS, ours=("fused",), max_seconds=_SECONDS)
     outcome = _outcome(times, device, limit_of(workload, optimizer))
     report_outcome(outcome)
     _assert_fast(outcome)
@@ -96,7 +99,7 @@ def test_ratio(device: torch.device, workload: str, optimizer: str, report_outco
 def test_large_ratio(
     device: torch.device, workload: str, optimizer: str, report_outcome: Callable[[Outcome], None]
 ) -> None:
-    times = time_steps(optimizer, workload, device, rounds=12, ours=("fused",), max_seconds=10)
+    times = time_steps(optimizer, workload, device, rounds=_LARGE_ROUNDS, ours=("fused",), max_seconds=_LARGE_SECONDS)
     share = times.share_of_memory_speed
     assert share is not None
     outcome = _outcome(times, device, limit_of(workload, optimizer))
@@ -124,7 +127,7 @@ def test_default_ratio(
         name: getattr(namespace, optimizer)(make_parameters(shapes, device), **options).step
         for name, namespace in (("ours default", reimpl.optim), ("torch default", torch.optim))
     }
-    timings = interleave(steps, rounds=60, max_seconds=8, device=device)
+    timings = interleave(steps, rounds=_ROUNDS, max_seconds=_SECONDS, device=device)
     ratio = timings.ratio(*steps)
     limit = _DEFAULT_LIMIT if device.type == "cpu" else None
     times = StepTimes(optimizer, workload, device.type, timings)
@@ -142,15 +145,17 @@ def test_third_party_ratio(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load = WORKLOADS[workload]
-    if len(load.shapes) >= 1000 and find_spec("heavyball") is not None:
-        # it compiles for minutes over so many tensors
+    if find_spec("heavyball") is not None:
+        # it compiles for minutes over many tensors
         monkeypatch.setattr("heavyball.utils.compile_mode", None)
     others = third_parties(optimizer, load, device)
     if not others:
         pytest.skip(f"no other library here has its own {optimizer}")
     ours = contenders(optimizer, load, device, ours=("fused",), torchs=())
     steps = {name: each.step for name, each in (ours | others).items()}
-    timings = interleave(steps, rounds=30, setup=gradients_kept(ours | others), max_seconds=8, device=device)
+    timings = interleave(
+        steps, rounds=_ROUNDS // 2, setup=gradients_kept(ours | others), max_seconds=_SECONDS, device=device
+    )
     fastest = timings.fastest(list(others))
     ratio = timings.ratio("ours fused", fastest)
     times = StepTimes(optimizer, workload, device.type, timings)
@@ -169,7 +174,7 @@ def test_step(benchmark: Any, owner: str, execution: str, workload: str, optimiz
         pytest.skip(f"torch.optim.{optimizer} has no {execution} execution")
     benchmark.group = f"{optimizer}, {workload}"
     benchmark.name = f"{owner} {execution}"
-    benchmark.pedantic(stepper.step, rounds=10, warmup_rounds=2)
+    benchmark.pedantic(stepper.step, rounds=5, warmup_rounds=1)
 
 
 _FIRST_STEP = """
@@ -184,8 +189,10 @@ print(time.perf_counter() - start)
 """
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("workload", ["one tensor", *WORKLOADS])
+# every rule is compiled once; that the tensors' number makes no difference, one rule shows
+@pytest.mark.parametrize(
+    ("optimizer", "workload"), [*((name, "one tensor") for name in OPTIMIZERS), *(("Adam", load) for load in WORKLOADS)]
+)
 def test_first_use(optimizer: str, workload: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
     environment = {**os.environ, "REIMPL_CACHE_DIR": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path)}
     finished = subprocess.run(

@@ -49,11 +49,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not outcomes:
         return
     terminalreporter.section("one step, medians of interleaved rounds")
-    layout = "{:<11} {:<10} {:<5} {:>10} {:>10} {:>10} {:>10}   {:<18} {:>6} {:>6}  {:>9} {:>9} {:>7}"
+    layout = "{:<11} {:<10} {:<5} {:>10} {:>10} {:>10} {:>10}   {:<18} {:>6} {:>6}  {:>9} {:>9} {:>7} {:>6}"
     terminalreporter.write_line(
         layout.format(
             "workload", "optimizer", "on", "ours", "fused", "foreach", "for-loop", "held against", "ratio", "limit",
-            "memory", "PyTorch's", "speed",
+            "memory", "PyTorch's", "speed", "rounds",
         )
     )  # fmt: skip
     for outcome in outcomes:
@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         memory = (_mebibytes(outcome.memory.get(name)) for name in ("ours fused", outcome.baseline))
         line = layout.format(
             times.workload, times.optimizer, times.device, *columns, outcome.baseline, f"{outcome.ratio:.2f}", limit,
-            *memory, "–" if share is None else f"{share:.0%}",
+            *memory, "–" if share is None else f"{share:.0%}", len(times.timings.samples[ours]),
         )  # fmt: skip
         terminalreporter.write_line(line, red=not outcome.met, green=outcome.met and outcome.limit is not None)
     target = config.rootpath / RECORD
@@ -93,6 +93,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "workload": times.workload,
         "optimizer": times.optimizer,
         "device": times.device,
+        "rounds": len(times.timings.samples[times.timings.names[0]]),
         "seconds": {name: times.timings.quartiles(name) for name in times.timings.names},
         "baseline": outcome.baseline,
         "ratio": outcome.ratio,

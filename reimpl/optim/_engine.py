@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checkpoints, _checks, _fused
-from ._tensorlist import TensorList
+from ._tensorlist import TensorList, equal_rows
 from ._torch import (
     Optimizer,
     ParamsT,
@@ -19,6 +18,8 @@ from ._torch import (
     check_fused_support,
     defaults_to_foreach,
     grad_mode_of_step,
+    has_accelerator,
+    hook_step,
     is_being_compiled,
     require_capturable_devices,
     step_dtype,
@@ -205,6 +206,8 @@ class RuleOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- the step
 
+    profile_hook_step = staticmethod(hook_step)
+
     @grad_mode_of_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -218,7 +221,7 @@ class RuleOptimizer(Optimizer):
         return self._step_all(closure)
 
     def _step_all(self, closure: Callable[[], Any] | None) -> Any:
-        if "capturable" in self.defaults:
+        if "capturable" in self.defaults and has_accelerator():
             self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
@@ -232,8 +235,10 @@ class RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             self._compiled_group(group)
             return
-        _checks.written(self, group, index)
         fused = group.get("fused")
+        if fused and _fused.run_unchanged(self, index, group):
+            return  # options that are what they were have been looked at
+        _checks.written(self, group, index)
         if fused and _fused.run_plan(self, index, group):
             return
         params, grads, states = self._collect(group)
@@ -310,13 +315,13 @@ class RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             yield list(range(len(params)))
             return
-        with_steps = self._has_steps(states) and not h.on_device
-        parts: defaultdict[Any, list[int]] = defaultdict(list)
-        for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):
-            missing = tuple(key for key in self.lazy_state if s.get(key) is None)
-            numbers = tuple(s[key].item() for key in ("step", *self.scalar_state)) if with_steps else None
-            parts[p.device, p.dtype, g.dtype, g.layout, missing, numbers, *s].append(i)
-        yield from parts.values()
+        columns: list[list[Any]] = [[p.device for p in params], [p.dtype for p in params], list(map(tuple, states))]
+        columns += [g.dtype for g in grads], [g.layout for g in grads]
+        if self.lazy_state:
+            columns.append([tuple(key for key in self.lazy_state if s.get(key) is None) for s in states])
+        if self._has_steps(states) and not h.on_device:
+            columns += ([s[key].item() for s in states] for key in ("step", *self.scalar_state))
+        yield from equal_rows(columns)
 
     def _compiled_group(self, group: Group) -> None:
         """The step as ``torch.compile`` traces it: state in lists that stay the same objects."""

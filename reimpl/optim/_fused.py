@@ -20,8 +20,9 @@ from torch import Tensor
 from ._shards import is_cut_up, local, local_parts
 from ._torch import check_fused_support
 from ._trace import Program, split_options, trace
+from ._walk import Question
 from ._warnings import warn
-from ._watch import PLAIN, SameItems, SameValues, walker, watch
+from ._watch import PLAIN, SameEntries, SameItems, walker, watch
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -132,7 +133,7 @@ class Plan:
         self.addresses[0] = [local(p).data_ptr() for p in params]
         for row, key in enumerate(rows, start=2):
             self.addresses[row] = [local(s[key]).data_ptr() for s in states]
-        self.watch = watch(params, states)
+        self.watch = watch(params, states, self.addresses[1])
         self.launch = self.kernel.bind(self.addresses, [local(p).numel() for p in params], params[0].device)
         self.steps = [s["step"] for s in states] if "step" in rows and not self.kernel.counts_steps else []
 
@@ -146,7 +147,7 @@ class Plan:
         self.launch(numbers, found_inf)
         if steps and found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
-        self.watch.count_change(places)
+        self.watch.count_change()
 
 
 def _settle(p: Tensor, s: State, numbers: tuple[str, ...]) -> None:
@@ -170,7 +171,9 @@ class Bundle:
         self.outside = [p for p in group["params"] if id(p) not in members]
         # of many small groups, each looks up its own entries, which costs less than comparing them all
         few = len(optimizer.state) <= 4 * len(group["params"])
-        self.all_states = SameValues([optimizer.state], walker()) if few else None
+        self.all_states = SameEntries([optimizer.state], walker()) if few else None
+        self.question: Question | None = None
+        """Whether the group, its list of parameters and the optimizer's state are as noted when nothing changed."""
 
     def _same_states(self, state: Mapping[Tensor, State]) -> bool:
         if self.all_states is not None:
@@ -184,9 +187,39 @@ class Bundle:
             structure, numbers = split_options(_options(optimizer, group))
             # an object that can be changed from within, such as a list, is looked at each time
             fixed = all(value is None or isinstance(value, _FIXED) for value in now)
-            self.options = (now, structure, numbers) if fixed else None
+            self.options, self.question = (now, structure, numbers) if fixed else None, None
             return structure, numbers
+        if not self._is_as_noted(optimizer, group):
+            self._note(optimizer, group)
         return self.options[1:]
+
+    def _note(self, optimizer: Any, group: Group) -> None:
+        """Prepare to ask in one call, from the next step on, whether group and state are as they are now."""
+        found, self.question = walker(), None
+        if found is None or self.options is None or self.all_states is None or not self.all_states.plain:
+            return
+        if group["params"] is self.params.source:
+            self.noted, self.numbers = SameEntries([group, optimizer.state], found), self.options[2]
+            self.question = found.question(**self.params.parts, **self.noted.parts)
+
+    def _is_as_noted(self, optimizer: Any, group: Group) -> bool:
+        if self.question is None:
+            return False
+        noted_group, noted_state = self.noted.dictionaries
+        return noted_group is group and noted_state is optimizer.state and self.question.holds()
+
+    def run_unchanged(self, optimizer: Any, group: Group) -> bool:
+        """The step, or ``False`` with nothing done where a quick look does not find everything as it was."""
+        if (
+            not self._is_as_noted(optimizer, group)
+            or any(p.grad is not None for p in self.outside)
+            or _is_scaled(optimizer)
+            or not all(plan.watch.unchanged() for plan in self.plans)
+        ):
+            return False
+        for plan in self.plans:
+            plan.run(self.numbers, None)
+        return True
 
     def run(self, optimizer: Any, group: Group) -> bool:
         """The step, or ``False`` with nothing done where something changed."""
@@ -199,7 +232,7 @@ class Bundle:
         ):
             return False
         # copies of gradients in other strides live until the kernel has read them
-        copies = [plan.watch.gradients(plan.addresses[1]) for plan in self.plans]
+        copies = [plan.watch.gradients() for plan in self.plans]
         if any(copied is None for copied in copies) or not all(plan.watch.holds() for plan in self.plans):
             return False
         scaled = _is_scaled(optimizer)
@@ -207,7 +240,7 @@ class Bundle:
             skip, found_inf = _scale_gradients(optimizer, [p.grad for plan in self.plans for p in plan.params])
             if skip:
                 return True
-            copies = [plan.watch.gradients(plan.addresses[1]) for plan in self.plans]
+            copies = [plan.watch.gradients() for plan in self.plans]
         for plan in self.plans:
             plan.run(numbers, found_inf if scaled else None)
         return True
@@ -251,9 +284,20 @@ def streams(optimizer: Any) -> int:
     return len(program.read) + len(program.stores)
 
 
+def _bundle(optimizer: Any, index: int) -> Bundle | None:
+    bundles: dict[int, Bundle] = optimizer.__dict__.get("_fused_bundles", {})
+    return bundles.get(index)
+
+
+def run_unchanged(optimizer: Any, index: int, group: Group) -> bool:
+    """Step a group as in the last step; ``False``, with nothing done, where options, tensors or state are others."""
+    bundle = _bundle(optimizer, index)
+    return bundle is not None and bundle.run_unchanged(optimizer, group)
+
+
 def run_plan(optimizer: Any, index: int, group: Group) -> bool:
     """Step a group by the plan of the last step; ``False``, with nothing done, where there is none that holds."""
-    bundle = optimizer.__dict__.get("_fused_bundles", {}).get(index)
+    bundle = _bundle(optimizer, index)
     return bundle is not None and bundle.run(optimizer, group)
 
 
@@ -286,7 +330,7 @@ def step(
                 (optimizer._for_loop if overlapping else optimizer._foreach)(h, some[0], here, some[1])
         else:
             plan = Plan(type(optimizer), options, *some)
-            copies = plan.watch.gradients(plan.addresses[1])
+            copies = plan.watch.gradients()
             plan.run(numbers, found_inf)
             del copies
             if not plan.program.created:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numba
@@ -46,11 +45,15 @@ def single(x):
     return float(np.float32(x))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def prologue(addresses, o, table):
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
+def prologue(task):
+    words = carray(task, ({n_words},), np.int64)
+    n = words[1]
+    addresses = carray(pointer(words[0]), ({n_rows}, n), np.int64)
+    table = carray(pointer(words[4]), (n, {n_columns}), np.float64)
+    o = carray(pointer(words[7]), (words[8],), np.float64)
     last = -1.0
     row = -1
-    n = addresses.shape[1]
     for i in range(n):
         prefetch(addresses[{step}, min(i + 8, n - 1)])
         if addresses[1, i] == 0:
@@ -71,9 +74,12 @@ def prologue(addresses, o, table):
         row = i
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def update(addresses, table):
-    for i in range(addresses.shape[1]):
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
+def update(task):
+    words = carray(task, ({n_words},), np.int64)
+    addresses = carray(pointer(words[0]), ({n_rows}, words[1]), np.int64)
+    table = carray(pointer(words[4]), (words[1], {n_columns}), np.float64)
+    for i in range(words[1]):
         if addresses[1, i] != 0:
 {updates}
 
@@ -83,7 +89,7 @@ def update(addresses, table):
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def run(task):
-    words = carray(task, (7,), np.int64)
+    words = carray(task, ({n_words},), np.int64)
     n_tensors, n_chunks = words[1], words[3]
     addresses = carray(pointer(words[0]), ({n_rows}, n_tensors), np.int64)
     chunks = carray(pointer(words[2]), (n_chunks, 3), np.int64)
@@ -107,6 +113,8 @@ def run(task):
 {dispatch}
 '''
 
+# what a task tells the compiled functions: addresses and lengths of arrays
+_WORDS = 9
 # one body for a line of numbers and for those left over; what is written past the caches must fill lines
 _FUNCTIONS_TEMPLATE = """\
 @njit(nogil=True, error_model="numpy")
@@ -211,6 +219,7 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
     functions, calls = _dispatch(program, dtype, ", ".join([*arguments, *(f"real(table[i, {k}])" for k in scalars)]))
     return _TEMPLATE.format(
         title=title,
+        n_words=_WORDS,
         n_inputs=len(names),
         short=SHORT,
         size=size,
@@ -246,12 +255,6 @@ def _lines(indent: int, lines: list[str]) -> str:
     return "\n".join(" " * indent + line for line in lines)
 
 
-def _compile(module: ModuleType) -> None:
-    """Compile the module's entries, or read them back from the cache, for the only types that they see."""
-    module.prologue.compile((numba.int64[:, ::1], numba.float64[::1], numba.float64[:, ::1]))
-    module.update.compile((numba.int64[:, ::1], numba.float64[:, ::1]))
-
-
 _FUNCTIONS: dict[str, Any] = {
     "power": operator.pow,
     "single": lambda x: x.float() if isinstance(x, Tensor) else float(np.float32(x)),
@@ -265,9 +268,9 @@ class Kernel:
     counts_steps = True
 
     def __init__(self, program: Program, dtype: torch.dtype, title: str) -> None:
-        module = _kernel_cache.load(source(program, dtype, title), VERSIONS, _compile)
-        self._prologue: Callable[..., None] = module.prologue
-        self._update: Callable[..., None] | None = module.update if program.updates else None
+        module = _kernel_cache.load(source(program, dtype, title), VERSIONS)
+        self._prologue = _threads.callable_at(module.prologue.address)
+        self._update = _threads.callable_at(module.update.address) if program.updates else None
         self._run: int = module.run.address
         self._program, self._size = program, dtype.itemsize
         self._n_scalars, self._n_kept = len(program.scalars), len(program.kept)
@@ -311,18 +314,29 @@ class Kernel:
                 table.ctypes.data,
                 counter.ctypes.data,
                 total * self._size >= STREAM,
+                0,
+                0,
             ]
         )
-        prologue, update, run = self._prologue, self._update, self._run
+        assert len(task) == _WORDS
+        prologue, update, run, place = self._prologue, self._update, self._run, task.ctypes.data
+        last: list[Any] | None = None
+        options, tensors = np.zeros(0), False
 
         def launch(numbers: list[Any], found_inf: Tensor | None) -> None:
-            prologue(addresses, np.array([float(x) for x in numbers]), table)
-            if any(isinstance(x, Tensor) for x in numbers):
+            nonlocal last, options, tensors
+            if numbers is not last or tensors:
+                tensors = any(isinstance(x, Tensor) for x in numbers)
+                options = np.array([float(x) for x in numbers])
+                task[7:] = options.ctypes.data, len(options)
+                last = numbers
+            prologue(place)
+            if tensors:
                 self._evaluate(numbers, table)
             if update is not None:
-                update(addresses, table)
+                update(place)
             counter[0] = 0
-            _threads.run(run, task.ctypes.data, 1 if few else min(torch.get_num_threads(), len(chunks)))
+            _threads.run(run, place, 1 if few else min(torch.get_num_threads(), len(chunks)))
 
         return launch
 

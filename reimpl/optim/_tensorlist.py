@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -190,3 +191,13 @@ class TensorList(Sequence[Tensor]):
 
 def _operand(value: TensorList | Scalar) -> Any:
     return value.tensors if isinstance(value, TensorList) else value
+
+
+def equal_rows(columns: Sequence[Sequence[Any]]) -> list[list[int]]:
+    """The numbers of the rows of a table that are equal to each other, in the order of the first of each."""
+    if all(len(set(column)) == 1 for column in columns):
+        return [list(range(len(columns[0])))]  # quicker than making a key of each row
+    parts: defaultdict[Any, list[int]] = defaultdict(list)
+    for i, row in enumerate(zip(*columns, strict=True)):
+        parts[row].append(i)
+    return list(parts.values())

@@ -52,19 +52,25 @@ def _fork_call() -> Callable[[int, int, int, int], None] | None:
     return None
 
 
-def run(function: int, data: int, threads: int) -> None:
-    """Call the C function at address ``function`` with the pointer ``data`` on ``threads`` threads, and wait for all.
+@cache
+def callable_at(address: int) -> Callable[[int], None]:
+    """The C function at the address, which takes a pointer; other Python threads may run meanwhile."""
+    return _CALL(address)
+
+
+def run(address: int, data: int, threads: int) -> None:
+    """Call the C function at the address with the pointer ``data`` on ``threads`` threads, and wait for all.
 
     The calls must share the work among themselves; the interpreter is free to run other Python threads meanwhile.
     """
     if threads <= 1:
-        _CALL(function)(data)
+        callable_at(address)(data)
         return
     fork_call = None if _forked else _fork_call()
     if fork_call is not None:
-        fork_call(function, data, threads, 0)
+        fork_call(address, data, threads, 0)
         return
-    call = _CALL(function)
+    call = callable_at(address)
     helpers = [_pool().submit(call, data) for _ in range(threads - 1)]
     call(data)
     for helper in helpers:

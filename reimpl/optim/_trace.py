@@ -325,7 +325,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ..
     structure: list[tuple[str, Any]] = []
     numbers: list[Any] = []
     for key, value in options.items():
-        parts = value if isinstance(value, tuple) else (value,)
+        parts = value if isinstance(value, tuple | list) else (value,)
         if all(map(_is_number, parts)):
             structure.append((key, tuple(map(_sign, parts))))
             numbers.extend(parts)
@@ -355,11 +355,11 @@ def trace(rule: Any, options: Mapping[str, Any], state: tuple[str, ...]) -> Prog
     symbols: dict[str, Any] = {}
     count = 0
     for key, value in options.items():
-        parts = value if isinstance(value, tuple) else (value,)
+        parts = value if isinstance(value, tuple | list) else (value,)
         if all(map(_is_number, parts)):
             scalars = tuple(Scalar(f"o[{count + i}]", float(part)) for i, part in enumerate(parts))
             count += len(parts)
-            symbols[key] = scalars if isinstance(value, tuple) else scalars[0]
+            symbols[key] = scalars if isinstance(value, tuple | list) else scalars[0]
         else:
             symbols[key] = value
     h = SimpleNamespace(**symbols)

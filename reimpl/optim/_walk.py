@@ -9,7 +9,9 @@ or the loops' answers differ from Python's, there is no walker, and the question
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,27 @@ def _offsets() -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True)
+class Question:
+    """Whether objects are as they were, asked in one compiled call; each part may be left out.
+
+    - ``the_list``, the address of a list, has the objects at the addresses ``items``.
+    - Dictionary ``i`` has the keys and values ``entries[2 * starts[i] : 2 * starts[i + 1]]``, in order, and no more.
+    - The tensors ``where`` lie where they lay. Its rows are their handles, bodies, those bodies' storages, places, and
+      sizes in bytes.
+    - The parameters ``params`` do too, and they and their gradients are plain tensors (``plain_keys``) of the dtype
+      ``kind`` and of the sizes and strides given (sizes, then strides, of parameter ``i`` in
+      ``forms[form_starts[i] : form_starts[i + 1]]``). Then ``row`` gets the gradients' addresses, 0 for none and 1
+      for an empty one. ``room`` and ``marks`` are kept from call to call.
+    """
+
+    parts: Any
+    """What the compiled code reads, kept alive."""
+    holds: Callable[[], bool]
+    count_change: Callable[[], None]
+    """``torch.autograd.graph.increment_version`` of the parameters that have a gradient."""
+
+
 class Walker:
     """The compiled loops, and what they need to know of this PyTorch.
 
@@ -127,53 +150,39 @@ class Walker:
         found |= {name.upper(): _address(getattr(library, f"aoti_torch_get_{name}")) for name in _SHIMS}
         found["DICT_NEXT"] = _address(ctypes.pythonapi.PyDict_Next)
         found["LIST_ITEM"] = _address(ctypes.pythonapi.PyList_GetItem)
+        found["LIST_SIZE"] = _address(ctypes.pythonapi.PyList_Size)
         self._api = np.zeros(self._code.API_SIZE, dtype=np.int64)
         for name, value in found.items():
             self._api[getattr(self._code, name)] = value
+        # they read Python's objects, so that other Python threads must wait meanwhile
+        self._unchanged = ctypes.PYFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._code.unchanged.address)
+        self._count_change = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self._code.count_change.address)
+
+    def question(self, **parts: Any) -> Question:
+        """What is asked of lists, dictionaries, tensors and gradients; see ``Question``."""
+        words = np.zeros(self._code.QUESTION_SIZE, dtype=np.int64)
+        words[self._code.API] = self._api.ctypes.data
+        for name, value in parts.items():
+            at = getattr(self._code, name.upper())
+            words[at : at + 1 if isinstance(value, int) else at + 2] = (
+                value if isinstance(value, int) else (value.ctypes.data, value.size)
+            )
+        place = words.ctypes.data
+        return Question((words, parts), partial(self._unchanged, place), partial(self._count_change, place))
 
     def handles(self, tensors: Sequence[Tensor]) -> Any:
         """Where each Python tensor keeps the pointer to its body: what C++ calls an ``at::Tensor *``."""
         return np.fromiter((id(t) + self._handle for t in tensors), np.int64, len(tensors))
 
-    def kind(self, t: Tensor) -> tuple[int, int]:
+    def kind(self, t: Tensor) -> dict[str, int]:
         """C++'s number for the tensor's dtype, and the dispatch keys of a plain tensor like it."""
         code, ask = ctypes.c_int32(), ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
         ask(int(self._api[self._code.DTYPE]))(id(t) + self._handle, ctypes.addressof(code))
-        return code.value, _keys(torch.empty_like(t))
-
-    def same_items(self, address: int, items: Any) -> bool:
-        """Whether the list at the address holds the objects at the addresses ``items``; it is as long."""
-        return bool(self._code.same_items(self._api, address, items))
-
-    def same_values(self, dictionaries: Any, starts: Any, values: Any) -> bool:
-        """Whether dictionary ``i`` holds the objects ``values[starts[i] : starts[i + 1]]``, in order, and no more."""
-        return bool(self._code.same_values(self._api, dictionaries, starts, values))
-
-    def same_places(self, where: Any, first: int) -> bool:
-        """Whether tensors, from the one numbered ``first`` on, are as ``where`` has it.
-
-        Its rows are their handles, bodies, those bodies' storages, places, and sizes in bytes.
-        """
-        return bool(self._code.same_places(self._api, where, first))
+        return {"kind": code.value, "plain_keys": _keys(torch.empty_like(t))}
 
     def marks(self, count: int) -> Any:
         """Room for what ``count`` parameters and their gradients look like."""
         return np.zeros((2, count, _BODY_WORDS - int(self._api[self._code.FORM]) // 8), dtype=np.int64)
-
-    def read_gradients(
-        self, params: Any, starts: Any, forms: Any, dtype: int, keys: int, room: Any, marks: Any
-    ) -> bool:
-        """Write to ``room[0]`` the gradients' addresses, 0 for none, 1 for an empty one, and versions' to ``room[2]``.
-
-        ``False`` where a parameter is not as ``params`` has it (rows as in ``same_places``), or it or its gradient is
-        not a plain tensor of the dtype, sizes and strides given (sizes, then strides, of tensor ``i`` in
-        ``forms[starts[i] : starts[i + 1]]``). ``marks`` is kept from call to call.
-        """
-        return bool(self._code.read_gradients(self._api, params, starts, forms, dtype, keys, room, marks))
-
-    def count_change(self, versions: Any, active: Any) -> None:
-        """``torch.autograd.graph.increment_version`` where ``active`` is not 0."""
-        self._code.count_change(self._api, versions, active)
 
 
 def find_walker() -> Walker | None:

@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
 from reimpl.optim._numba_ops import pointer, prefetch
 
 # places in ``api``, which ``_walk`` fills: addresses of C functions, offsets, and room for what the functions return
-DICT_NEXT, LIST_ITEM, DATA_PTR, DTYPE, DIM, SIZES, STRIDES = range(7)
-STORAGE, VERSION, COUNT, FORM, KEYS, META, GRAD, UNDEFINED = range(7, 15)
-RESULT, POSITION, KEY, VALUE = range(15, 19)
-API_SIZE = 19
+DICT_NEXT, LIST_ITEM, LIST_SIZE, DATA_PTR, DTYPE, DIM, SIZES, STRIDES = range(8)
+STORAGE, VERSION, COUNT, FORM, KEYS, META, GRAD, UNDEFINED = range(8, 16)
+RESULT, POSITION, KEY, VALUE = range(16, 20)
+API_SIZE = 20
+# places in a question, which ``_walk`` asks: one word each, and then the address and the length of an array each
+API, THE_LIST, KIND, PLAIN_KEYS = range(4)
+ITEMS, DICTIONARIES, STARTS, ENTRIES, WHERE, PARAMS, FORM_STARTS, FORMS, ROOM, MARKS, ROW = range(4, 26, 2)
+QUESTION_SIZE = 26
 INLINE = 5
 """Of so many dimensions, sizes and strides stand in the body itself; of more, elsewhere."""
 AHEAD = 8
@@ -69,43 +73,46 @@ def has_form(api: Any, tensor: Any, dtype: Any, form: Any, start: Any, stop: Any
     return True
 
 
-@njit("boolean(int64[::1], int64, int64[::1])", cache=True)
+@njit
 def same_items(api: Any, items: Any, objects: Any) -> Any:
-    """Whether the list, which is as long, holds the objects at these addresses."""
+    """Whether the list holds the objects at these addresses, and no more."""
+    if call(api[LIST_SIZE], (items,)) != len(objects):
+        return False
     for i in range(len(objects)):  # noqa: SIM110 (compiled: all() over a generator is slower)
         if call(api[LIST_ITEM], (items, i)) != objects[i]:
             return False
     return True
 
 
-@njit("boolean(int64[::1], int64[::1], int64[::1], int64[::1])", cache=True)
-def same_values(api: Any, dictionaries: Any, starts: Any, values: Any) -> Any:
-    """Whether dictionary ``i`` holds the objects ``values[starts[i] : starts[i + 1]]``, in that order, and no more."""
+@njit
+def same_entries(api: Any, dictionaries: Any, starts: Any, entries: Any) -> Any:
+    """Whether dictionary ``i`` holds the keys and values ``entries[2 * starts[i] : 2 * starts[i + 1]]``, no more."""
     room = api.ctypes.data
     for i in range(len(dictionaries)):
         arguments = (dictionaries[i], room + 8 * POSITION, room + 8 * KEY, room + 8 * VALUE)
         api[POSITION] = 0
         for k in range(starts[i], starts[i + 1]):
-            if call(api[DICT_NEXT], arguments) & 1 == 0 or api[VALUE] != values[k]:
+            more = call(api[DICT_NEXT], arguments) & 1
+            if more == 0 or api[KEY] != entries[2 * k] or api[VALUE] != entries[2 * k + 1]:
                 return False
         if call(api[DICT_NEXT], arguments) & 1 == 1:
             return False
     return True
 
 
-@njit("boolean(int64[::1], int64[:, ::1], int64)", cache=True)
-def same_places(api: Any, where: Any, first: Any) -> Any:
-    """Whether tensors from the one numbered ``first`` on are as ``where`` has it.
+@njit
+def same_places(api: Any, where: Any) -> Any:
+    """Whether tensors are as ``where`` has it.
 
     Its rows are their handles, the bodies (``TensorImpl``) that they had, those bodies' storages, the places where they
     lay, and how many bytes they have.
     """
     tensors, bodies, storages, places = where[0], where[1], where[2], where[3]
     n = len(tensors)
-    for i in range(first, n):
+    for i in range(n):
         if word(tensors[i]) != bodies[i]:
             return False
-    for i in range(first, n):
+    for i in range(n):
         ahead = min(i + AHEAD, n - 1)
         prefetch(bodies[ahead])
         prefetch(bodies[ahead] + 128)
@@ -124,10 +131,7 @@ def known(api: Any, body: Any, mark: Any) -> Any:
     return same
 
 
-@njit(
-    "boolean(int64[::1], int64[:, ::1], int64[::1], int64[::1], int64, int64, int64[:, ::1], int64[:, :, ::1])",
-    cache=True,
-)
+@njit
 def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, keys: Any, room: Any, marks: Any) -> Any:
     """Write the gradients' addresses to ``room[0]``, 0 where there is none, and the version counters' to ``room[2]``.
 
@@ -185,9 +189,45 @@ def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, k
     return True
 
 
-@njit("void(int64[::1], int64[::1], int64[::1])", cache=True)
-def count_change(api: Any, versions: Any, active: Any) -> None:
-    """Add one to the version, by which autograd sees that a tensor was changed, where ``active`` is not 0."""
-    for i in range(len(versions)):
-        if active[i] != 0 and versions[i] != 0:  # tensors made in inference mode have none
+@njit(inline="always")
+def array(words: Any, at: Any) -> Any:
+    """The array whose address and length stand in the question from ``at`` on."""
+    return carray(pointer(words[at]), (words[at + 1],), np.int64)
+
+
+@njit(inline="always")
+def table(words: Any, at: Any, rows: Any) -> Any:
+    """The same in so many rows."""
+    return carray(pointer(words[at]), (rows, words[at + 1] // rows), np.int64)
+
+
+@cfunc("boolean(voidptr)", cache=True)
+def unchanged(question: Any) -> Any:
+    """The answer to a ``_walk.Question``; where it is yes, the gradients' addresses are in the row."""
+    words = carray(question, (QUESTION_SIZE,), np.int64)
+    api = carray(pointer(words[API]), (API_SIZE,), np.int64)
+    if words[THE_LIST] != 0 and not same_items(api, words[THE_LIST], array(words, ITEMS)):
+        return False
+    if not same_entries(api, array(words, DICTIONARIES), array(words, STARTS), array(words, ENTRIES)):
+        return False
+    n = words[ROW + 1]
+    if n != 0:
+        room, row = table(words, ROOM, 3), array(words, ROW)
+        marks = carray(pointer(words[MARKS]), (2, n, words[MARKS + 1] // (2 * n)), np.int64)
+        forms = array(words, FORM_STARTS), array(words, FORMS)
+        if not read_gradients(api, table(words, PARAMS, 5), *forms, words[KIND], words[PLAIN_KEYS], room, marks):
+            return False
+        for i in range(n):
+            row[i] = room[0, i]
+    return same_places(api, table(words, WHERE, 5))
+
+
+@cfunc("void(voidptr)", cache=True)
+def count_change(question: Any) -> None:
+    """Add one to the versions, by which autograd sees that tensors were changed, of parameters with a gradient."""
+    words = carray(question, (QUESTION_SIZE,), np.int64)
+    api = carray(pointer(words[API]), (API_SIZE,), np.int64)
+    versions, row = table(words, ROOM, 3)[2], array(words, ROW)
+    for i in range(len(row)):
+        if row[i] != 0 and versions[i] != 0:  # tensors made in inference mode have none
             carray(pointer(versions[i] + api[COUNT]), (1,), np.uint32)[0] += np.uint32(1)

@@ -16,6 +16,8 @@ LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx") else 4
 """Single-precision numbers in a register."""
 ROWS, WIDTH = (8, 2 * LANES) if LANES == 16 or not _FEATURES.get("avx") else (6, 2 * LANES)
 """Size of the tile whose sums stay in registers: 8 x 2 of 32 registers, or 6 x 2 of 16, and room for the operands."""
+NARROW_ROWS = ROWS
+"""Rows of a tile of LANES columns, whose sums fill as many registers."""
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
@@ -116,9 +118,10 @@ def _multiply(vectors: int, more: bool) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a_base, a_table, b_base, runs, n_runs, b_step, bias, c_base, c_table = args
-        rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in range(ROWS)]
+        height = NARROW_ROWS if vectors == 1 else ROWS
+        rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in range(height)]
         sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step)
-        for j in range(ROWS):
+        for j in range(height):
             target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
             for v in range(vectors):
                 address = _plus(builder, target, 4 * LANES * v)
@@ -159,7 +162,7 @@ def multiply_narrow_tile(
     c_base: Any,
     c_table: Any,
 ) -> Any:
-    """:func:`multiply_tile` of LANES columns."""
+    """:func:`multiply_tile` of NARROW_ROWS rows, LANES columns."""
     return _multiply(1, more=False)
 
 
@@ -193,7 +196,7 @@ def multiply_more_narrow_tile(
     c_base: Any,
     c_table: Any,
 ) -> Any:
-    """:func:`multiply_more_tile` of LANES columns."""
+    """:func:`multiply_more_tile` of NARROW_ROWS rows, LANES columns."""
     return _multiply(1, more=True)
 
 
@@ -246,6 +249,23 @@ def accumulate_narrow_tile(
 ) -> Any:
     """:func:`accumulate_tile` of LANES columns."""
     return _accumulate(1)
+
+
+@intrinsic
+def accumulate_broad_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_row: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    a_step: Any,
+    b_step: Any,
+    c_base: Any,
+    c_step: Any,
+) -> Any:
+    """:func:`accumulate_tile` of 3 LANES columns, for which there are registers where LANES is 16."""
+    return _accumulate(3)
 
 
 @intrinsic

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reimpl.functional._conv.arguments import Geometry
 from reimpl.functional._conv.plans import (
+    SHORT_ROW,
     TERMS,
     Image,
     Tiles,
@@ -30,6 +31,9 @@ _LEAST_WORK, _LEAST_OUTPUTS = 1 << 18, LANES // 2
 # Measured: tiles of outputs to a task.
 _ROW_TILES_PER_TASK = 4
 _SLACK = 4 * WIDTH
+# Measured: images that a thread needs to be worth sums of its own, how many of these it keeps in its second cache, and
+# the pixels whose errors stay in the first.
+_IMAGES_PER_THREAD, _MOST_OWN_SUMS, _PIXELS_IN_FIRST_CACHE = 4, 1 << 16, 512
 # Windows that a thread gathers at a time, to stay in its first caches.
 _WINDOWS_PER_CHUNK = 256
 
@@ -86,6 +90,14 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     if thin is not None and outputs % ROWS == 0:
         return _convolve_weight_thin(grad, input, kernel, *thin)
     size, groups, channels = (input.shape[2], input.shape[3]), geometry.groups, input.shape[1]
+    if (
+        groups == 1
+        and outputs % ROWS == 0
+        and count >= _IMAGES_PER_THREAD * torch.get_num_threads()
+        and grad.shape[3] >= SHORT_ROW
+        and outputs * channels * kernel[0] * kernel[1] <= _MOST_OWN_SUMS
+    ):
+        return _convolve_weight_by_image(grad, input, kernel, geometry)
     # planes of gradients can be read where they are, if no tile reaches past the last of them
     in_planes = grad.is_contiguous() and outputs // groups % ROWS == 0
     plan = weight_plan(count, size, kernel, channels, outputs, geometry, in_planes)
@@ -109,6 +121,32 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     ]
     run(_KERNELS.convolve_weight, words, tasks * groups)
     return result
+
+
+def _convolve_weight_by_image(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
+    """The gradient of a small kernel: each thread packs its own images, one after the other, and sums them up."""
+    if not grad.is_contiguous(memory_format=torch.channels_last):
+        grad = grad.contiguous()
+    count, outputs, channels = *grad.shape[:2], input.shape[1]
+    in_planes = grad.is_contiguous()
+    plan = weight_plan(1, (input.shape[2], input.shape[3]), kernel, channels, outputs, geometry, in_planes)
+    input, n, c, p = _strides(input)
+    row, step = (grad.shape[2] * grad.shape[3] * 4, 4) if in_planes else (4, outputs * 4)
+    sums_offset, sums_step = (plan.image.pixels * channels + _SLACK) * 4, len(plan.spans) * plan.span_bytes
+    tasks = min(torch.get_num_threads(), count)
+    scratch = grad.new_zeros(tasks, -(-(sums_offset + outputs * sums_step) // 64) * 16 + LANES)
+    table = plan.image.places * (channels * 4)
+    words = [
+        *(tasks, count, input.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
+        *(scratch.data_ptr(), scratch.stride(0) * 4, sums_offset),
+        *(grad.data_ptr(), grad.stride(0) * 4, row, step, plan.step),
+        *(plan.runs.ctypes.data, len(plan.runs), max(1, _PIXELS_IN_FIRST_CACHE // grad.shape[3]), outputs // ROWS),
+        *(len(plan.spans), plan.spans.ctypes.data, plan.span_bytes, sums_step),
+    ]
+    run(_KERNELS.convolve_weight_by_image, words, tasks)
+    sums = scratch[:, sums_offset // 4 :][:, : outputs * sums_step // 4].sum(0).view(outputs, len(plan.spans), -1)
+    sums = sums[:, :, : kernel[0] * kernel[1] * channels // len(plan.spans)]
+    return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def _convolve_weight_thin(

@@ -15,8 +15,10 @@ from numba import carray, cfunc, njit
 
 from reimpl.functional._numba_tiles import (
     LANES,
+    NARROW_ROWS,
     ROWS,
     WIDTH,
+    accumulate_broad_tile,
     accumulate_narrow_tile,
     accumulate_tile,
     move_number,
@@ -139,8 +141,9 @@ def multiply_panel(
     c_table: Any,
 ) -> None:
     """All tiles with one panel of the kernel; what ``terms`` terms or a few more add up to is added to the result."""
+    height = ROWS if wide else NARROW_ROWS
     for t in range(len(first)):
-        rows_a, rows_c = a_table + t * ROWS * 8, c_table + t * ROWS * 8
+        rows_a, rows_c = a_table + t * height * 8, c_table + t * height * 8
         start, number, more = runs + first[t] * 24, count[t], False
         lengths = carray(pointer(start), (number, 3), np.int64)
         done = 0
@@ -245,6 +248,43 @@ def convolve_weight(task: Any) -> None:
                         move_number(
                             row + s * span_bytes + (k * channels + c) * 4, place + (c * taps + span[s, 2] + k) * 4
                         )
+
+
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
+def convolve_weight_by_image(task: Any) -> None:
+    """For some images, one after the other: pack it, and sum up its tiles of (outputs, channels under a row of taps)."""
+    w = carray(task, (27,), np.int64)
+    counter, tasks, count, source, s_image, s_channel, s_pixel = w[0], w[1], w[2], w[3], w[4], w[5], w[6]
+    channels, pixels, table, scratch, scratch_step, sums_offset = w[7], w[8], w[9], w[10], w[11], w[12]
+    errors, e_image, a_row, a_step, b_step = w[13], w[14], w[15], w[16], w[17]
+    runs, n_runs, per_chunk, row_tiles = w[18], w[19], w[20], w[21]
+    n_spans, spans, span_bytes, sums_step = w[22], w[23], w[24], w[25]
+    # offset in the image, numbers
+    span = carray(pointer(spans), (n_spans, 5), np.int64)
+    while True:
+        t = take(counter)
+        if t >= tasks:
+            return
+        local = scratch + t * scratch_step
+        for i in range(count * t // tasks, count * (t + 1) // tasks):
+            pack_image(source + i * s_image, s_channel, s_pixel, channels, pixels, local, table)
+            for chunk in range(0, n_runs, per_chunk):
+                length, own = min(per_chunk, n_runs - chunk), runs + chunk * 24
+                for r in range(row_tiles):
+                    a, row = errors + i * e_image + r * ROWS * a_row, local + sums_offset + r * ROWS * sums_step
+                    for s in range(n_spans):
+                        b, c, left = local + span[s, 0], row + s * span_bytes, span[s, 1]
+                        while left > 0:
+                            if LANES == 16 and WIDTH < left <= 3 * LANES:
+                                accumulate_broad_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
+                                width = 3 * LANES
+                            elif left > LANES:
+                                accumulate_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
+                                width = WIDTH
+                            else:
+                                accumulate_narrow_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
+                                width = LANES
+                            b, c, left = b + 4 * width, c + 4 * width, left - width
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from reimpl.functional._conv.arguments import Geometry, phases
-from reimpl.functional._numba_tiles import LANES, ROWS, WIDTH
+from reimpl.functional._numba_tiles import LANES, NARROW_ROWS, ROWS, WIDTH
 
 # Terms summed up in registers before they are added to the result: the error of a longer sum grows with their number,
 # and PyTorch's convolutions sum 192.
@@ -17,7 +17,7 @@ TERMS = 192
 # Measured: pixels summed up before the next tile; and for kernels of one tap, where PyTorch sums about as many.
 _PIXELS_PER_CHUNK, _PIXELS_OF_ONE_TAP = 1024, 128
 # A row of fewer pixels makes runs so short that their bookkeeping shows.
-_SHORT_ROW = 16
+SHORT_ROW = 16
 # The buffers of one task are to stay in a core's second-level cache.
 _TASK_BYTES, _MOST_IMAGES = 768 << 10, 16
 
@@ -104,10 +104,11 @@ def _tiles(
 ) -> Tiles:
     """The cheapest tiles: with the padding multiplied or left out, over as many images as the cache holds."""
     best, least = None, np.inf
+    height = ROWS if outputs // groups > LANES else NARROW_ROWS
     inner = [part for whole in classes for part in _without_padding(size, whole)]
     for chosen in (classes, inner):
         for images in range(1, _MOST_IMAGES + 1):
-            tiles = _tiles_of(size, chosen, taps, output, images, channels, groups)
+            tiles = _tiles_of(size, chosen, taps, output, images, channels, groups, height)
             if images > 1 and 4 * images * (tiles.image.pixels * channels + output * outputs) > _TASK_BYTES:
                 break
             lengths = np.append(0, np.cumsum(tiles.runs[:, 2]))
@@ -135,7 +136,14 @@ def _without_padding(size: tuple[int, int], whole: _Class) -> list[_Class]:
 
 
 def _tiles_of(
-    size: tuple[int, int], classes: list[_Class], taps: int, output: int, images: int, channels: int, groups: int
+    size: tuple[int, int],
+    classes: list[_Class],
+    taps: int,
+    output: int,
+    images: int,
+    channels: int,
+    groups: int,
+    height: int,
 ) -> Tiles:
     met = [c for c in classes if c[3]]
     low, high = [0, 0], [0, 0]
@@ -152,11 +160,11 @@ def _tiles_of(
         offset = rows * image.width + columns + origin if class_taps else np.zeros_like(pixels)
         a = (batch * image.pixels + offset).reshape(-1)
         c = (batch * output + pixels).reshape(-1)
-        short = -len(a) % ROWS
+        short = -len(a) % height
         # what fills up the last tile is computed twice and written beside the result
         inputs.append(np.append(a, np.repeat(a[-1:], short)))
         outputs.append(np.append(c, np.repeat(images * output, short)))
-        n_tiles, own = (len(a) + short) // ROWS, _runs(class_taps, image.width, channels, groups)
+        n_tiles, own = (len(a) + short) // height, _runs(class_taps, image.width, channels, groups)
         first += [len(runs)] * n_tiles
         count += [len(own)] * n_tiles
         runs += own
@@ -238,7 +246,7 @@ def weight_plan(
     in_planes: bool,
 ) -> WeightPlan:
     columns = geometry.output(*size, *kernel)[1]
-    by_pixel = columns < _SHORT_ROW and count >= _SHORT_ROW and channels // geometry.groups >= LANES
+    by_pixel = columns < SHORT_ROW and count >= SHORT_ROW and channels // geometry.groups >= LANES
     if by_pixel:
         return _runs_by_pixel(count, size, kernel, channels, outputs, geometry)
     return _runs_by_row(count, size, kernel, channels, outputs, geometry, in_planes)

@@ -23,8 +23,10 @@ from reimpl.functional._numba_tiles import (
     accumulate_tile,
     move_number,
     move_vector,
+    multiply_more_narrow_pairs,
     multiply_more_narrow_tile,
     multiply_more_tile,
+    multiply_narrow_pairs,
     multiply_narrow_tile,
     multiply_tile,
     transpose_block,
@@ -127,6 +129,16 @@ def pack_weight(task: Any) -> None:
 
 
 @njit(error_model="numpy")
+def in_pairs(table: Any) -> Any:
+    """Whether the second row of every pair of a narrow tile is as far behind the first."""
+    rows = carray(pointer(table), (NARROW_ROWS,), np.int64)
+    for j in range(2, NARROW_ROWS, 2):
+        if rows[j + 1] - rows[j] != rows[1] - rows[0]:
+            return False
+    return True
+
+
+@njit(error_model="numpy")
 def multiply_panel(
     wide: Any,
     a: Any,
@@ -146,22 +158,30 @@ def multiply_panel(
         rows_a, rows_c = a_table + t * height * 8, c_table + t * height * 8
         start, number, more = runs + first[t] * 24, count[t], False
         lengths = carray(pointer(start), (number, 3), np.int64)
+        paired = not wide and in_pairs(rows_a)
         done = 0
         while number > done or not more:
             until, length = done, 0
             while until < number and length < terms:
                 length += lengths[until, 2]
                 until += 1
-            own = start + done * 24
+            own, n = start + done * 24, until - done
             if wide:
                 if more:
-                    multiply_more_tile(a, rows_a, b, own, until - done, WIDTH * 4, bias, c, rows_c)
+                    multiply_more_tile(a, rows_a, b, own, n, WIDTH * 4, bias, c, rows_c)
                 else:
-                    multiply_tile(a, rows_a, b, own, until - done, WIDTH * 4, bias, c, rows_c)
-            elif more:
-                multiply_more_narrow_tile(a, rows_a, b, own, until - done, LANES * 4, bias, c, rows_c)
+                    multiply_tile(a, rows_a, b, own, n, WIDTH * 4, bias, c, rows_c)
+            elif paired:
+                if more:
+                    multiply_more_narrow_pairs(a, rows_a, b, own, n, LANES * 4, bias, c, rows_c)
+                else:
+                    multiply_narrow_pairs(a, rows_a, b, own, n, LANES * 4, bias, c, rows_c)
             else:
-                multiply_narrow_tile(a, rows_a, b, own, until - done, LANES * 4, bias, c, rows_c)
+                for half in (0, ROWS * 8):
+                    if more:
+                        multiply_more_narrow_tile(a, rows_a + half, b, own, n, LANES * 4, bias, c, rows_c + half)
+                    else:
+                        multiply_narrow_tile(a, rows_a + half, b, own, n, LANES * 4, bias, c, rows_c + half)
             done, more = until, True
 
 

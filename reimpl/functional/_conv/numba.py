@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from reimpl.functional._conv.plans import (
     forward_plan,
     identity,
     input_plan,
+    panels_of,
     thin_plan,
     weight_plan,
 )
@@ -181,6 +183,12 @@ def _convolve_weight_thin(
     return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
+@lru_cache(maxsize=64)
+def _zeros(count: int) -> np.ndarray[Any, Any]:
+    """What is added where there is no bias."""
+    return np.zeros(count, np.float32)
+
+
 def _strides(tensor: Tensor) -> tuple[Tensor, int, int, int]:
     """The tensor, or a copy whose pixels are evenly spaced, and the bytes from image to image, channel and pixel."""
     n, c, h, w = tensor.stride()
@@ -219,8 +227,7 @@ def _panels(weight: Tensor, mirror: bool, threads: int) -> tuple[Tensor, int, in
     if h != k_w * w and k_h > 1:
         weight = weight.contiguous()
         g, o, c, h, w = weight.stride()
-    width = WIDTH if outputs > LANES else LANES
-    panels = -(-outputs // width)
+    panels, width = panels_of(outputs)
     buffer = weight.new_empty(groups * panels * k_h * k_w * channels * width)
     tap = w if k_w > 1 else h
     words = [
@@ -238,9 +245,12 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     input, s_image, s_channel, s_pixel = _strides(input)
     count, channels = input.shape[:2]
     row = groups * panels * width * 4
-    offsets = input.new_zeros(groups, panels * width)
-    if bias is not None:
-        offsets[:, :outputs] = bias.view(groups, outputs)
+    if bias is None:
+        offsets = _zeros(groups * panels * width).ctypes.data
+    else:
+        padded = input.new_zeros(groups, panels * width)
+        padded[:, :outputs] = bias.view(groups, outputs)
+        offsets = padded.data_ptr()
     _, t_image, t_channel, t_pixel = _strides(result)
     out_pixels = result.shape[2] * result.shape[3]
     image_bytes, tasks = plan.image.pixels * channels * 4, -(-count // plan.size)
@@ -248,17 +258,13 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     result_offset = plan.size * image_bytes + _SLACK
     scratch_bytes = -(-(result_offset + (plan.size * out_pixels + 1) * row + 4096) // 64) * 64
     scratch = input.new_empty(used, scratch_bytes // 4)
-    if not plan.image.dense:
-        scratch[:, : result_offset // 4].zero_()
-    places, a_table, c_table = plan.image.places * (channels * 4), plan.inputs * (channels * 4), plan.outputs * row
-    runs = plan.runs * np.array([4, width * 4, 1])
+    places, inputs, targets, *tables = plan.addresses
     words = [
         *(tasks, plan.size, count),
-        *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(places), places.ctypes.data, image_bytes),
-        *(scratch.data_ptr(), scratch_bytes, result_offset),
-        *(len(plan.first), a_table.ctypes.data, c_table.ctypes.data),
-        *(plan.first.ctypes.data, plan.count.ctypes.data, runs.ctypes.data),
-        *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets.data_ptr()),
+        *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(plan.places), places, image_bytes),
+        *(scratch.data_ptr(), scratch_bytes, result_offset, 0 if plan.image.dense else result_offset // 4),
+        *(len(plan.first), inputs, targets, *tables),
+        *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets),
         *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width, TERMS),
     ]
     run(_KERNELS.convolve, words, used)

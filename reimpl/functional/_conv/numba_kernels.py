@@ -188,20 +188,23 @@ def multiply_panel(
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def convolve(task: Any) -> None:
     """Pack some images, multiply all their tiles with every panel of the kernel, and unpack the result."""
-    w = carray(task, (36,), np.int64)
+    w = carray(task, (37,), np.int64)
     counter, tasks, per_task, count = w[0], w[1], w[2], w[3]
     source, s_image, s_channel, s_pixel, channels, pixels, table, image_bytes = (
         w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11],
     )  # fmt: skip
-    scratch, scratch_step, result_offset = w[12], w[13], w[14]
-    n_tiles, a_table, c_table, run_first, run_count, runs = w[15], w[16], w[17], w[18], w[19], w[20]
-    weight, panel, panels, groups, group_step, bias = w[21], w[22], w[23], w[24], w[25], w[26]
-    row_step, target, t_image, t_channel, t_pixel, outputs, out_pixels = w[27], w[28], w[29], w[30], w[31], w[32], w[33]
-    panel_width, terms = w[34], w[35]
+    scratch, scratch_step, result_offset, padded = w[12], w[13], w[14], w[15]
+    n_tiles, a_table, c_table, run_first, run_count, runs = w[16], w[17], w[18], w[19], w[20], w[21]
+    weight, panel, panels, groups, group_step, bias = w[22], w[23], w[24], w[25], w[26], w[27]
+    row_step, target, t_image, t_channel, t_pixel, outputs, out_pixels = w[28], w[29], w[30], w[31], w[32], w[33], w[34]
+    panel_width, terms = w[35], w[36]
     first = carray(pointer(run_first), (n_tiles,), np.int64)
     number = carray(pointer(run_count), (n_tiles,), np.int64)
     local = scratch + take(counter + 8) * scratch_step
     result = local + result_offset
+    numbers = carray(pointer(local), (padded,), np.float32)
+    for j in range(padded):
+        numbers[j] = 0.0
     while True:
         i = take(counter)
         if i >= tasks:

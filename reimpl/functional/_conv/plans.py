@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,21 +43,34 @@ class Image:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of pixels with the same taps, for a number of images.
+    """Tiles of pixels with the same taps, for ``size`` images at a time.
 
-    ``inputs`` and ``outputs`` place the pixels of each tile in the two buffers, and ``runs`` (offset in the image,
-    offset in the kernel, length; in numbers) from ``first`` on, ``count`` of them, are its taps: each at most ``TERMS``
-    long, with ends wherever so many are done.
+    ``places`` puts the pixels of an image into the buffer, ``inputs`` and ``outputs`` place the pixels of each tile in
+    the buffers, and ``runs`` (offset in the image, offset in the kernel, length) from ``first`` on, ``count`` of them,
+    are its taps: each at most ``TERMS`` long, with ends wherever so many are done. Offsets are in bytes once
+    :meth:`in_bytes` has said what a pixel takes, before in pixels and numbers.
     """
 
     image: Image
     taps: int
+    places: Array
     inputs: Array
     outputs: Array
     first: Array
     count: Array
     runs: Array
     size: int
+
+    def in_bytes(self, pixel: int, row: int, tap: int) -> Tiles:
+        """For pixels of ``pixel`` and ``row`` bytes in the two buffers, and ``tap`` for an input's weights."""
+        places, inputs, outputs = self.places * pixel, self.inputs * pixel, self.outputs * row
+        return replace(self, places=places, inputs=inputs, outputs=outputs, runs=self.runs * np.array([4, tap, 1]))
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of ``places``, of ``inputs`` and ``outputs``, and of ``first``, ``count`` and ``runs``."""
+        tables = self.places, self.inputs, self.outputs, self.first, self.count, self.runs
+        return tuple(table.ctypes.data for table in tables)
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ def _tiles(
 ) -> Tiles:
     """The cheapest tiles: with the padding multiplied or left out, over as many images as the cache holds."""
     best, least = None, np.inf
-    height = ROWS if outputs // groups > LANES else NARROW_ROWS
+    height = ROWS if panels_of(outputs // groups)[1] == WIDTH else NARROW_ROWS
     inner = [part for whole in classes for part in _without_padding(size, whole)]
     for chosen in (classes, inner):
         for images in range(1, _MOST_IMAGES + 1):
@@ -116,7 +129,14 @@ def _tiles(
             if work < 0.99 * least:
                 best, least = tiles, work
     assert best is not None
-    return best
+    panels, width = panels_of(outputs // groups)
+    return best.in_bytes(channels * 4, groups * panels * width * 4, width * 4)
+
+
+def panels_of(outputs: int) -> tuple[int, int]:
+    """Number and width of the panels into which a kernel of so many outputs is laid."""
+    width = WIDTH if outputs > LANES else LANES
+    return -(-outputs // width), width
 
 
 def _without_padding(size: tuple[int, int], whole: _Class) -> list[_Class]:
@@ -170,7 +190,7 @@ def _tiles_of(
         runs += own
     table = np.array(runs or [(0, 0, 0)], np.int64)
     arrays = (np.concatenate(inputs), np.concatenate(outputs), np.array(first), np.array(count), table)
-    return Tiles(image, taps, *arrays, images)
+    return Tiles(image, taps, image.places, *arrays, images)
 
 
 def _runs(taps: list[_Tap], width: int, channels: int, groups: int) -> list[tuple[int, int, int]]:

@@ -4,8 +4,8 @@ A step is forward, cross-entropy, backward and SGD with momentum (PyTorch's for 
 CIFAR's size, in float32 on two threads. ``test_ratio`` holds the ratio of interleaved rounds to its limit, where there
 is one: ``kernels`` are the library's own compiled kernels.
 
-Both are timed with the memory they have freed kept by the process: by glibc's own rule, one and the same step costs none
-or 22,000 page faults (20 of 84 ms), by where in the heap its tensors happen to lie.
+Both are timed with the memory they have freed kept by the process: by glibc's own rule, one and the same step costs
+none or 22,000 page faults (20 of 84 ms), by where in the heap its tensors happen to lie.
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def _sums(
             for row in rows:
                 for offset in offsets:
                     factor = _broadcast(builder, _load(builder, _F32, builder.add(row, offset)))
-                    values += [builder.call(fma, [factor, column, acc[len(values) + v]]) for v, column in enumerate(columns)]
+                    values += [
+                        builder.call(fma, [factor, column, acc[len(values) + v]]) for v, column in enumerate(columns)
+                    ]
             results = inner.close([builder.add(a, a_step), builder.add(b, b_step), *values])
         return outer.close(results[2:])
 

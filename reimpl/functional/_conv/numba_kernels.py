@@ -132,10 +132,10 @@ def pack_weight(task: Any) -> None:
 def in_pairs(table: Any) -> Any:
     """Whether the second row of every pair of a narrow tile is as far behind the first."""
     rows = carray(pointer(table), (NARROW_ROWS,), np.int64)
+    same = True
     for j in range(2, NARROW_ROWS, 2):
-        if rows[j + 1] - rows[j] != rows[1] - rows[0]:
-            return False
-    return True
+        same &= rows[j + 1] - rows[j] == rows[1] - rows[0]
+    return same
 
 
 @njit(error_model="numpy")
@@ -275,7 +275,7 @@ def convolve_weight(task: Any) -> None:
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def convolve_weight_by_image(task: Any) -> None:
-    """For some images, one after the other: pack it, and sum up its tiles of (outputs, channels under a row of taps)."""
+    """For some images, one after the other: pack it, and sum up its tiles of (outputs, channels of a row of taps)."""
     w = carray(task, (27,), np.int64)
     counter, tasks, count, source, s_image, s_channel, s_pixel = w[0], w[1], w[2], w[3], w[4], w[5], w[6]
     channels, pixels, table, scratch, scratch_step, sums_offset = w[7], w[8], w[9], w[10], w[11], w[12]

@@ -123,13 +123,11 @@ def _sums(
         with inner as (a, b, *acc):
             offsets = [a] if apart is None else [a, _opaque(builder, builder.add(a, apart))]
             columns = [_load(builder, _VECTOR, _plus(builder, b, 4 * LANES * v)) for v in range(vectors)]
-            values = []
+            values: list[Any] = []
             for row in rows:
                 for offset in offsets:
-                    factor = _broadcast(builder, _load(builder, _F32, builder.add(row, offset)))
-                    values += [
-                        builder.call(fma, [factor, column, acc[len(values) + v]]) for v, column in enumerate(columns)
-                    ]
+                    factor, done = _broadcast(builder, _load(builder, _F32, builder.add(row, offset))), len(values)
+                    values += [builder.call(fma, [factor, columns[v], acc[done + v]]) for v in range(vectors)]
             results = inner.close([builder.add(a, a_step), builder.add(b, b_step), *values])
         return outer.close(results[2:])
 

@@ -113,10 +113,10 @@ def spread(grad: Tensor, places: Tensor, plane: tuple[int, int], windows: Window
     kernels = final_kernels_for("_pooling.numba", grad)
     if kernels and places.numel() and kernels.worth_it(places):
         lines = _lines(kernels, windows, (height, width))
-        return kernels.scatter(grad, places, (height, width), lines)
+        return kernels.scatter(grad, places, (height, width), lines)  # type: ignore[no-any-return]
     if _pooling_plain.runs_plainly(grad):
         return _pooling_plain.scatter(grad, places, (height, width))
     outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
     flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
-    spread = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)
-    return spread.reshape(*outer, height, width).to(grad.dtype)
+    result = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)
+    return result.reshape(*outer, height, width).to(grad.dtype)

@@ -1,4 +1,4 @@
-"""The convolution's operators: what ``torch.compile`` calls, their derivatives, layouts, maps, and who keeps clear."""
+"""The operators of convolution and pooling: what compilers call, derivatives, layouts, maps, and who keeps clear."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional as torch_functional
 import reimpl.functional as F
 from reimpl.functional._conv import operators as _conv_operators
 from reimpl.functional._conv.arguments import geometry_of
+from reimpl.functional._pooling import operators as _pooling_operators
 
 # PyTorch's word about what its gradcheck imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -167,11 +168,72 @@ def test_kernels_run_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
         function(x, w).sum().backward()
     assert not ran
     function(x, w).sum().backward()
-    assert {"convolve", "convolve_weight"} <= set(ran)
+    assert {"convolve", "convolve_weight_by_image"} <= set(ran)
     with F.use_kernels():
         ran.clear()
         function(x, w).sum().backward()
-    assert {"convolve", "convolve_weight"} <= set(ran)
+    assert {"convolve", "convolve_weight_by_image"} <= set(ran)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels_last"])
+@pytest.mark.parametrize(
+    ("size", "channels", "outputs", "options"),
+    [
+        ((17, 19), 16, 16, {"padding": 1}),
+        ((16, 32), 16, 8, {"padding": 1, "stride": 2}),
+        ((9, 20), 5, 24, {"padding": (2, 1), "dilation": 2}),
+        ((5, 16), 48, 40, {"padding": (0, 1)}),
+    ],
+    ids=["odd rows", "stride 2", "dilation 2", "wide"],
+)
+def test_small_kernels_of_many_images(
+    size: tuple[int, int], channels: int, outputs: int, options: dict[str, Any], layout: torch.memory_format
+) -> None:
+    """What each thread packs and sums up itself, and tiles of pairs of rows beside those that make no pairs."""
+    pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, channels, *size, generator=generator).to(memory_format=layout).requires_grad_()
+    w = torch.randn(outputs, channels, 3, 3, generator=generator).requires_grad_()
+    with F.use_kernels():
+        ours = F.conv2d(x, w, **options)
+        grad = torch.randn(ours.shape, generator=generator).to(memory_format=layout)
+        got = ours, *torch.autograd.grad(ours, (x, w), grad)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    output = torch_functional.conv2d(*wide, **options)
+    expected = output, *torch.autograd.grad(output, wide, grad.double())
+    for mine, exact in zip(got, expected, strict=True):
+        # float32's rounding of sums of at most 2,907 products of size 1, which grow as the root of their number.
+        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=2907 * 2**-24)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels_last"])
+def test_pooling_operators_pass_pytorchs_own_check(layout: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 7, 6, generator=generator, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    words = [[3, 2], [2, 2], [1, 0], [1, 1], [4, 3]]
+    values, places = _pooling_operators._max_pool(x, *words)
+    grad = torch.randn_like(values).requires_grad_()
+    torch.library.opcheck(_pooling_operators._max_pool, (x, *words))
+    torch.library.opcheck(_pooling_operators._max_pool_input, (grad, places, [7, 6], *words))
+    assert torch.autograd.gradgradcheck(lambda x: _pooling_operators._max_pool(x, *words)[0], (x,))
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+@pytest.mark.parametrize("shape", [(4, 8, 12, 10), (8, 33, 31)], ids=["batch", "image"])
+def test_compiled_maximum_pooling_is_pytorchs(shape: tuple[int, ...], kernels: bool) -> None:
+    if kernels:
+        pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu_()
+    x[..., 3, 4] = torch.nan
+    x.requires_grad_()
+    with F.use_kernels(kernels):
+        ours, places = compiled(lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True))(x)
+        (got,) = torch.autograd.grad(ours, x, torch.ones_like(ours))
+    theirs, expected_places = torch_functional.max_pool2d(x, 3, 2, 1, return_indices=True)
+    (expected,) = torch.autograd.grad(theirs, x, torch.ones_like(theirs))
+    torch.testing.assert_close((ours, places), (theirs, expected_places), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert any("reimpl.max_pool" in name for name in graph_of(lambda x: F.max_pool2d(x, 3, 2, 1), x))
 
 
 def test_autocast_around_compiled_code(device: torch.device) -> None:

@@ -16,6 +16,9 @@ LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx") else 4
 """Single-precision numbers in a register."""
 ROWS, WIDTH = (8, 2 * LANES) if LANES == 16 or not _FEATURES.get("avx") else (6, 2 * LANES)
 """Size of the tile whose sums stay in registers: 8 x 2 of 32 registers, or 6 x 2 of 16, and room for the operands."""
+NARROW_ROWS = 2 * ROWS
+"""Rows of a tile of LANES columns, whose sums fill as many registers. They come in pairs, of which the second row is as
+far behind the first in all, so that their addresses too fit in registers."""
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
@@ -43,6 +46,12 @@ def _broadcast(builder: Any, number: Any) -> Any:
     one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
     mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), mask)
+
+
+def _opaque(builder: Any, value: Any) -> Any:
+    """The number, of which the optimiser knows nothing: it would count each row's address up in a register of its own,
+    and has none left."""
+    return builder.asm(ir.FunctionType(_I64, (_I64,)), "", "=r,0", [value], False)
 
 
 class _Loop:
@@ -91,34 +100,52 @@ class _Loop:
 
 
 def _sums(
-    builder: Any, vectors: int, rows: list[Any], b_base: Any, runs: Any, n_runs: Any, a_step: Any, b_step: Any
+    builder: Any,
+    vectors: int,
+    rows: list[Any],
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    a_step: Any,
+    b_step: Any,
+    apart: Any = None,
 ) -> list[Any]:
-    """Sums over runs (offset of a, offset of b, length) of a[row] times the vectors of b."""
+    """Sums over runs (offset of a, offset of b, length) of a[row] times the vectors of b; ``apart`` from each row is
+    another, if given."""
     fma = _fma(builder)
     zero = ir.Constant(_VECTOR, [0.0] * LANES)
-    outer = _Loop(builder, n_runs, [zero] * (len(rows) * vectors))
+    number = 1 if apart is None else 2
+    outer = _Loop(builder, n_runs, [zero] * (len(rows) * vectors * number))
     with outer as totals:
         entry = builder.add(runs, builder.mul(outer.index, ir.Constant(_I64, 24)))
         a_offset, b_offset, length = (_load(builder, _I64, _plus(builder, entry, 8 * k)) for k in range(3))
         inner = _Loop(builder, length, [a_offset, builder.add(b_base, b_offset), *totals])
         with inner as (a, b, *acc):
+            offsets = [a] if apart is None else [a, _opaque(builder, builder.add(a, apart))]
             columns = [_load(builder, _VECTOR, _plus(builder, b, 4 * LANES * v)) for v in range(vectors)]
-            values = []
-            for j, row in enumerate(rows):
-                factor = _broadcast(builder, _load(builder, _F32, builder.add(row, a)))
-                values += [builder.call(fma, [factor, columns[v], acc[vectors * j + v]]) for v in range(vectors)]
+            values: list[Any] = []
+            for row in rows:
+                for offset in offsets:
+                    factor, done = _broadcast(builder, _load(builder, _F32, builder.add(row, offset))), len(values)
+                    values += [builder.call(fma, [factor, columns[v], acc[done + v]]) for v in range(vectors)]
             results = inner.close([builder.add(a, a_step), builder.add(b, b_step), *values])
         return outer.close(results[2:])
 
 
-def _multiply(vectors: int, more: bool) -> Any:
+def _multiply(vectors: int, more: bool, pairs: bool = False) -> Any:
     """c[row] = bias + sums or, with ``more``, c[row] += sums."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a_base, a_table, b_base, runs, n_runs, b_step, bias, c_base, c_table = args
-        rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in range(ROWS)]
-        sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step)
-        for j in range(ROWS):
+        height, apart = ROWS, None
+        if pairs:
+            height = NARROW_ROWS
+            first, second = (_load(builder, _I64, _plus(builder, a_table, offset)) for offset in (0, 8))
+            apart = builder.sub(second, first)
+        places = range(0, height, 2 if pairs else 1)
+        rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in places]
+        sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step, apart)
+        for j in range(height):
             target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
             for v in range(vectors):
                 address = _plus(builder, target, 4 * LANES * v)
@@ -197,6 +224,40 @@ def multiply_more_narrow_tile(
     return _multiply(1, more=True)
 
 
+@intrinsic
+def multiply_narrow_pairs(
+    typingctx: Any,
+    a_base: Any,
+    a_table: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    b_step: Any,
+    bias: Any,
+    c_base: Any,
+    c_table: Any,
+) -> Any:
+    """:func:`multiply_tile` of NARROW_ROWS rows in pairs, LANES columns."""
+    return _multiply(1, more=False, pairs=True)
+
+
+@intrinsic
+def multiply_more_narrow_pairs(
+    typingctx: Any,
+    a_base: Any,
+    a_table: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    b_step: Any,
+    bias: Any,
+    c_base: Any,
+    c_table: Any,
+) -> Any:
+    """:func:`multiply_more_tile` of NARROW_ROWS rows in pairs, LANES columns."""
+    return _multiply(1, more=True, pairs=True)
+
+
 def _accumulate(vectors: int) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a_base, a_row, b_base, runs, n_runs, a_step, b_step, c_base, c_step = args
@@ -246,6 +307,23 @@ def accumulate_narrow_tile(
 ) -> Any:
     """:func:`accumulate_tile` of LANES columns."""
     return _accumulate(1)
+
+
+@intrinsic
+def accumulate_broad_tile(
+    typingctx: Any,
+    a_base: Any,
+    a_row: Any,
+    b_base: Any,
+    runs: Any,
+    n_runs: Any,
+    a_step: Any,
+    b_step: Any,
+    c_base: Any,
+    c_step: Any,
+) -> Any:
+    """:func:`accumulate_tile` of 3 LANES columns, for which there are registers where LANES is 16."""
+    return _accumulate(3)
 
 
 @intrinsic

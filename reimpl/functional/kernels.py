@@ -16,7 +16,7 @@ from torch import Tensor
 from reimpl.functional._plain import ordinary
 
 _enabled = False
-# Whether somebody has said so; until then only compiled code's convolutions run through kernels.
+# Whether somebody has said so; until then only compiled code's convolutions and maximum pooling run through kernels.
 _said = False
 
 
@@ -50,8 +50,8 @@ class use_kernels:
     Compiled at first use (the extra ``fused``), by Numba on the CPU, for float32, and by Triton on CUDA, for float32,
     bfloat16 and float16 with sums in float32; kept from then on in the user's cache folder. Everything else runs as it
     would without. Results differ by roundings: sums are taken in another order. The backward pass runs as the switch
-    stands then. Until the switch is first set, convolutions that ``torch.compile`` has put into a graph run
-    through kernels on the CPU where Numba is installed, and nothing else does.
+    stands then. Until the switch is first set, convolutions and maximum pooling that ``torch.compile`` has put
+    into a graph run through kernels on the CPU where Numba is installed, and nothing else does.
 
     Args:
         mode: on or off, in compiled code too.

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype, scalar_type_name
-from reimpl.functional._pooling import plain as _pooling_plain
+from reimpl.functional._dispatch import call, memory_format_of, scalar_type_name
+from reimpl.functional._pooling.largest import Grid, search, spread
+from reimpl.functional._pooling.operators import max_pool
 from reimpl.functional._pooling.windows import (
     Size,
     Windows,
-    adaptive_bounds,
     as_tuple,
     check_floating,
     check_reach,
@@ -25,7 +23,6 @@ from reimpl.functional._pooling.windows import (
     plan_windows,
     window_count,
 )
-from reimpl.functional.kernels import final_kernels_for, kernels_for
 
 
 def max_pool2d(
@@ -131,7 +128,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: int | Sequence[int | None], 
     if min(rows, columns) < 0:
         raise RuntimeError(f"Trying to create tensor with negative dimension {min(shape)}: {shape}")
     check_floating("adaptive_max_pool2d", input)
-    return _pool(input, _Grid((rows, columns)), return_indices)
+    return _pool(input, Grid((rows, columns)), return_indices)
 
 
 def _plan_line(
@@ -187,107 +184,16 @@ def _refuse_windows_of_padding(input: Tensor, windows: Windows) -> None:
             )
 
 
-def _pool(input: Tensor, windows: Windows | _Grid, return_indices: bool) -> Any:
-    values, indices = call(_MaxPool, _composition, input, windows)
+def _pool(input: Tensor, windows: Windows | Grid, return_indices: bool) -> Any:
+    operator = max_pool if isinstance(windows, Windows) and input.is_cpu and input.is_floating_point() else None
+    values, indices = call(_MaxPool, _composition, input, windows, operator=operator)
     layout = memory_format_of(input)
     values = values.contiguous(memory_format=layout)
     return (values, indices.contiguous(memory_format=layout)) if return_indices else values
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Adaptive windows: numbers of rows and columns."""
-
-    output: tuple[int, int]
-
-
-def _search(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
-    """Maxima and their places."""
-    kernels = kernels_for("_pooling.numba", input)
-    if kernels and kernels.worth_it(input) and 0 not in windows.output:
-        step = (1, 1) if isinstance(windows, _Grid) else windows.dilation
-        lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
-        return kernels.largest(input, lines, windows.output, step)  # type: ignore[no-any-return]
-    if isinstance(windows, _Grid):
-        found = _pooling_plain.largest_of_grid(input, windows.output) if _plainly(input, windows) else None
-        return found or _search_grid(input, windows)
-    found = _pooling_plain.largest(input, windows) if _plainly(input, windows) else None
-    return found or _search_taps(input, windows)
-
-
-def _plainly(input: Tensor, windows: Windows | _Grid) -> bool:
-    return 0 not in windows.output and _pooling_plain.runs_plainly(input)
-
-
-def _lines(kernels: Any, windows: Windows | _Grid, plane: tuple[int, int]) -> Any:
-    """Where the windows lie, as the kernels want to know it."""
-    return kernels.adaptive(windows.output, plane) if isinstance(windows, _Grid) else kernels.bounds(windows, plane)
-
-
-def _search_taps(input: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    """One kernel tap after the other."""
-    (o_h, o_w), (s_h, s_w), (d_h, d_w) = windows.output, windows.stride, windows.dilation
-    height, width = input.shape[-2:]
-    lowest = -torch.inf if input.is_floating_point() else torch.iinfo(input.dtype).min
-    k_h, k_w = windows.kernel
-    padded = pad_constant(input, windows.overhang((height, width)), value=lowest)
-    best = input.new_full((), lowest).expand(*input.shape[:-2], o_h, o_w)
-    # The number, from 1, of the last tap that was better than those before it: bytes where they suffice.
-    winner = torch.zeros_like(best, dtype=torch.uint8 if k_h * k_w < 256 else torch.int64)
-    for k in range(k_h * k_w):
-        i, j = divmod(k, k_w)
-        tap = padded[..., i * d_h : i * d_h + (o_h - 1) * s_h + 1 : s_h, :]
-        tap = tap[..., j * d_w : j * d_w + (o_w - 1) * s_w + 1 : s_w]
-        better = (tap > best) | (tap != tap)
-        best = torch.maximum(best, tap)
-        winner = torch.maximum(winner, better.to(winner.dtype) * (k + 1))
-    return best, _places_of(winner, windows, width)
-
-
-def _places_of(winner: Tensor, windows: Windows, width: int) -> Tensor:
-    """Where the winning taps stand in the plane, ``row * width + column``."""
-    (d_h, d_w), (k_h, k_w) = windows.dilation, windows.kernel
-    rows, columns = (
-        torch.arange(n, device=winner.device) * s - p
-        for n, s, p in zip(windows.output, windows.stride, windows.padding, strict=True)
-    )
-    taps = [0, *(i * d_h * width + j * d_w for i in range(k_h) for j in range(k_w))]
-    corner = rows.unsqueeze(1) * width + columns
-    places = torch.tensor(taps, device=winner.device)[winner.long()] + corner
-    if max(windows.padding) == 0:
-        return places
-    # A window of nothing but the lowest value keeps the place where it enters the input.
-    entry = [
-        start - (start < 0) * start.div(d, rounding_mode="floor") * d for start, d in ((rows, d_h), (columns, d_w))
-    ]
-    return places + (winner == 0) * (entry[0].unsqueeze(1) * width + entry[1] - corner)
-
-
-def _search_grid(input: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Each window gathered, the short ones filled up with their last row and column."""
-    width = input.shape[-1]
-    if 0 in grid.output:
-        empty = input.new_empty((*input.shape[:-2], *grid.output))
-        return empty, empty.to(torch.int64)
-    lines = []
-    for length, count in zip(input.shape[-2:], grid.output, strict=True):
-        bounds = [adaptive_bounds(i, count, length) for i in range(count)]
-        longest = max(end - start for start, end in bounds)
-        members = [[min(start + j, end - 1) for j in range(longest)] for start, end in bounds]
-        lines.append(torch.tensor(members, device=input.device))
-    rows, columns = lines
-    places = rows[:, None, :, None] * width + columns[None, :, None, :]
-    gathered = input.flatten(-2)[..., places.flatten(2)]
-    # The first of the largest, but the last NaN.
-    unordered = gathered != gathered
-    last = gathered.shape[-1] - 1 - unordered.flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
-    winners = torch.where(unordered.any(-1, keepdim=True), last, gathered.argmax(-1, keepdim=True))
-    chosen = places.flatten(2).expand(gathered.shape).gather(-1, winners)
-    return gathered.gather(-1, winners).squeeze(-1), chosen.squeeze(-1)
-
-
-def _composition(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
-    _, places = _search(input.detach(), windows)
+def _composition(input: Tensor, windows: Windows | Grid) -> tuple[Tensor, Tensor]:
+    _, places = search(input.detach(), windows)
     values = input.flatten(-2).gather(-1, places.flatten(-2))
     return values.unflatten(-1, windows.output), places
 
@@ -298,27 +204,17 @@ class _MaxPool(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, windows: Windows | _Grid) -> tuple[Tensor, Tensor]:
-        return _search(input, windows)
+    def forward(input: Tensor, windows: Windows | Grid) -> tuple[Tensor, Tensor]:
+        return search(input, windows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
         input, ctx.windows = inputs
-        ctx.plane, ctx.layout = input.shape[-2:], memory_format_of(input)
+        ctx.plane, ctx.layout = (input.shape[-2], input.shape[-1]), memory_format_of(input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        height, width = ctx.plane
-        kernels = final_kernels_for("_pooling.numba", grad)
-        if kernels and places.numel() and kernels.worth_it(places):
-            lines = _lines(kernels, ctx.windows, (height, width))
-            return kernels.scatter(grad, places, (height, width), lines, ctx.layout), None
-        if _pooling_plain.runs_plainly(grad):
-            return _pooling_plain.scatter(grad, places, (height, width), ctx.layout), None
-        outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
-        flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
-        spread = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)
-        return spread.reshape(*outer, height, width).to(grad.dtype).contiguous(memory_format=ctx.layout), None
+        return spread(grad, places, ctx.plane, ctx.windows, ctx.layout), None

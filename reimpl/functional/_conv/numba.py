@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from reimpl.functional._conv.arguments import Geometry
 from reimpl.functional._conv.plans import (
+    SHORT_ROW,
     TERMS,
     Image,
     Tiles,
     forward_plan,
     identity,
     input_plan,
+    panels_of,
     thin_plan,
     weight_plan,
 )
@@ -30,6 +33,9 @@ _LEAST_WORK, _LEAST_OUTPUTS = 1 << 18, LANES // 2
 # Measured: tiles of outputs to a task.
 _ROW_TILES_PER_TASK = 4
 _SLACK = 4 * WIDTH
+# Measured: images that a thread needs to be worth sums of its own, how many of these it keeps in its second cache, and
+# the pixels whose errors stay in the first.
+_IMAGES_PER_THREAD, _MOST_OWN_SUMS, _PIXELS_IN_FIRST_CACHE = 4, 1 << 16, 512
 # Windows that a thread gathers at a time, to stay in its first caches.
 _WINDOWS_PER_CHUNK = 256
 
@@ -86,6 +92,14 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     if thin is not None and outputs % ROWS == 0:
         return _convolve_weight_thin(grad, input, kernel, *thin)
     size, groups, channels = (input.shape[2], input.shape[3]), geometry.groups, input.shape[1]
+    if (
+        groups == 1
+        and outputs % ROWS == 0
+        and count >= _IMAGES_PER_THREAD * torch.get_num_threads()
+        and grad.shape[3] >= SHORT_ROW
+        and outputs * channels * kernel[0] * kernel[1] <= _MOST_OWN_SUMS
+    ):
+        return _convolve_weight_by_image(grad, input, kernel, geometry)
     # planes of gradients can be read where they are, if no tile reaches past the last of them
     in_planes = grad.is_contiguous() and outputs // groups % ROWS == 0
     plan = weight_plan(count, size, kernel, channels, outputs, geometry, in_planes)
@@ -109,6 +123,32 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     ]
     run(_KERNELS.convolve_weight, words, tasks * groups)
     return result
+
+
+def _convolve_weight_by_image(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
+    """The gradient of a small kernel: each thread packs its own images, one after the other, and sums them up."""
+    if not grad.is_contiguous(memory_format=torch.channels_last):
+        grad = grad.contiguous()
+    count, outputs, channels = *grad.shape[:2], input.shape[1]
+    in_planes = grad.is_contiguous()
+    plan = weight_plan(1, (input.shape[2], input.shape[3]), kernel, channels, outputs, geometry, in_planes)
+    input, n, c, p = _strides(input)
+    row, step = (grad.shape[2] * grad.shape[3] * 4, 4) if in_planes else (4, outputs * 4)
+    sums_offset, sums_step = (plan.image.pixels * channels + _SLACK) * 4, len(plan.spans) * plan.span_bytes
+    tasks = min(torch.get_num_threads(), count)
+    scratch = grad.new_zeros(tasks, -(-(sums_offset + outputs * sums_step) // 64) * 16 + LANES)
+    table = plan.image.places * (channels * 4)
+    words = [
+        *(tasks, count, input.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
+        *(scratch.data_ptr(), scratch.stride(0) * 4, sums_offset),
+        *(grad.data_ptr(), grad.stride(0) * 4, row, step, plan.step),
+        *(plan.runs.ctypes.data, len(plan.runs), max(1, _PIXELS_IN_FIRST_CACHE // grad.shape[3]), outputs // ROWS),
+        *(len(plan.spans), plan.spans.ctypes.data, plan.span_bytes, sums_step),
+    ]
+    run(_KERNELS.convolve_weight_by_image, words, tasks)
+    sums = scratch[:, sums_offset // 4 :][:, : outputs * sums_step // 4].sum(0).view(outputs, len(plan.spans), -1)
+    sums = sums[:, :, : kernel[0] * kernel[1] * channels // len(plan.spans)]
+    return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def _convolve_weight_thin(
@@ -141,6 +181,12 @@ def _convolve_weight_thin(
     run(_KERNELS.convolve_weight_thin, words, tasks)
     sums = scratch[:, sums_offset // 4 :][:, : outputs * width].sum(0).view(outputs, width)[:, :length]
     return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _zeros(count: int) -> np.ndarray[Any, Any]:
+    """What is added where there is no bias."""
+    return np.zeros(count, np.float32)
 
 
 def _strides(tensor: Tensor) -> tuple[Tensor, int, int, int]:
@@ -181,8 +227,7 @@ def _panels(weight: Tensor, mirror: bool, threads: int) -> tuple[Tensor, int, in
     if h != k_w * w and k_h > 1:
         weight = weight.contiguous()
         g, o, c, h, w = weight.stride()
-    width = WIDTH if outputs > LANES else LANES
-    panels = -(-outputs // width)
+    panels, width = panels_of(outputs)
     buffer = weight.new_empty(groups * panels * k_h * k_w * channels * width)
     tap = w if k_w > 1 else h
     words = [
@@ -200,9 +245,12 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     input, s_image, s_channel, s_pixel = _strides(input)
     count, channels = input.shape[:2]
     row = groups * panels * width * 4
-    offsets = input.new_zeros(groups, panels * width)
-    if bias is not None:
-        offsets[:, :outputs] = bias.view(groups, outputs)
+    if bias is None:
+        offsets = _zeros(groups * panels * width).ctypes.data
+    else:
+        padded = input.new_zeros(groups, panels * width)
+        padded[:, :outputs] = bias.view(groups, outputs)
+        offsets = padded.data_ptr()
     _, t_image, t_channel, t_pixel = _strides(result)
     out_pixels = result.shape[2] * result.shape[3]
     image_bytes, tasks = plan.image.pixels * channels * 4, -(-count // plan.size)
@@ -210,17 +258,13 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     result_offset = plan.size * image_bytes + _SLACK
     scratch_bytes = -(-(result_offset + (plan.size * out_pixels + 1) * row + 4096) // 64) * 64
     scratch = input.new_empty(used, scratch_bytes // 4)
-    if not plan.image.dense:
-        scratch[:, : result_offset // 4].zero_()
-    places, a_table, c_table = plan.image.places * (channels * 4), plan.inputs * (channels * 4), plan.outputs * row
-    runs = plan.runs * np.array([4, width * 4, 1])
+    places, inputs, targets, *tables = plan.addresses
     words = [
         *(tasks, plan.size, count),
-        *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(places), places.ctypes.data, image_bytes),
-        *(scratch.data_ptr(), scratch_bytes, result_offset),
-        *(len(plan.first), a_table.ctypes.data, c_table.ctypes.data),
-        *(plan.first.ctypes.data, plan.count.ctypes.data, runs.ctypes.data),
-        *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets.data_ptr()),
+        *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(plan.places), places, image_bytes),
+        *(scratch.data_ptr(), scratch_bytes, result_offset, 0 if plan.image.dense else result_offset // 4),
+        *(len(plan.first), inputs, targets, *tables),
+        *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets),
         *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width, TERMS),
     ]
     run(_KERNELS.convolve, words, used)

@@ -15,14 +15,18 @@ from numba import carray, cfunc, njit
 
 from reimpl.functional._numba_tiles import (
     LANES,
+    NARROW_ROWS,
     ROWS,
     WIDTH,
+    accumulate_broad_tile,
     accumulate_narrow_tile,
     accumulate_tile,
     move_number,
     move_vector,
+    multiply_more_narrow_pairs,
     multiply_more_narrow_tile,
     multiply_more_tile,
+    multiply_narrow_pairs,
     multiply_narrow_tile,
     multiply_tile,
     transpose_block,
@@ -125,6 +129,16 @@ def pack_weight(task: Any) -> None:
 
 
 @njit(error_model="numpy")
+def in_pairs(table: Any) -> Any:
+    """Whether the second row of every pair of a narrow tile is as far behind the first."""
+    rows = carray(pointer(table), (NARROW_ROWS,), np.int64)
+    same = True
+    for j in range(2, NARROW_ROWS, 2):
+        same &= rows[j + 1] - rows[j] == rows[1] - rows[0]
+    return same
+
+
+@njit(error_model="numpy")
 def multiply_panel(
     wide: Any,
     a: Any,
@@ -139,46 +153,58 @@ def multiply_panel(
     c_table: Any,
 ) -> None:
     """All tiles with one panel of the kernel; what ``terms`` terms or a few more add up to is added to the result."""
+    height = ROWS if wide else NARROW_ROWS
     for t in range(len(first)):
-        rows_a, rows_c = a_table + t * ROWS * 8, c_table + t * ROWS * 8
+        rows_a, rows_c = a_table + t * height * 8, c_table + t * height * 8
         start, number, more = runs + first[t] * 24, count[t], False
         lengths = carray(pointer(start), (number, 3), np.int64)
+        paired = not wide and in_pairs(rows_a)
         done = 0
         while number > done or not more:
             until, length = done, 0
             while until < number and length < terms:
                 length += lengths[until, 2]
                 until += 1
-            own = start + done * 24
+            own, n = start + done * 24, until - done
             if wide:
                 if more:
-                    multiply_more_tile(a, rows_a, b, own, until - done, WIDTH * 4, bias, c, rows_c)
+                    multiply_more_tile(a, rows_a, b, own, n, WIDTH * 4, bias, c, rows_c)
                 else:
-                    multiply_tile(a, rows_a, b, own, until - done, WIDTH * 4, bias, c, rows_c)
-            elif more:
-                multiply_more_narrow_tile(a, rows_a, b, own, until - done, LANES * 4, bias, c, rows_c)
+                    multiply_tile(a, rows_a, b, own, n, WIDTH * 4, bias, c, rows_c)
+            elif paired:
+                if more:
+                    multiply_more_narrow_pairs(a, rows_a, b, own, n, LANES * 4, bias, c, rows_c)
+                else:
+                    multiply_narrow_pairs(a, rows_a, b, own, n, LANES * 4, bias, c, rows_c)
             else:
-                multiply_narrow_tile(a, rows_a, b, own, until - done, LANES * 4, bias, c, rows_c)
+                for half in (0, ROWS * 8):
+                    if more:
+                        multiply_more_narrow_tile(a, rows_a + half, b, own, n, LANES * 4, bias, c, rows_c + half)
+                    else:
+                        multiply_narrow_tile(a, rows_a + half, b, own, n, LANES * 4, bias, c, rows_c + half)
             done, more = until, True
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def convolve(task: Any) -> None:
     """Pack some images, multiply all their tiles with every panel of the kernel, and unpack the result."""
-    w = carray(task, (36,), np.int64)
+    w = carray(task, (37,), np.int64)
     counter, tasks, per_task, count = w[0], w[1], w[2], w[3]
     source, s_image, s_channel, s_pixel, channels, pixels, table, image_bytes = (
         w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11],
     )  # fmt: skip
-    scratch, scratch_step, result_offset = w[12], w[13], w[14]
-    n_tiles, a_table, c_table, run_first, run_count, runs = w[15], w[16], w[17], w[18], w[19], w[20]
-    weight, panel, panels, groups, group_step, bias = w[21], w[22], w[23], w[24], w[25], w[26]
-    row_step, target, t_image, t_channel, t_pixel, outputs, out_pixels = w[27], w[28], w[29], w[30], w[31], w[32], w[33]
-    panel_width, terms = w[34], w[35]
+    scratch, scratch_step, result_offset, padded = w[12], w[13], w[14], w[15]
+    n_tiles, a_table, c_table, run_first, run_count, runs = w[16], w[17], w[18], w[19], w[20], w[21]
+    weight, panel, panels, groups, group_step, bias = w[22], w[23], w[24], w[25], w[26], w[27]
+    row_step, target, t_image, t_channel, t_pixel, outputs, out_pixels = w[28], w[29], w[30], w[31], w[32], w[33], w[34]
+    panel_width, terms = w[35], w[36]
     first = carray(pointer(run_first), (n_tiles,), np.int64)
     number = carray(pointer(run_count), (n_tiles,), np.int64)
     local = scratch + take(counter + 8) * scratch_step
     result = local + result_offset
+    numbers = carray(pointer(local), (padded,), np.float32)
+    for j in range(padded):
+        numbers[j] = 0.0
     while True:
         i = take(counter)
         if i >= tasks:
@@ -245,6 +271,43 @@ def convolve_weight(task: Any) -> None:
                         move_number(
                             row + s * span_bytes + (k * channels + c) * 4, place + (c * taps + span[s, 2] + k) * 4
                         )
+
+
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
+def convolve_weight_by_image(task: Any) -> None:
+    """For some images, one after the other: pack it, and sum up its tiles of (outputs, channels of a row of taps)."""
+    w = carray(task, (27,), np.int64)
+    counter, tasks, count, source, s_image, s_channel, s_pixel = w[0], w[1], w[2], w[3], w[4], w[5], w[6]
+    channels, pixels, table, scratch, scratch_step, sums_offset = w[7], w[8], w[9], w[10], w[11], w[12]
+    errors, e_image, a_row, a_step, b_step = w[13], w[14], w[15], w[16], w[17]
+    runs, n_runs, per_chunk, row_tiles = w[18], w[19], w[20], w[21]
+    n_spans, spans, span_bytes, sums_step = w[22], w[23], w[24], w[25]
+    # offset in the image, numbers
+    span = carray(pointer(spans), (n_spans, 5), np.int64)
+    while True:
+        t = take(counter)
+        if t >= tasks:
+            return
+        local = scratch + t * scratch_step
+        for i in range(count * t // tasks, count * (t + 1) // tasks):
+            pack_image(source + i * s_image, s_channel, s_pixel, channels, pixels, local, table)
+            for chunk in range(0, n_runs, per_chunk):
+                length, own = min(per_chunk, n_runs - chunk), runs + chunk * 24
+                for r in range(row_tiles):
+                    a, row = errors + i * e_image + r * ROWS * a_row, local + sums_offset + r * ROWS * sums_step
+                    for s in range(n_spans):
+                        b, c, left = local + span[s, 0], row + s * span_bytes, span[s, 1]
+                        while left > 0:
+                            if LANES == 16 and WIDTH < left <= 3 * LANES:
+                                accumulate_broad_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
+                                width = 3 * LANES
+                            elif left > LANES:
+                                accumulate_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
+                                width = WIDTH
+                            else:
+                                accumulate_narrow_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
+                                width = LANES
+                            b, c, left = b + 4 * width, c + 4 * width, left - width
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")

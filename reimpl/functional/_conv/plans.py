@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from reimpl.functional._conv.arguments import Geometry, phases
-from reimpl.functional._numba_tiles import LANES, ROWS, WIDTH
+from reimpl.functional._numba_tiles import LANES, NARROW_ROWS, ROWS, WIDTH
 
 # Terms summed up in registers before they are added to the result: the error of a longer sum grows with their number,
 # and PyTorch's convolutions sum 192.
@@ -17,7 +17,7 @@ TERMS = 192
 # Measured: pixels summed up before the next tile; and for kernels of one tap, where PyTorch sums about as many.
 _PIXELS_PER_CHUNK, _PIXELS_OF_ONE_TAP = 1024, 128
 # A row of fewer pixels makes runs so short that their bookkeeping shows.
-_SHORT_ROW = 16
+SHORT_ROW = 16
 # The buffers of one task are to stay in a core's second-level cache.
 _TASK_BYTES, _MOST_IMAGES = 768 << 10, 16
 
@@ -43,21 +43,34 @@ class Image:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of pixels with the same taps, for a number of images.
+    """Tiles of pixels with the same taps, for ``size`` images at a time.
 
-    ``inputs`` and ``outputs`` place the pixels of each tile in the two buffers, and ``runs`` (offset in the image,
-    offset in the kernel, length; in numbers) from ``first`` on, ``count`` of them, are its taps: each at most ``TERMS``
-    long, with ends wherever so many are done.
+    ``places`` puts the pixels of an image into the buffer, ``inputs`` and ``outputs`` place the pixels of each tile in
+    the buffers, and ``runs`` (offset in the image, offset in the kernel, length) from ``first`` on, ``count`` of them,
+    are its taps: each at most ``TERMS`` long, with ends wherever so many are done. Offsets are in bytes once
+    :meth:`in_bytes` has said what a pixel takes, before in pixels and numbers.
     """
 
     image: Image
     taps: int
+    places: Array
     inputs: Array
     outputs: Array
     first: Array
     count: Array
     runs: Array
     size: int
+
+    def in_bytes(self, pixel: int, row: int, tap: int) -> Tiles:
+        """For pixels of ``pixel`` and ``row`` bytes in the two buffers, and ``tap`` for an input's weights."""
+        places, inputs, outputs = self.places * pixel, self.inputs * pixel, self.outputs * row
+        return replace(self, places=places, inputs=inputs, outputs=outputs, runs=self.runs * np.array([4, tap, 1]))
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of ``places``, of ``inputs`` and ``outputs``, and of ``first``, ``count`` and ``runs``."""
+        tables = self.places, self.inputs, self.outputs, self.first, self.count, self.runs
+        return tuple(table.ctypes.data for table in tables)
 
 
 @dataclass(frozen=True)
@@ -104,10 +117,11 @@ def _tiles(
 ) -> Tiles:
     """The cheapest tiles: with the padding multiplied or left out, over as many images as the cache holds."""
     best, least = None, np.inf
+    height = ROWS if panels_of(outputs // groups)[1] == WIDTH else NARROW_ROWS
     inner = [part for whole in classes for part in _without_padding(size, whole)]
     for chosen in (classes, inner):
         for images in range(1, _MOST_IMAGES + 1):
-            tiles = _tiles_of(size, chosen, taps, output, images, channels, groups)
+            tiles = _tiles_of(size, chosen, taps, output, images, channels, groups, height)
             if images > 1 and 4 * images * (tiles.image.pixels * channels + output * outputs) > _TASK_BYTES:
                 break
             lengths = np.append(0, np.cumsum(tiles.runs[:, 2]))
@@ -115,7 +129,14 @@ def _tiles(
             if work < 0.99 * least:
                 best, least = tiles, work
     assert best is not None
-    return best
+    panels, width = panels_of(outputs // groups)
+    return best.in_bytes(channels * 4, groups * panels * width * 4, width * 4)
+
+
+def panels_of(outputs: int) -> tuple[int, int]:
+    """Number and width of the panels into which a kernel of so many outputs is laid."""
+    width = WIDTH if outputs > LANES else LANES
+    return -(-outputs // width), width
 
 
 def _without_padding(size: tuple[int, int], whole: _Class) -> list[_Class]:
@@ -135,7 +156,14 @@ def _without_padding(size: tuple[int, int], whole: _Class) -> list[_Class]:
 
 
 def _tiles_of(
-    size: tuple[int, int], classes: list[_Class], taps: int, output: int, images: int, channels: int, groups: int
+    size: tuple[int, int],
+    classes: list[_Class],
+    taps: int,
+    output: int,
+    images: int,
+    channels: int,
+    groups: int,
+    height: int,
 ) -> Tiles:
     met = [c for c in classes if c[3]]
     low, high = [0, 0], [0, 0]
@@ -152,17 +180,17 @@ def _tiles_of(
         offset = rows * image.width + columns + origin if class_taps else np.zeros_like(pixels)
         a = (batch * image.pixels + offset).reshape(-1)
         c = (batch * output + pixels).reshape(-1)
-        short = -len(a) % ROWS
+        short = -len(a) % height
         # what fills up the last tile is computed twice and written beside the result
         inputs.append(np.append(a, np.repeat(a[-1:], short)))
         outputs.append(np.append(c, np.repeat(images * output, short)))
-        n_tiles, own = (len(a) + short) // ROWS, _runs(class_taps, image.width, channels, groups)
+        n_tiles, own = (len(a) + short) // height, _runs(class_taps, image.width, channels, groups)
         first += [len(runs)] * n_tiles
         count += [len(own)] * n_tiles
         runs += own
     table = np.array(runs or [(0, 0, 0)], np.int64)
     arrays = (np.concatenate(inputs), np.concatenate(outputs), np.array(first), np.array(count), table)
-    return Tiles(image, taps, *arrays, images)
+    return Tiles(image, taps, image.places, *arrays, images)
 
 
 def _runs(taps: list[_Tap], width: int, channels: int, groups: int) -> list[tuple[int, int, int]]:
@@ -238,7 +266,7 @@ def weight_plan(
     in_planes: bool,
 ) -> WeightPlan:
     columns = geometry.output(*size, *kernel)[1]
-    by_pixel = columns < _SHORT_ROW and count >= _SHORT_ROW and channels // geometry.groups >= LANES
+    by_pixel = columns < SHORT_ROW and count >= SHORT_ROW and channels // geometry.groups >= LANES
     if by_pixel:
         return _runs_by_pixel(count, size, kernel, channels, outputs, geometry)
     return _runs_by_row(count, size, kernel, channels, outputs, geometry, in_planes)

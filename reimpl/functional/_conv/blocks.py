@@ -20,16 +20,24 @@ from torch import Tensor
 
 from reimpl.functional._conv import taps
 from reimpl.functional._conv.arguments import Geometry, Phase, phase_pairs
-from reimpl.functional._conv.layouts import taps_first, taps_first_of_adjoint, taps_last, transposed, write_pixels
+from reimpl.functional._conv.layouts import (
+    empty_planes,
+    planes_of_pixels,
+    taps_first,
+    taps_first_of_adjoint,
+    taps_last,
+    transposed,
+)
 from reimpl.functional._conv.products import ordinary, product
-from reimpl.functional._conv.regions import Box, Region, Windows, partitions, planned
+from reimpl.functional._conv.regions import Box, Region, Windows, partitions, planned, reached
 from reimpl.functional._conv.windows import parts, pixels_of
 
 # Terms of a sum that a product takes in one run: the error of a longer one grows with their number, and PyTorch's
 # convolutions sum 192.
 _TERMS = 384
-# Numbers of a window that the gradient of the kernel multiplies at once, and pixels that it sums in one run.
-_NUMBERS, _PIXELS = 512, 2048
+# Numbers of a window that the gradient of the kernel multiplies at once, and pixels that it sums in one run: of a
+# kernel of one tap PyTorch sums some 100.
+_NUMBERS, _PIXELS, _PIXELS_OF_ONE_TAP = 512, 2048, 256
 # What it costs there to leave a tap's padding out, in channels: the output's gradients are gathered too.
 _COST = 25
 
@@ -43,36 +51,47 @@ def fits(geometry: Geometry, *tensors: Tensor | None) -> bool:
     )
 
 
-def convolve_into(target: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-    """``C(x, w) + b``, written to ``target``."""
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: tuple[int, int],
+    geometry: Geometry,
+    layout: torch.memory_format,
+) -> Tensor:
+    """``C(x, w) + b``, of height and width ``output``."""
     kernel = _plane(weight)
-    if taps.fits(input, kernel, _plane(target), geometry):
+    if taps.fits(input, kernel, output, geometry):
+        target = empty_planes(input, weight.shape[0], output, layout)
         taps.multiply_into(target, input, weight.permute(2, 3, 1, 0), bias, geometry)
-        return
+        return target
     rows, columns = (list(range(size)) for size in kernel)
     filters = taps_first(weight).chunk(geometry.groups, 3)
-    _multiply(target, input, [_Factor(filters, rows, columns, _plane(target), geometry)], bias)
+    return _multiply(input, [_Factor(filters, rows, columns, output, geometry)], bias, weight.shape[0], output, layout)
 
 
-def convolve_input_into(target: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> None:
-    """``T(g, w)``, the gradient of the input, written to ``target``."""
-    kernel = _plane(weight)
-    pairs = list(phase_pairs(_plane(grad), _plane(target), kernel, geometry))
+def convolve_input(
+    grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry, layout: torch.memory_format
+) -> Tensor:
+    """``T(g, w)``, the gradient of an input of height and width ``size``."""
+    kernel, channels = _plane(weight), geometry.groups * weight.shape[1]
+    pairs = list(phase_pairs(_plane(grad), size, kernel, geometry))
     if taps.fits(grad, kernel, _plane(grad), geometry):
-        if sum(down.number * across.number for down, across, _ in pairs) < prod(_plane(target)):
+        target = empty_planes(grad, channels, size, layout)
+        if sum(down.number * across.number for down, across, _ in pairs) < prod(size):
             target.zero_()
         for down, across, part in pairs:
             rows, columns = _places(down.taps, kernel[0]), _places(across.taps, kernel[1])
             filters = weight.permute(2, 3, 0, 1)[rows][:, columns]
             taps.multiply_into(pixels_of(target, down, across, geometry), grad, filters, None, part)
-        return
-    filters = taps_first_of_adjoint(weight).chunk(geometry.groups, 2)
+        return target
+    by_group = taps_first_of_adjoint(weight).chunk(geometry.groups, 2)
     factors = []
     for down, across, part in pairs:
         rows, columns = _places(down.taps, kernel[0]), _places(across.taps, kernel[1])
         place = None if geometry.stride == (1, 1) else (down, across, geometry)
-        factors.append(_Factor(filters, rows, columns, (down.number, across.number), part, place))
-    _multiply(target, grad, factors, None)
+        factors.append(_Factor(by_group, rows, columns, (down.number, across.number), part, place))
+    return _multiply(grad, factors, None, channels, size, layout)
 
 
 def _places(taps: tuple[int, int, int], size: int) -> list[int]:
@@ -114,23 +133,36 @@ class _Factor(NamedTuple):
         return pixels_of(result.permute(0, 3, 1, 2), *self.place).permute(0, 2, 3, 1)
 
 
-def _multiply(target: Tensor, input: Tensor, factors: list[_Factor], bias: Tensor | None) -> None:
-    """What ``factors`` make of ``input``, written to ``target``."""
+def _multiply(
+    input: Tensor,
+    factors: list[_Factor],
+    bias: Tensor | None,
+    channels: int,
+    size: tuple[int, int],
+    layout: torch.memory_format,
+) -> Tensor:
+    """What ``factors`` make of ``input``: planes of ``channels`` and ``size``."""
     cuts = [factor.regions(_plane(input)) for factor in factors]
     matrices = [factor.matrices(cut) for factor, cut in zip(factors, cuts, strict=True)]
-    numbers = max((prod(r.size) * (r.terms + target.shape[1]) for cut in cuts for r in cut), default=1)
+    numbers = max((prod(r.size) * (r.terms + channels) for cut in cuts for r in cut), default=1)
     blocks = list(parts(input.shape[0], numbers * input.element_size(), input.device))
     windows = Windows(input, blocks, [region for cut in cuts for region in cut])
+    target = empty_planes(input, channels, size, layout) if len(blocks) > 1 else None
     for part in blocks:
         windows.load(input[part])
         values = [_sums(windows, *row, bias) for row in zip(factors, cuts, matrices, strict=True)]
         if len(factors) == 1 and factors[0].place is None:
             result = values[0]
         else:
-            result = input.new_zeros(part.stop - part.start, *_plane(target), target.shape[1])
+            result = input.new_zeros(part.stop - part.start, *size, channels)
             for factor, own in zip(factors, values, strict=True):
                 factor.pixels(result).copy_(own)
-        write_pixels(target[part], result)
+        planes = planes_of_pixels(result, layout)
+        if target is None:
+            return planes.contiguous(memory_format=layout)
+        target[part].copy_(planes)
+    assert target is not None
+    return target
 
 
 def _sums(
@@ -164,14 +196,15 @@ def _constant(windows: Windows, factor: _Factor, bias: Tensor | None) -> Tensor:
 
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
-    if taps.fits(input, kernel, _plane(grad), geometry):
+    if taps.fits(input, kernel, _plane(grad), geometry, for_weight=True):
         return taps.multiply_weight(grad, input, kernel, geometry)
     groups, output = geometry.groups, _plane(grad)
     channels, outputs = input.shape[1] // groups, grad.shape[1] // groups
     cut = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
+    pixels = _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS
     # a region that is not the whole wants its own of the output's gradients, in runs of the batch
     batch_last = any(region.size != output for region in cut)
-    blocks = list(parts(input.shape[0], prod(output), input.device, budget=_PIXELS))
+    blocks = list(parts(input.shape[0], prod(output), input.device, budget=pixels))
     windows = Windows(input, blocks, cut, batch_last)
     turned = grad.new_zeros(grad.shape[1], *kernel, channels)
     for part in blocks:
@@ -199,10 +232,10 @@ def _cut_for_weight(
     kernel: tuple[int, int], channels: int, size: tuple[int, int], output: tuple[int, int], geometry: Geometry
 ) -> tuple[Region, ...]:
     """A window in boxes, with their regions where it pays to leave the padding out."""
-    single = planned(kernel, 1, 1, size, output, geometry)
+    single = reached(partitions(kernel, channels, channels)[0], size, output, geometry)
     taken = sum(prod(region.size) for region in single)
     if taken * (channels + _COST) < prod(kernel) * prod(output) * channels:
-        return tuple(region.of_channels(channels) for region in single)
+        return tuple(single)
     boxes = partitions(kernel, channels, max(channels, _NUMBERS))[-1]
     return tuple(Region(box, slice(0, output[0]), slice(0, output[1]), geometry) for box in boxes)
 

@@ -39,10 +39,8 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     if kernels and kernels.worth_it(input, weight, _output(input, weight, geometry), geometry.groups):
         return kernels.convolve(input, weight, bias, geometry)  # type: ignore[no-any-return]
     if sums := _sums_for(geometry, weight.shape[0], input.shape[1], input, weight, bias):
-        shape = (input.shape[0], weight.shape[0], *_output(input, weight, geometry))
-        result = input.new_empty(shape).contiguous(memory_format=memory_format_of(input, weight))
-        sums.convolve_into(result, input, weight, bias, geometry)
-        return result
+        layout = memory_format_of(input, weight)
+        return sums.convolve(input, weight, bias, _output(input, weight, geometry), geometry, layout)  # type: ignore[no-any-return]
     algorithm = geometry.algorithm or _choose(input, weight, geometry)
     if algorithm == "winograd":
         return winograd(input, weight, bias, geometry)
@@ -66,10 +64,7 @@ def convolve_input(
     if kernels and kernels.worth_it(grad, weight.transpose(0, 1), (grad.shape[2], grad.shape[3]), geometry.groups):
         return kernels.convolve_input(grad, weight, size, geometry, layout)  # type: ignore[no-any-return]
     if sums := _sums_for(geometry, grad.shape[1], geometry.groups * weight.shape[1], grad, weight):
-        result = grad.new_empty(grad.shape[0], geometry.groups * weight.shape[1], *size)
-        result = result.contiguous(memory_format=layout or memory_format_of(grad, weight))
-        sums.convolve_input_into(result, grad, weight, geometry)
-        return result
+        return sums.convolve_input(grad, weight, size, geometry, layout or memory_format_of(grad, weight))  # type: ignore[no-any-return]
     groups, (outputs, channels, k_h, k_w) = geometry.groups, weight.shape
     mirrored = weight.reshape(groups, outputs // groups, channels, k_h, k_w).transpose(1, 2).flip(3, 4)
     mirrored = mirrored.reshape(groups * channels, outputs // groups, k_h, k_w)

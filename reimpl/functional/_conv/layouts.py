@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Matrices that the transposition of one large one is shared out to.
 _SHARES = 8
+# Planes so many bytes apart crowd into one place of the cache when they are written pixel by pixel.
+_CLASHING = 4096
 
 
 def transposed(matrices: Tensor) -> Tensor:
@@ -26,19 +28,28 @@ def transposed(matrices: Tensor) -> Tensor:
 
 def pixels_of_planes(planes: Tensor) -> Tensor:
     """``(N, C, H, W)`` as ``(N, H, W, C)`` with dense channels: as it is, where they are, else rearranged."""
-    if planes.stride(1) == 1 or not planes.is_contiguous():
-        return planes.permute(0, 2, 3, 1).contiguous() if planes.stride(1) != 1 else planes.permute(0, 2, 3, 1)
+    if planes.stride(1) == 1:
+        return planes.permute(0, 2, 3, 1)
+    if not planes.is_contiguous():
+        return planes.permute(0, 2, 3, 1).contiguous()
     n, c, h, w = planes.shape
     return transposed(planes.view(n, c, h * w)).view(n, h, w, c)
 
 
-def write_pixels(target: Tensor, pixels: Tensor) -> None:
-    """Write ``pixels``, ``(N, H, W, C)``, to planes ``(N, C, H, W)``."""
+def planes_of_pixels(pixels: Tensor, layout: torch.memory_format) -> Tensor:
+    """Dense ``(N, H, W, C)`` as ``(N, C, H, W)``, in runs of memory for a layout if not in its order."""
     n, h, w, c = pixels.shape
-    if pixels.is_contiguous() and target.stride(3) == 1:
-        target.copy_(transposed(pixels.view(n, h * w, c)).view(n, c, h, w))
-    else:
-        target.copy_(pixels.permute(0, 3, 1, 2))
+    if layout is torch.channels_last:
+        return pixels.permute(0, 3, 1, 2)
+    if h * w * pixels.element_size() < _CLASHING:
+        return transposed(pixels.view(n, h * w, c)).view(n, c, h, w)
+    return transposed(pixels.view(n * h, w, c)).view(n, h, c, w).transpose(1, 2)
+
+
+def empty_planes(like: Tensor, channels: int, size: tuple[int, int], layout: torch.memory_format) -> Tensor:
+    """Planes for what comes of the batch ``like``."""
+    shape = like.shape[0], channels, *size
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def taps_first(weight: Tensor) -> Tensor:

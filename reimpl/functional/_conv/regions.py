@@ -7,6 +7,7 @@ quarter: those are left out of its products.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from torch import Tensor
 from reimpl.functional._conv.arguments import Geometry
 from reimpl.functional._conv.layouts import pixels_of_planes
 
+# Measured: rows of taps are better taken one by one, but where together they have so few numbers.
+_TOGETHER = 256
 # What a box costs beside its products, in terms of a sum: gathering, and adding what comes of it.
 _COST = 40
 
@@ -41,8 +44,7 @@ def partitions(kernel: tuple[int, int], channels: int, most: int) -> list[list[B
     if channels <= most:
         ways.append([Box(k, j, every) for k in taps[0] for j in _evenly(kernel[1], most // channels)])
     if row <= most:
-        ways.append([Box(k, slice(0, kernel[1]), every) for k in taps[0]])
-        ways.append([Box(k, slice(0, kernel[1]), every) for k in _evenly(kernel[0], most // row)])
+        ways.append([Box(k, slice(0, kernel[1]), every) for k in _evenly(kernel[0], max(1, _TOGETHER // row))])
     return ways
 
 
@@ -52,31 +54,27 @@ def _evenly(count: int, most: int) -> list[slice]:
     return [slice(count * k // number, count * (k + 1) // number) for k in range(number)]
 
 
-class Region(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Region:
     """A box, and the outputs for which one of its taps, at least, lies in the image."""
 
     box: Box
     down: slice
     across: slice
     geometry: Geometry
+    size: tuple[int, int] = field(init=False)
+    """Rows and columns of outputs."""
+    terms: int = field(init=False)
+    """Numbers of the box."""
+    reads: tuple[slice, slice] = field(init=False)
+    """The rows and columns of the image that are read, those of the padding too."""
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Rows and columns of outputs."""
-        return self.down.stop - self.down.start, self.across.stop - self.across.start
-
-    @property
-    def terms(self) -> int:
-        """Numbers of the box."""
-        return prod(self.box.sizes)
-
-    def of_channels(self, channels: int) -> Region:
-        """The same of all of so many channels."""
-        return self._replace(box=self.box._replace(channels=slice(0, channels)))
-
-    def reads(self) -> tuple[slice, slice]:
-        """The rows and columns of the image that are read, those of the padding too."""
-        return self._reads(0, self.down, self.box.rows), self._reads(1, self.across, self.box.columns)
+    def __post_init__(self) -> None:
+        size = self.down.stop - self.down.start, self.across.stop - self.across.start
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "terms", prod(self.box.sizes))
+        reads = self._reads(0, self.down, self.box.rows), self._reads(1, self.across, self.box.columns)
+        object.__setattr__(self, "reads", reads)
 
     def _reads(self, dim: int, outputs: slice, taps: slice) -> slice:
         stride, dilation = self.geometry.stride[dim], self.geometry.dilation[dim]
@@ -98,12 +96,13 @@ def planned(
 
     A region costs its outputs times the terms of its box, and some more.
     """
-    ways = [_reached(boxes, size, output, geometry) for boxes in partitions(kernel, channels, most)]
+    ways = [reached(boxes, size, output, geometry) for boxes in partitions(kernel, channels, most)]
     best = min(ways, key=lambda way: sum(prod(region.size) * (region.terms + _COST) for region in way))
     return tuple(sorted(best, key=lambda region: -prod(region.size)))
 
 
-def _reached(boxes: Sequence[Box], size: tuple[int, int], output: tuple[int, int], geometry: Geometry) -> list[Region]:
+def reached(boxes: Sequence[Box], size: tuple[int, int], output: tuple[int, int], geometry: Geometry) -> list[Region]:
+    """The boxes that reach outputs, with these."""
     found = []
     for box in boxes:
         down = _outputs(0, box.rows, size, output, geometry)
@@ -133,47 +132,64 @@ class Windows:
         self.count, self._batch_last = 0, batch_last
         most = max(part.stop - part.start for part in blocks)
         self._room = input.new_empty(most * max([0, *(prod(region.size) * region.terms for region in cut)]))
-        top, bottom, left, right = margins(cut, (input.shape[2], input.shape[3]))
+        channels, *size = input.shape[1:]
+        top, bottom, left, right = margins(cut, (size[0], size[1]))
         self._origin = top, left
-        self._planes = None
+        self._padded = self._inner = None
         if batch_last or top or bottom or left or right:
-            _, channels, height, width = input.shape
-            size, pixels = (height + top + bottom, width + left + right), input.new_zeros
+            padded = size[0] + top + bottom, size[1] + left + right
             if batch_last:
-                self._planes = pixels(*size, most, channels).permute(2, 0, 1, 3)
+                self._padded = input.new_empty(*padded, most, channels).permute(2, 0, 1, 3)
             else:
-                self._planes = pixels(most, *size, channels)
+                self._padded = input.new_empty(most, *padded, channels)
+            for dim, (before, after) in enumerate(((top, bottom), (left, right)), 1):
+                self._padded.narrow(dim, 0, before).zero_()
+                self._padded.narrow(dim, padded[dim - 1] - after, after).zero_()
+            self._inner = self._padded.narrow(1, top, size[0]).narrow(2, left, size[1])
 
     def load(self, planes: Tensor) -> None:
         """Take a block of images, ``(N, C, H, W)``."""
         self.count = len(planes)
         self._pixels = pixels_of_planes(planes)
-        if self._planes is not None:
-            padded, (top, left) = self._planes[: self.count], self._origin
-            padded[:, top : top + planes.shape[2], left : left + planes.shape[3]].copy_(self._pixels)
-            self._pixels = padded
+        if self._padded is not None and self._inner is not None:
+            self._inner[: self.count].copy_(self._pixels)
+            self._pixels = self._padded[: self.count]
 
     def rows(self, region: Region, offset: int = 0) -> Tensor:
         """The matrix of a region; ``offset`` is the first channel of its group."""
-        n, h, w, _ = self._pixels.stride()
-        (s_h, s_w), (d_h, d_w) = region.geometry.stride, region.geometry.dilation
-        down, across = region.reads()
-        first = (down.start + self._origin[0]) * h + (across.start + self._origin[1]) * w
-        first += self._pixels.storage_offset() + offset + region.box.channels.start
-        outputs = [(self.count, n), (region.size[0], h * s_h), (region.size[1], w * s_w)]
-        if self._batch_last:
-            outputs = [*outputs[1:], outputs[0]]
-        taps = zip(region.box.sizes, (h * d_h, w * d_w, 1), strict=True)
-        sizes, strides = zip(*outputs, *taps, strict=True)
-        rows = self._pixels.as_strided(sizes, strides, first)
-        if rows.is_contiguous():
-            return rows.view(-1, region.terms)
-        return self._room[: rows.numel()].view(sizes).copy_(rows).view(-1, region.terms)
+        pixels = self._pixels
+        sizes, strides, first = _reading(region, self.count, pixels.stride()[:3], self._origin, self._batch_last)
+        rows = pixels.as_strided(sizes, strides, first + offset + pixels.storage_offset())
+        if not rows.is_contiguous():
+            rows = self._room.as_strided(sizes, _dense(sizes)).copy_(rows)
+        return rows.view(-1, region.terms)
+
+
+@lru_cache(maxsize=4096)
+def _reading(
+    region: Region, count: int, pixel: tuple[int, ...], origin: tuple[int, int], batch_last: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Where in memory the windows of a region stand: sizes, strides and the first number."""
+    n, h, w = pixel
+    (s_h, s_w), (d_h, d_w) = region.geometry.stride, region.geometry.dilation
+    first = (region.reads[0].start + origin[0]) * h + (region.reads[1].start + origin[1]) * w
+    outputs = [(count, n), (region.size[0], h * s_h), (region.size[1], w * s_w)]
+    if batch_last:
+        outputs = [*outputs[1:], outputs[0]]
+    taps = zip(region.box.sizes, (h * d_h, w * d_w, 1), strict=True)
+    sizes, strides = zip(*outputs, *taps, strict=True)
+    return sizes, strides, first + region.box.channels.start
+
+
+@lru_cache(maxsize=4096)
+def _dense(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of dense numbers."""
+    return tuple(prod(sizes[k + 1 :]) for k in range(len(sizes)))
 
 
 def margins(cut: Sequence[Region], size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Rows and columns of zeros around the image that regions read: top, bottom, left, right."""
-    reads = [region.reads() for region in cut]
+    reads = [region.reads for region in cut]
     return (
         max([0, *(-down.start for down, _ in reads)]),
         max([0, *(down.stop - size[0] for down, _ in reads)]),

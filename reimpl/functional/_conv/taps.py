@@ -17,13 +17,17 @@ from reimpl.functional._conv.windows import fill_padded, parts
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
 _FEW_CHANNELS, _LEAST_RUN = 16, 8
+# The gradient of the kernel takes taps as rows for runs of so many numbers.
+_LONG_RUN = 32
 # Terms of a sum that a product takes in one run, and pixels of the gradient of a kernel of one tap.
 _TERMS, _PIXELS = 256, 256
 
 
-def fits(input: Tensor, kernel: tuple[int, int], output: tuple[int, int], geometry: Geometry) -> bool:
+def fits(
+    input: Tensor, kernel: tuple[int, int], output: tuple[int, int], geometry: Geometry, for_weight: bool = False
+) -> bool:
     """Whether taps make better rows than windows."""
-    few = input.shape[1] <= _FEW_CHANNELS or kernel == (1, 1)
+    few = input.shape[1] <= _FEW_CHANNELS or kernel == (1, 1) or (for_weight and output[1] >= _LONG_RUN)
     return few and output[1] >= _LEAST_RUN and geometry.groups == 1 and input.stride(3) == 1
 
 

@@ -126,6 +126,7 @@ def test_the_product_gives_way() -> None:
         "bfloat16": lambda: F.conv2d(x.bfloat16(), w.bfloat16()),
         "forward mode": lambda: torch.func.jvp(lambda t: F.conv2d(t, w), (x,), (x,)),
         "subclass": lambda: F.conv2d(x.as_subclass(Other), w),
+        "many groups": lambda: F.conv2d(x, torch.cat([w, w])[:40, :2], groups=10),
         "views": lambda: F.conv2d(x, w, algorithm="views"),
         "oneDNN switched off": lambda: _without_onednn(lambda: F.conv2d(x, w)),
     }
@@ -189,7 +190,7 @@ def test_an_operator_that_changed_is_not_used(answer: str, monkeypatch: pytest.M
 def test_memory_between_blocks_does_not_leak_into_results() -> None:
     """Padding stays zero, and a last block that is smaller than the others sees its own images only."""
     args = drawn("leak", (11, 20, 16, 16), (18, 20, 3, 3), (18,))
-    assert _conv_blocks.fits(geometry_of(args[1], 1, 1, 1, 1, None), *(t.detach() for t in args))
+    assert _conv_blocks.fits(geometry_of(args[1], 1, 1, 1, 1, None), 18, 20, *(t.detach() for t in args))
     ours = with_gradients(F.conv2d, args, 0, padding=1)
     one_by_one = torch.cat([F.conv2d(image[None], *args[1:], padding=1) for image in args[0]])
     torch.testing.assert_close(ours[0], one_by_one, rtol=0, atol=64 * FLOAT32 * float(one_by_one.detach().abs().max()))

@@ -113,7 +113,7 @@ def _sums_for(geometry: Geometry, outputs: int, channels: int, *tensors: Tensor 
     """What computes over blocks of the batch, where it does for these tensors."""
     if outputs == channels == geometry.groups and depthwise.fits(geometry, *tensors):
         return depthwise
-    return blocks if blocks.fits(geometry, *tensors) else None
+    return blocks if blocks.fits(geometry, outputs, channels, *tensors) else None
 
 
 def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:

@@ -30,7 +30,7 @@ GEOMETRIES = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The sums that run, by name; blocks of two images, and so more than one."""
     names: list[str] = []
-    for name in ("convolve_into", "convolve_input_into", "convolve_weight"):
+    for name in ("convolve", "convolve_input", "convolve_weight"):
         original = getattr(_conv_depthwise, name)
 
         def noting(*args: Any, name: str = name, original: Any = original) -> Any:
@@ -54,7 +54,7 @@ def test_every_geometry(case: str, dtype: torch.dtype, calls: list[str]) -> None
     args = drawn((5, CHANNELS, 9, 8), weight_shape, dtype)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": CHANNELS}
     ours = with_gradients(F.conv2d, args, 0, **options)
-    assert {"convolve_into", "convolve_input_into", "convolve_weight"} <= set(calls)
+    assert {"convolve", "convolve_input", "convolve_weight"} <= set(calls)
     output = ours[0].detach()
     grad = random_tensor(output.shape, dtype, seeded_generator(0, "grad", tuple(output.shape)))
     doubles = tuple(arg.detach().double().requires_grad_() for arg in args)
@@ -119,7 +119,7 @@ def test_other_tensors_go_the_other_way(calls: list[str]) -> None:
     assert not calls
     # a map becomes more groups
     mapped = torch.vmap(function)(torch.stack([x, -x]), torch.stack([w, w]))
-    assert calls == ["convolve_into"]
+    assert calls == ["convolve"]
     assert torch.equal(mapped[1], -function(x, w))
 
 

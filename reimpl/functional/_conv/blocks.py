@@ -1,151 +1,252 @@
 """The three products of a convolution of ordinary tensors on the CPU, over blocks of the batch.
 
-For each block windows are gathered into a matrix that stays in the cache, multiplied, and the values written straight
-to where they belong. The matrix has a window a row, which wants images with their channels last; or a tap a row, which
-leaves the planes as they are, and is for few channels and kernels of one tap.
+For each block windows are gathered into a matrix that stays in the cache, and multiplied. The matrix has a window a
+row, which wants images with their channels last; few channels and kernels of one tap go to
+:mod:`reimpl.functional._conv.taps`.
 
-A window is multiplied in boxes of some taps and channels, whose products are added: sums in one run are up to 15 %
-faster and, at 1,152 terms and more, err 2.5 times as much as PyTorch's.
+A window is multiplied in boxes of some taps and channels, whose products are added: sums in one run err 2.5 times as
+much as PyTorch's at 1,152 terms and more. What a box has of the padding is left out of its product.
 
-Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: gathering runs at 100 GB/s,
-50 where runs are of 16 numbers, bringing the channels to the end and back at 10-18 GB/s. Slower were: boxes that cut
-the channels rather than the taps; the batch as the innermost dimension, which spares the kernel its permutation and
-rearranges images at 2 GB/s; and blocks of less than 4 MB.
+Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: products run at 400-460
+GFLOP/s, boxes of a row of taps are gathered at 130 GB/s, of two rows at 75. Boxes of 512 terms brought 1 % over 384;
+blocks of 5 and 2.5 MB took up to 10 and 20 % longer than those of 10.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from reimpl.functional._conv.arguments import Geometry, phase_pairs
+from reimpl.functional._conv import taps
+from reimpl.functional._conv.arguments import Geometry, Phase, phase_pairs
+from reimpl.functional._conv.layouts import (
+    empty_planes,
+    planes_of_pixels,
+    taps_first,
+    taps_first_of_adjoint,
+    taps_last,
+    transposed,
+)
 from reimpl.functional._conv.products import ordinary, product
-from reimpl.functional._conv.windows import Box, Gatherer, boxes, parts, pixels_of
+from reimpl.functional._conv.regions import Box, Region, Windows, partitions, planned, reached
+from reimpl.functional._conv.windows import parts, pixels_of
 
-# Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
-_FEW_CHANNELS, _LEAST_RUN = 16, 8
 # Terms of a sum that a product takes in one run: the error of a longer one grows with their number, and PyTorch's
 # convolutions sum 192.
-_TERMS = 256
-# Pixels that the gradient of a kernel of one tap takes in one run.
-_PIXELS = 256
-# The gradient of the kernel takes taps as rows for runs of so many numbers: the product is then shared out among the
-# threads as the matrix was written, whose lines need not go from core to core.
-_LONG_RUN = 16
+_TERMS = 384
+# Numbers of a window that the gradient of the kernel multiplies at once, and pixels that it sums in one run: of a
+# kernel of one tap PyTorch sums some 100.
+_NUMBERS, _PIXELS, _PIXELS_OF_ONE_TAP = 512, 2048, 256
+# Groups are taken one by one: so many at most, of so many channels at least. All in one go is better for others.
+_MOST_GROUPS, _LEAST_CHANNELS = 8, 16
+# What it costs there to leave a tap's padding out, in channels: the output's gradients are gathered too.
+_COST = 25
 
 
-def fits(geometry: Geometry, *tensors: Tensor | None) -> bool:
+def fits(geometry: Geometry, outputs: int, channels: int, *tensors: Tensor | None) -> bool:
     """Whether the blocks do for such tensors."""
+    groups = geometry.groups
     return (
-        geometry.groups == 1
-        and geometry.algorithm in (None, "im2col")
+        geometry.algorithm in (None, "im2col")
+        and (groups == 1 or (groups <= _MOST_GROUPS and min(outputs, channels) >= groups * _LEAST_CHANNELS))
         and all(t is None or (t.device.type == "cpu" and t.numel() > 0) for t in tensors)
         and ordinary(*tensors)
     )
 
 
-def convolve_into(target: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-    """``C(x, w) + b``, written to ``target``."""
-    _multiply(target, input, weight.permute(2, 3, 1, 0), bias, geometry)
-
-
-def convolve_input_into(target: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> None:
-    """``T(g, w)``, the gradient of the input, written to ``target``."""
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: tuple[int, int],
+    geometry: Geometry,
+    layout: torch.memory_format,
+) -> Tensor:
+    """``C(x, w) + b``, of height and width ``output``."""
     kernel = _plane(weight)
-    pairs = list(phase_pairs(_plane(grad), _plane(target), kernel, geometry))
-    if sum(down.number * across.number for down, across, _ in pairs) < prod(_plane(target)):
-        target.zero_()
+    if taps.fits(input, kernel, output, geometry):
+        target = empty_planes(input, weight.shape[0], output, layout)
+        taps.multiply_into(target, input, weight.permute(2, 3, 1, 0), bias, geometry)
+        return target
+    rows, columns = (list(range(size)) for size in kernel)
+    filters = taps_first(weight).chunk(geometry.groups, 3)
+    return _multiply(input, [_Factor(filters, rows, columns, output, geometry)], bias, weight.shape[0], output, layout)
+
+
+def convolve_input(
+    grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry, layout: torch.memory_format
+) -> Tensor:
+    """``T(g, w)``, the gradient of an input of height and width ``size``."""
+    kernel, channels = _plane(weight), geometry.groups * weight.shape[1]
+    pairs = list(phase_pairs(_plane(grad), size, kernel, geometry))
+    if taps.fits(grad, kernel, _plane(grad), geometry):
+        target = empty_planes(grad, channels, size, layout)
+        if sum(down.number * across.number for down, across, _ in pairs) < prod(size):
+            target.zero_()
+        for down, across, part in pairs:
+            rows, columns = _places(down.taps, kernel[0]), _places(across.taps, kernel[1])
+            filters = weight.permute(2, 3, 0, 1)[rows][:, columns]
+            taps.multiply_into(pixels_of(target, down, across, geometry), grad, filters, None, part)
+        return target
+    by_group = taps_first_of_adjoint(weight).chunk(geometry.groups, 2)
+    factors = []
     for down, across, part in pairs:
         rows, columns = _places(down.taps, kernel[0]), _places(across.taps, kernel[1])
-        filters = torch.stack([weight[:, :, k, j] for k in rows for j in columns])
-        filters = filters.view(len(rows), len(columns), *filters.shape[1:])
-        _multiply(pixels_of(target, down, across, geometry), grad, filters, None, part)
+        place = None if geometry.stride == (1, 1) else (down, across, geometry)
+        factors.append(_Factor(by_group, rows, columns, (down.number, across.number), part, place))
+    return _multiply(grad, factors, None, channels, size, layout)
 
 
-def _places(taps: tuple[int, int, int], size: int) -> range:
+def _places(taps: tuple[int, int, int], size: int) -> list[int]:
     """Where the taps of a mirrored kernel (first, number, step) stand in the kernel."""
     first, count, step = taps
-    return range(size - 1 - first, size - 1 - first - count * step, -step)
+    return list(range(size - 1 - first, size - 1 - first - count * step, -step))
 
 
-def _multiply(target: Tensor, input: Tensor, filters: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-    """All windows of ``input`` times ``filters``, of shape ``(f_h, f_w, C, O)``, written to ``target``."""
-    output, outputs, kernel = _plane(target), target.shape[1], (filters.shape[0], filters.shape[1])
-    windows, blocks = _gatherer(input, kernel, target, geometry, boxes(kernel, input.shape[1], _TERMS))
-    matrices = _matrices(filters, windows.boxes, windows.taps_as_rows)
+class _Factor(NamedTuple):
+    """A convolution that gives some of the output's pixels."""
+
+    filters: Sequence[Tensor]
+    """Of each group, ``(f_h, f_w, C, O)``."""
+    rows: list[int]
+    columns: list[int]
+    """Where its taps stand there."""
+    output: tuple[int, int]
+    geometry: Geometry
+    place: tuple[Phase, Phase, Geometry] | None = None
+    """The pixels; ``None`` for all."""
+
+    def regions(self, size: tuple[int, int]) -> tuple[Region, ...]:
+        """The regions of its boxes, for images of ``size``."""
+        kernel = len(self.rows), len(self.columns)
+        return planned(kernel, self.filters[0].shape[2], _TERMS, size, self.output, self.geometry)
+
+    def matrices(self, regions: Sequence[Region]) -> list[list[Tensor]]:
+        """Of each group the filters of each box, ``(terms, O)``."""
+        return [[self._matrix(filters, region.box) for region in regions] for filters in self.filters]
+
+    def _matrix(self, filters: Tensor, box: Box) -> Tensor:
+        taps = [filters[k, j, box.channels] for k in self.rows[box.rows] for j in self.columns[box.columns]]
+        return taps[0] if len(taps) == 1 else torch.cat(taps)
+
+    def pixels(self, result: Tensor) -> Tensor:
+        """Its own among all, ``(N, H, W, O)``."""
+        if self.place is None:
+            return result
+        return pixels_of(result.permute(0, 3, 1, 2), *self.place).permute(0, 2, 3, 1)
+
+
+def _multiply(
+    input: Tensor,
+    factors: list[_Factor],
+    bias: Tensor | None,
+    channels: int,
+    size: tuple[int, int],
+    layout: torch.memory_format,
+) -> Tensor:
+    """What ``factors`` make of ``input``: planes of ``channels`` and ``size``."""
+    cuts = [factor.regions(_plane(input)) for factor in factors]
+    matrices = [factor.matrices(cut) for factor, cut in zip(factors, cuts, strict=True)]
+    numbers = max((prod(r.size) * (r.terms + channels) for cut in cuts for r in cut), default=1)
+    blocks = list(parts(input.shape[0], numbers * input.element_size(), input.device))
+    windows = Windows(input, blocks, [region for cut in cuts for region in cut])
+    target = empty_planes(input, channels, size, layout) if len(blocks) > 1 else None
     for part in blocks:
-        total = None
-        for matrix, own in zip(windows(part), matrices, strict=True):
-            if windows.taps_as_rows:
-                values = product(own, matrix)
-            else:
-                values = product(matrix, own, bias if total is None else None)
-            total = values if total is None else total.add_(values)
-        assert total is not None
-        if windows.taps_as_rows:
-            values = total.view(outputs, -1, *output).transpose(0, 1)
-            target[part].copy_(values if bias is None else values.add_(bias.view(-1, 1, 1)))
+        windows.load(input[part])
+        values = [_sums(windows, *row, bias) for row in zip(factors, cuts, matrices, strict=True)]
+        if len(factors) == 1 and factors[0].place is None:
+            result = values[0]
         else:
-            target[part].copy_(total.view(-1, *output, outputs).permute(0, 3, 1, 2))
+            result = input.new_zeros(part.stop - part.start, *size, channels)
+            for factor, own in zip(factors, values, strict=True):
+                factor.pixels(result).copy_(own)
+        planes = planes_of_pixels(result, layout)
+        if target is None:
+            return planes.contiguous(memory_format=layout)
+        target[part].copy_(planes)
+    assert target is not None
+    return target
 
 
-def _matrices(filters: Tensor, boxes: list[Box], taps_as_rows: bool) -> list[Tensor]:
-    """Of each box the filters as a matrix, ``(f_h·f_w·C, O)``, or where taps are rows ``(O, C·f_h·f_w)``."""
-    outputs = filters.shape[3]
-    if len(boxes) > 1 and filters.stride(3) != 1:
-        # one tap's numbers together, which most boxes then read in place
-        filters = filters.transpose(2, 3).contiguous().transpose(2, 3)
-    parts = [filters[box] for box in boxes]
-    if taps_as_rows:
-        return [part.permute(3, 2, 0, 1).reshape(outputs, -1) for part in parts]
-    if filters.stride(3) == 1:
-        return [part.reshape(-1, outputs) for part in parts]
-    return [part.permute(3, 0, 1, 2).reshape(outputs, -1).t() for part in parts]
+def _sums(
+    windows: Windows, factor: _Factor, cut: Sequence[Region], matrices: list[list[Tensor]], bias: Tensor | None
+) -> Tensor:
+    """The pixels of one factor, ``(N, rows, columns, O)``."""
+    groups = len(matrices)
+    biases = [None] * groups if bias is None else bias.chunk(groups)
+    totals = []
+    for group, (own, offset) in enumerate(zip(matrices, biases, strict=True)):
+        total = None
+        for region, matrix in zip(cut, own, strict=True):
+            rows = windows.rows(region, group * factor.filters[0].shape[2])
+            if total is None and region.size == factor.output:
+                total = product(rows, matrix, offset).view(windows.count, *factor.output, -1)
+                continue
+            if total is None:
+                total = _constant(windows, factor, offset)
+            values = product(rows, matrix).view(windows.count, *region.size, -1)
+            total[:, region.down, region.across].add_(values)
+        totals.append(_constant(windows, factor, offset) if total is None else total)
+    return totals[0] if groups == 1 else torch.cat(totals, 3)
+
+
+def _constant(windows: Windows, factor: _Factor, bias: Tensor | None) -> Tensor:
+    """The bias, or 0, everywhere."""
+    filters = factor.filters[0]
+    values = filters.new_zeros(windows.count, *factor.output, filters.shape[3])
+    return values if bias is None else values.add_(bias)
 
 
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
-    outputs, channels, total = grad.shape[1], input.shape[1], None
-    pixels = _PIXELS if kernel == (1, 1) else grad[:, 0].numel()
-    whole = boxes(kernel, channels, prod(kernel) * channels)
-    windows, blocks = _gatherer(input, kernel, grad, geometry, whole, _LONG_RUN)
+    if taps.fits(input, kernel, _plane(grad), geometry, for_weight=True):
+        return taps.multiply_weight(grad, input, kernel, geometry)
+    groups, output = geometry.groups, _plane(grad)
+    channels, outputs = input.shape[1] // groups, grad.shape[1] // groups
+    cut = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
+    pixels = _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS
+    # a region that is not the whole wants its own of the output's gradients, in runs of the batch
+    batch_last = any(region.size != output for region in cut)
+    blocks = list(parts(input.shape[0], prod(output), input.device, budget=pixels))
+    windows = Windows(input, blocks, cut, batch_last)
+    turned = grad.new_zeros(grad.shape[1], *kernel, channels)
     for part in blocks:
-        errors = grad[part].transpose(0, 1).reshape(outputs, -1)
-        (matrix,) = windows(part)
-        left, right = (matrix, errors.t()) if windows.taps_as_rows else (errors, matrix)
-        for some, others in zip(left.split(pixels, 1), right.split(pixels), strict=True):
-            values = product(some, others)
-            total = values if total is None else total.add_(values)
-    assert total is not None
-    result = grad.new_empty(outputs, channels, *kernel)
-    if windows.taps_as_rows:
-        return result.copy_(total.t().view(result.shape))
-    return result.copy_(total.view(outputs, *kernel, channels).permute(0, 3, 1, 2))
+        windows.load(input[part])
+        errors = _errors(grad[part], batch_last)
+        for region in cut:
+            left = errors[:, region.down, region.across] if batch_last else errors
+            box = turned[:, region.box.rows, region.box.columns, region.box.channels]
+            for group in range(groups):
+                own = slice(group * outputs, (group + 1) * outputs)
+                values = product(left[own].reshape(outputs, -1), windows.rows(region, group * channels))
+                box[own].add_(values.view(outputs, *region.box.sizes))
+    return taps_last(turned)
+
+
+def _errors(grad: Tensor, batch_last: bool) -> Tensor:
+    """The output's gradients by channel, ``(O, N, H', W')``, or ``(O, H', W', N)``."""
+    count, outputs, *plane = grad.shape
+    errors = grad.transpose(0, 1).contiguous()
+    return transposed(errors.view(outputs, count, prod(plane))).view(outputs, *plane, count) if batch_last else errors
+
+
+@lru_cache(maxsize=256)
+def _cut_for_weight(
+    kernel: tuple[int, int], channels: int, size: tuple[int, int], output: tuple[int, int], geometry: Geometry
+) -> tuple[Region, ...]:
+    """A window in boxes, with their regions where it pays to leave the padding out."""
+    single = reached(partitions(kernel, channels, channels)[0], size, output, geometry)
+    taken = sum(prod(region.size) for region in single)
+    if taken * (channels + _COST) < prod(kernel) * prod(output) * channels:
+        return tuple(single)
+    boxes = partitions(kernel, channels, max(channels, _NUMBERS))[-1]
+    return tuple(Region(box, slice(0, output[0]), slice(0, output[1]), geometry) for box in boxes)
 
 
 def _plane(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[2], tensor.shape[3]
-
-
-def _gatherer(
-    input: Tensor,
-    kernel: tuple[int, int],
-    output: Tensor,
-    geometry: Geometry,
-    boxes: list[Box],
-    long: int | None = None,
-) -> tuple[Gatherer, list[slice]]:
-    """What makes the matrices of the windows, and the parts of the batch; ``output`` has the output's shape.
-
-    The taps are rows for few channels, and where runs are ``long``.
-    """
-    size, (count, channels) = _plane(output), input.shape[:2]
-    few = channels <= _FEW_CHANNELS or kernel == (1, 1)
-    row = max(prod(box.sizes) for box in boxes) * input.element_size()
-    values = output.shape[1] * input.element_size()
-    blocks = list(parts(count, prod(size) * (row + values), input.device, output.shape[1] * row))
-    run = size[1] >= _LEAST_RUN if few else long is not None and size[1] >= long
-    most = max(part.stop - part.start for part in blocks)
-    return Gatherer(input, kernel, size, geometry, boxes, run and input.stride(3) == 1, most), blocks

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._conv.arguments import Geometry, phase_pairs
+from reimpl.functional._conv.layouts import empty_planes
 from reimpl.functional._conv.products import unobserved
 from reimpl.functional._conv.windows import every, fill_padded, pixels_of
 from reimpl.functional._dispatch import opmath_dtype
@@ -31,8 +32,21 @@ def fits(geometry: Geometry, *tensors: Tensor | None) -> bool:
     )
 
 
-def convolve_into(target: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-    """``C(x, w) + b``, written to ``target``; ``weight`` is ``(C, 1, f_h, f_w)``."""
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: tuple[int, int],
+    geometry: Geometry,
+    layout: torch.memory_format,
+) -> Tensor:
+    """``C(x, w) + b``, of height and width ``output``; ``weight`` is ``(C, 1, f_h, f_w)``."""
+    target = empty_planes(input, input.shape[1], output, layout)
+    _convolve_into(target, input, weight, bias, geometry)
+    return target
+
+
+def _convolve_into(target: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
     filters = weight.to(opmath_dtype(weight.dtype)).permute(2, 3, 0, 1).flatten(0, 1)
     offset = None if bias is None else bias.to(filters.dtype).view(-1, 1, 1)
     for part, taps, shape in _blocks(input, (target.shape[2], target.shape[3]), _plane(weight), geometry):
@@ -45,15 +59,19 @@ def convolve_into(target: Tensor, input: Tensor, weight: Tensor, bias: Tensor | 
         target[part].copy_(values if offset is None else values.add_(offset))
 
 
-def convolve_input_into(target: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> None:
-    """``T(g, w)``, the gradient of the input, written to ``target``."""
+def convolve_input(
+    grad: Tensor, weight: Tensor, size: tuple[int, int], geometry: Geometry, layout: torch.memory_format
+) -> Tensor:
+    """``T(g, w)``, the gradient of an input of height and width ``size``."""
+    target = empty_planes(grad, grad.shape[1], size, layout)
     mirrored = weight.flip(2, 3)
-    pairs = list(phase_pairs(_plane(grad), _plane(target), _plane(weight), geometry))
-    if sum(down.number * across.number for down, across, _ in pairs) < prod(_plane(target)):
+    pairs = list(phase_pairs(_plane(grad), size, _plane(weight), geometry))
+    if sum(down.number * across.number for down, across, _ in pairs) < prod(size):
         target.zero_()
     for down, across, part in pairs:
         taps = every(every(mirrored, 2, *down.taps), 3, *across.taps)
-        convolve_into(pixels_of(target, down, across, geometry), grad, taps, None, part)
+        _convolve_into(pixels_of(target, down, across, geometry), grad, taps, None, part)
+    return target
 
 
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._conv import blocks, depthwise
 from reimpl.functional._conv.arguments import Geometry, phase_pairs
+from reimpl.functional._conv.products import unobserved
 from reimpl.functional._conv.windows import every, parts, pixels_of, window_rows
 from reimpl.functional._conv.winograd import winograd, winograd_weight
 from reimpl.functional._dispatch import is_batched, memory_format_of, opmath_dtype
@@ -32,6 +33,8 @@ from reimpl.functional.kernels import kernels_for
 # products of single taps are wide enough to run at the speed of large ones.
 _VIEWS_WASTE, _VIEWS_CHANNELS = 1.15, 64
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``C(x, w) + b``: the output, channels last in memory."""
@@ -39,10 +42,11 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     if kernels and kernels.worth_it(input, weight, _output(input, weight, geometry), geometry.groups):
         return kernels.convolve(input, weight, bias, geometry)  # type: ignore[no-any-return]
     if sums := _sums_for(geometry, weight.shape[0], input.shape[1], input, weight, bias):
-        shape = (input.shape[0], weight.shape[0], *_output(input, weight, geometry))
-        result = input.new_empty(shape).contiguous(memory_format=memory_format_of(input, weight))
-        sums.convolve_into(result, input, weight, bias, geometry)
-        return result
+        layout = memory_format_of(input, weight)
+        return sums.convolve(input, weight, bias, _output(input, weight, geometry), geometry, layout)  # type: ignore[no-any-return]
+    if _wider(geometry, input, weight, bias):
+        offset = None if bias is None else bias.float()
+        return convolve(input.float(), weight.float(), offset, geometry).to(input.dtype)
     algorithm = geometry.algorithm or _choose(input, weight, geometry)
     if algorithm == "winograd":
         return winograd(input, weight, bias, geometry)
@@ -66,10 +70,9 @@ def convolve_input(
     if kernels and kernels.worth_it(grad, weight.transpose(0, 1), (grad.shape[2], grad.shape[3]), geometry.groups):
         return kernels.convolve_input(grad, weight, size, geometry, layout)  # type: ignore[no-any-return]
     if sums := _sums_for(geometry, grad.shape[1], geometry.groups * weight.shape[1], grad, weight):
-        result = grad.new_empty(grad.shape[0], geometry.groups * weight.shape[1], *size)
-        result = result.contiguous(memory_format=layout or memory_format_of(grad, weight))
-        sums.convolve_input_into(result, grad, weight, geometry)
-        return result
+        return sums.convolve_input(grad, weight, size, geometry, layout or memory_format_of(grad, weight))  # type: ignore[no-any-return]
+    if _wider(geometry, grad, weight):
+        return convolve_input(grad.float(), weight.float(), size, geometry, layout).to(grad.dtype)
     groups, (outputs, channels, k_h, k_w) = geometry.groups, weight.shape
     mirrored = weight.reshape(groups, outputs // groups, channels, k_h, k_w).transpose(1, 2).flip(3, 4)
     mirrored = mirrored.reshape(groups * channels, outputs // groups, k_h, k_w)
@@ -96,6 +99,8 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
         return kernels.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
     if sums := _sums_for(geometry, grad.shape[1], input.shape[1], grad, input):
         return sums.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
+    if _wider(geometry, grad, input):
+        return convolve_weight(grad.float(), input.float(), size, geometry).to(grad.dtype)
     total = None
     row_bytes = prod(output) * prod(size) * input.shape[1] * dtype.itemsize
     least = grad.shape[1] * channels * prod(size) * dtype.itemsize
@@ -118,7 +123,17 @@ def _sums_for(geometry: Geometry, outputs: int, channels: int, *tensors: Tensor 
     """What computes over blocks of the batch, where it does for these tensors."""
     if outputs == channels == geometry.groups and depthwise.fits(geometry, *tensors):
         return depthwise
-    return blocks if blocks.fits(geometry, *tensors) else None
+    return blocks if blocks.fits(geometry, outputs, channels, *tensors) else None
+
+
+def _wider(geometry: Geometry, *tensors: Tensor | None) -> bool:
+    """Whether half precision is best multiplied in float32, by the blocks: rounded once, and on the CPU quicker."""
+    return (
+        geometry.groups == 1
+        and geometry.algorithm is None
+        and all(t is None or (t.is_cpu and t.dtype in _HALF and t.numel() > 0) for t in tensors)
+        and unobserved(*tensors)
+    )
 
 
 def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:

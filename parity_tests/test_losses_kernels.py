@@ -173,6 +173,20 @@ def test_class_probabilities_with_every_option(shape: tuple[int, ...], mode: boo
     assert bool(ran) == mode
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_probabilities_wider_than_scores(dtype: torch.dtype) -> None:
+    x, t = torch.randn(4, 3).to(dtype).requires_grad_(), torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    loss = F.cross_entropy(x, t, label_smoothing=0.1)
+    expected = torch_functional.cross_entropy(x.double(), t, label_smoothing=0.1)
+    assert loss.dtype == torch.float64
+    # both in float64, of sums of a few numbers
+    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+    ours, theirs = (torch.autograd.grad(of, (x, t), create_graph=True) for of in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
+    ours, theirs = (torch.autograd.grad(of[1].pow(2).sum(), (x, t), allow_unused=True) for of in (ours, theirs))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=4 * torch.finfo(dtype).eps, atol=1e-15)
+
+
 @MODES
 def test_probabilities_that_are_trained_take_operators(mode: bool, ran: list[int]) -> None:
     x, t = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3, requires_grad=True)

@@ -110,16 +110,15 @@ def cross_entropy_of_probabilities(input: Tensor, target: Tensor, eps: float = 1
     # A softmax may round to a little over 1.
     check_unit_interval(input, "input", slack=4 * torch.finfo(input.dtype).eps)
     dim = class_dim(input)
-    probabilities = input.to(opmath_dtype(input.dtype))
     if target.shape == input.shape:
         if not target.is_floating_point():
             target = target.to(input.dtype)
-        losses = -(target.to(probabilities.dtype) * call(_GuardedLog, _guarded_log, probabilities, eps)).sum(dim)
+        losses = call(_GuardedLoss, _guarded_loss, input, target, eps).sum(dim)
     else:
         check_class_indices(input, target, None, ignore_index=-1)
-        batch, indices = as_batch(probabilities, target)
+        batch, indices = as_batch(input, target)
         picked = batch.gather(1, indices.unsqueeze(1)).squeeze(1)
-        losses = -call(_GuardedLog, _guarded_log, picked, eps).reshape(target.shape)
+        losses = call(_GuardedLoss, _guarded_loss, picked, None, eps).reshape(target.shape)
     return reduced(losses, reduction, input.dtype)
 
 
@@ -225,25 +224,33 @@ class _WorkedPickedNegative(torch.autograd.Function):
         return _scattered(each, indices, ctx.shape[1], ctx.ignore_index, weight), *(None,) * 5
 
 
-def _guarded_log(input: Tensor, eps: float) -> Tensor:
-    return torch.log(input + eps)
+def _guarded_loss(input: Tensor, target: Tensor | None, eps: float) -> Tensor:
+    loss = -torch.log(input.to(opmath_dtype(input.dtype)) + eps)
+    return loss if target is None else target.to(loss.dtype) * loss
 
 
-class _GuardedLog(torch.autograd.Function):
-    r""":math:`\bar y = \bar z/(y + \epsilon)`."""
+class _GuardedLoss(torch.autograd.Function):
+    r""":math:`\bar y = -t \bar z/(y + \epsilon)`, :math:`t = 1` without targets, and :math:`\bar t = -\bar z \log(y +
+    \epsilon)`. Half-width tensors are kept as they are; what is wide is made again."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, eps: float) -> Tensor:
-        return _guarded_log(input, eps)
+    def forward(input: Tensor, target: Tensor | None, eps: float) -> Tensor:
+        return _guarded_loss(input, target, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, ctx.eps = inputs
-        ctx.save_for_backward(input)
+        input, target, ctx.eps = inputs
+        ctx.save_for_backward(input, target)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (input,) = ctx.saved_tensors
-        return grad / (input + ctx.eps), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        input, target = ctx.saved_tensors
+        wide, grad_target = input.to(grad.dtype), None
+        grad_input = -grad / (wide + ctx.eps)
+        if target is not None:
+            grad_input = grad_input * target.to(grad.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_target = (grad * _guarded_loss(wide, None, ctx.eps)).to(target.dtype)
+        return grad_input.to(input.dtype), grad_target, None

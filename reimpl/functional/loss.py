@@ -171,7 +171,7 @@ def _class_weights(weight: Tensor | None, like: Tensor) -> Tensor:
 def _index_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each sample, and the probabilities; dimension 1 holds the classes."""
+    """Loss of each sample, and the log-probabilities; dimension 1 holds the classes."""
     log_probs = log_softmax_composition(input.to(opmath_dtype(input.dtype)), 1)
     classes, kept = classes_that_count(indices, ignore_index)
     w = _class_weights(weight, log_probs)
@@ -180,11 +180,11 @@ def _index_loss(
     if smoothing != 0:
         spread = (log_probs * _along(w, 1, input.dim())).sum(1)
         loss = (1 - smoothing) * loss - (smoothing / input.shape[1]) * spread
-    return torch.where(kept, loss, 0), torch.exp(log_probs)
+    return torch.where(kept, loss, 0), log_probs
 
 
 class _IndexLoss(torch.autograd.Function):
-    r"""The probabilities are a differentiable output, so that the gradient, which is made from them, can itself be
+    """The log-probabilities are a differentiable output, so that the gradient, which is made from them, can itself be
     differentiated."""
 
     generate_vmap_rule = True
@@ -198,30 +198,41 @@ class _IndexLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, indices, ctx.ignore_index, weight, ctx.smoothing = inputs
-        ctx.dtype = input.dtype
+        ctx.dtype, ctx.wide = input.dtype, output[1].dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], indices, weight)
+        ctx.save_for_backward(_to_keep(input, output[1]), indices, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
-        probabilities, indices, weight = ctx.saved_tensors
-        total = None
+    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept, indices, weight = ctx.saved_tensors
+        log_probs, total = _log_probabilities(kept, ctx.wide, 1), grad_log_probs
         if grad is not None:
-            total = _index_errors(grad, probabilities, indices, ctx.ignore_index, weight, ctx.smoothing)
-        return _through_softmax(probabilities, total, grad_probabilities, 1, ctx.dtype), None, None, None, None
+            errors = _index_errors(grad, log_probs, indices, ctx.ignore_index, weight, ctx.smoothing)
+            total = errors if total is None else total + errors
+        return _through_softmax(torch.exp(log_probs), total, None, 1, ctx.dtype), None, None, None, None
+
+
+def _to_keep(input: Tensor, log_probs: Tensor) -> Tensor:
+    """Which of the two the backward pass is to read: scores of half the width take half the room."""
+    return log_probs if log_probs.dtype == input.dtype else input
+
+
+def _log_probabilities(kept: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """The log-probabilities, of the dtype that they had, from what :func:`_to_keep` chose."""
+    return kept if kept.dtype == dtype else log_softmax_composition(kept.to(dtype), dim)
 
 
 def _index_errors(
-    grad: Tensor, probabilities: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
+    grad: Tensor, like: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
 ) -> Tensor:
-    """The gradient of the log-probabilities from that of each sample's loss."""
+    """The gradient of the log-probabilities (shaped ``like`` them) from that of each sample's loss."""
     classes, kept = classes_that_count(indices, ignore_index)
     sample = torch.where(kept, grad, 0).unsqueeze(1)
-    total = torch.zeros_like(probabilities).scatter(1, classes.unsqueeze(1), 1)
+    total = torch.zeros_like(like).scatter(1, classes.unsqueeze(1), 1)
     total = total * ((1 - smoothing) * -sample)
     if smoothing != 0:
-        total = total - (smoothing / probabilities.shape[1]) * sample
-    return total * _along(_class_weights(weight, probabilities), 1, probabilities.dim())
+        total = total - (smoothing / like.shape[1]) * sample
+    return total * _along(_class_weights(weight, like), 1, like.dim())
 
 
 class _WorkedIndexLoss(torch.autograd.Function):
@@ -301,14 +312,15 @@ class _ProbabilityLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, target, weight, ctx.smoothing, ctx.dim = inputs
-        ctx.dtype = input.dtype
+        ctx.dtype, ctx.wide = input.dtype, output[1].dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], target, weight)
+        ctx.save_for_backward(_to_keep(input, output[1]), target, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, target, weight = ctx.saved_tensors
-        dim, dtype = ctx.dim, log_probs.dtype
+        kept, target, weight = ctx.saved_tensors
+        dim, dtype = ctx.dim, ctx.wide
+        log_probs = _log_probabilities(kept, dtype, dim)
         total = grad_target = grad_weight = None
         if grad is not None:
             sample = -grad.unsqueeze(dim)

@@ -27,6 +27,7 @@ from reimpl.functional._losses import numba as _losses_numba
 from reimpl.functional._losses import numba_pointwise as _losses_numba_pointwise
 from reimpl.functional._losses import numba_targets as _losses_numba_targets
 from reimpl.functional._losses.numba_math import exp_of_negative, log_of_positive
+from reimpl.functional._node import plan
 
 # PyTorch's word about what its forward mode imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -48,14 +49,14 @@ def _kernels() -> Iterator[None]:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The addresses of the kernels that run from here on."""
     addresses: list[int] = []
-    original = _losses_numba.start
+    original = plan.run
 
-    def noting(kernel: int, *args: Any) -> Any:
-        addresses.append(kernel)
-        return original(kernel, *args)
+    def noting(step: plan.Step, *args: Any) -> Any:
+        addresses.append(step.kernel)
+        return original(step, *args)
 
     for module in (_losses_numba, _losses_numba_pointwise, _losses_numba_targets):
-        monkeypatch.setattr(module, "start", noting)
+        monkeypatch.setattr(module, "run", noting)
     return addresses
 
 
@@ -238,7 +239,8 @@ def test_large_losses_in_blocks(mode: bool, reduction: str, monkeypatch: pytest.
     for name in ("_PART", "_PART_ALONG"):
         monkeypatch.setattr(_losses_plain, name, 1 << 10)
     monkeypatch.setattr(_losses_numba, "_COLUMNS_BLOCK", 1 << 10)
-    _losses_numba._blocks.cache_clear()
+    for plans in (_losses_numba.index_plan, _losses_numba_targets.picked_plan, _losses_numba_targets.probability_plan):
+        plans.cache_clear()
     generator = seeded_generator(2, reduction)
     x = (4 * random_tensor((37, 11, 100), torch.float32, generator)).requires_grad_()
     t = torch.rand(x.shape, generator=generator)

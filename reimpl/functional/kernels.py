@@ -121,7 +121,7 @@ def teach(key: tuple[Any, ...], worker: Any, differentiate: Callable[..., Any], 
         key: as for :func:`attempt`.
         worker: its ``plan_of`` makes the plan, given the key and the arguments.
         differentiate: the gradient by differentiable operators, given the options, the gradients of the outputs, what
-            was saved, and the words carried.
+            was saved, the numbers carried, and the shape of the first argument.
         arguments: the tensors.
     """
     if _native is not None and _native.ready() and hasattr(worker, "plan_of"):

@@ -21,6 +21,7 @@ from reimpl.functional._losses.targets import (
     counted,
 )
 from reimpl.functional._plain import ordinary
+from reimpl.functional.kernels import attempt, teach
 
 _WORKERS = ("_losses.numba_targets", _losses_plain_targets)
 
@@ -56,6 +57,10 @@ def nll_loss(
     Source: F5, F6; N2, N3. PyTorch: :func:`torch.nn.functional.nll_loss`.
     """
     reduction = resolve(reduction, size_average, reduce)
+    key = ("nll_loss", ignore_index, reduction)
+    done: Tensor | None = attempt(key, input, target, weight)
+    if done is not None:
+        return done
     input, weight = autocast_to_float32(input, weight)
     if input.dim() == 0:
         raise ValueError("Expected 1 or more dimensions (got 0)")
@@ -67,6 +72,7 @@ def nll_loss(
     weight = None if weight is None else weight.reshape(-1)
     if works:
         loss: Tensor = _WorkedPickedNegative.apply(batch, indices, ignore_index, weight, reduction, works)
+        teach(key, works, _through_picks, batch, weight)
         return loss.reshape(target.shape).contiguous() if reduction == "none" else loss
     if not input.is_floating_point():
         kernel = "nll_loss2d_forward_out_frame" if input.dim() > 2 else "nll_loss_out_frame"
@@ -220,8 +226,14 @@ class _WorkedPickedNegative(torch.autograd.Function):
         if works:
             options = (ctx.ignore_index, weight, ctx.divisor)
             return works.picked_loss_gradient(grad, ctx.shape, indices, *options), *(None,) * 5
-        each = (grad / ctx.divisor).expand(indices.shape)
-        return _scattered(each, indices, ctx.shape[1], ctx.ignore_index, weight), *(None,) * 5
+        return _through_picks((ctx.ignore_index,), (grad,), ctx.saved_tensors, (ctx.divisor,), ctx.shape), *(None,) * 5
+
+
+def _through_picks(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> Tensor:
+    """The gradient of the log-probabilities from that of each loss, or of their sum over a number."""
+    (grad,), (indices, *weights) = grads, saved
+    each = (grad / numbers[0] if numbers else grad).expand(indices.shape)
+    return _scattered(each, indices, shape[1], options[0], weights[0] if weights else None)
 
 
 def _guarded_loss(input: Tensor, target: Tensor | None, eps: float) -> Tensor:

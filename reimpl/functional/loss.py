@@ -20,6 +20,7 @@ from reimpl.functional._losses.targets import (
     counted,
 )
 from reimpl.functional._plain import ordinary
+from reimpl.functional.kernels import attempt, teach
 from reimpl.functional.softmax import log_softmax_composition
 
 _OF_INDICES = ("_losses.numba", _losses_plain_targets)
@@ -65,6 +66,9 @@ def cross_entropy(
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
     reduction = resolve(reduction, size_average, reduce)
+    done: Tensor | None = attempt(("cross_entropy", ignore_index, label_smoothing, reduction), input, target, weight)
+    if done is not None:
+        return done
     input, weight = autocast_to_float32(input, weight)
     if input.shape == target.shape:
         (target,) = autocast_to_float32(target)
@@ -84,6 +88,8 @@ def _with_indices(
     loss: Tensor
     if works:
         loss, _ = _WorkedIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, works)
+        key = ("cross_entropy", ignore_index, smoothing, reduction)
+        teach(key, works, _through_worked_loss, logits, weight)
         return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
     with autocast_disabled(input.device):
         loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
@@ -102,6 +108,8 @@ def _with_probabilities(
         if works:
             logits, probabilities = (input, target) if input.dim() > 1 else (input.unsqueeze(0), target.unsqueeze(0))
             loss, _ = _WorkedProbabilityLoss.apply(logits, probabilities, weight, smoothing, reduction, works)
+            key = ("cross_entropy", ignore_index, smoothing, reduction)
+            teach(key, works, _through_worked_loss, logits, weight)
             return loss.reshape(()) if input.dim() == 1 else loss
     dim = class_dim(input)
     with autocast_disabled(input.device):
@@ -267,11 +275,37 @@ class _WorkedIndexLoss(torch.autograd.Function):
             if worker:
                 options = (ignore_index, weight, smoothing, ctx.divisor)
                 return worker.index_loss_gradient(grad, probabilities, indices, *options), *(None,) * 6
-        total = None
-        if grad is not None:
-            each = (grad / ctx.divisor).expand(indices.shape)
-            total = _index_errors(each, probabilities, indices, ignore_index, weight, smoothing)
-        return _through_softmax(probabilities, total, grad_probabilities, 1, ctx.dtype), *(None,) * 6
+        grads, saved = (grad, grad_probabilities), ctx.saved_tensors
+        return _through_index_loss(ctx.options, grads, saved, ctx.divisor, ctx.dtype), *(None,) * 6
+
+
+def _through_index_loss(options: Any, grads: Any, saved: Any, divisor: Any, dtype: torch.dtype) -> Tensor | None:
+    (ignore_index, smoothing), (grad, grad_probabilities), (probabilities, indices, weight) = options, grads, saved
+    total = None
+    if grad is not None:
+        each = (grad / divisor).expand(indices.shape)
+        total = _index_errors(each, probabilities, indices, ignore_index, weight, smoothing)
+    return _through_softmax(probabilities, total, grad_probabilities, 1, dtype)
+
+
+def _through_probability_loss(smoothing: float, grads: Any, saved: Any, divisor: int) -> Tensor | None:
+    (grad, grad_probabilities), (probabilities, target, weight) = grads, saved
+    total = None
+    if grad is not None:
+        each = (grad / divisor).expand(target.select(1, 0).shape).unsqueeze(1)
+        total = -each * _smoothed_targets(target, weight, smoothing, 1, probabilities.dtype)
+    return _through_softmax(probabilities, total, grad_probabilities, 1, probabilities.dtype)
+
+
+def _through_worked_loss(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> Tensor | None:
+    """The gradient of the logits by differentiable operators, for the compiled node."""
+    (ignore_index, smoothing, reduction), (probabilities, target) = options, saved[:2]
+    saved = (*saved, None)[:3]
+    if target.is_floating_point():
+        divisor = probabilities.numel() // shape[1] if reduction == "mean" else 1
+        return _through_probability_loss(smoothing, grads, saved, divisor)
+    divisor = numbers[0] if numbers else 1.0
+    return _through_index_loss((ignore_index, smoothing), grads, saved, divisor, probabilities.dtype)
 
 
 def _through_softmax(
@@ -368,8 +402,5 @@ class _WorkedProbabilityLoss(torch.autograd.Function):
             if worker:
                 options = (weight, ctx.smoothing, ctx.divisor)
                 return worker.probability_loss_gradient(grad, probabilities, target, *options), *(None,) * 5
-        total = None
-        if grad is not None:
-            each = (grad / ctx.divisor).expand(target.select(1, 0).shape).unsqueeze(1)
-            total = -each * _smoothed_targets(target, weight, ctx.smoothing, 1, probabilities.dtype)
-        return _through_softmax(probabilities, total, grad_probabilities, 1, probabilities.dtype), *(None,) * 5
+        grads, saved = (grad, grad_probabilities), ctx.saved_tensors
+        return _through_probability_loss(ctx.smoothing, grads, saved, ctx.divisor), *(None,) * 5

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from reimpl.functional._node.plan import Address, Layout, Plan, Scratch, bits, dense, number_of, run, step
+from reimpl.functional._node.plan import Address, Layout, Plan, Scratch, Word, bits, dense, number_of, run, step
 from reimpl.functional._numba_source import load
 
 _KERNELS = load(Path(__file__).with_name("numba_kernels.py"))
@@ -23,8 +23,8 @@ _ROWS_BLOCK, _COLUMNS_BLOCK, _SHORT, _FACTS = 1 << 12, 1 << 16, 32, 3
 # Up to so many numbers a thread, which its own cache then holds, each thread takes one block of rows, and mostly the
 # one that it takes in the other pass too.
 _NEAR = 1 << 16
-# Below so many numbers one thread is done sooner: those with exponentials, and those without.
-LEAST_SHARED, LEAST_LIGHT = 1 << 15, 1 << 17
+# Below so many numbers one thread is done sooner. The same in both passes: what the other core wrote is slow to read.
+LEAST_SHARED = 1 << 15
 
 
 class Blocks(NamedTuple):
@@ -61,17 +61,33 @@ def shared(shape: tuple[int, ...], dim: int, threads: int, least: int = LEAST_SH
 
 @lru_cache(maxsize=256)
 def _softmax_plan(shape: torch.Size, dim: int, log: bool, threads: int) -> Plan:
-    there, back = shared(shape, dim, threads), shared(shape, dim, threads, LEAST_SHARED if log else LEAST_LIGHT)
+    blocks = shared(shape, dim, threads)
     # forward: input, output; backward: output, gradient, result
-    forward = (*there.words, int(log), Address(0), Address(1), there.scratch(), there.room)
-    backward = (*back.words, int(log), Address(1), Address(0), back.scratch(), back.room, Address(2))
+    forward: tuple[Word, ...] = (*blocks.words, int(log), Address(0), Address(1), blocks.scratch(), blocks.room)
+    backward: tuple[Word, ...] = (
+        *blocks.words,
+        int(log),
+        Address(1),
+        Address(0),
+        blocks.scratch(),
+        blocks.room,
+        Address(2),
+    )  # fmt: skip
     return Plan(
         (dense(*shape),),
         (dense(*shape),),
-        step(_FORWARD, forward, there.threads),
-        step(_BACKWARD, backward, back.threads),
+        step(_FORWARD, forward, blocks.threads),
+        step(_BACKWARD, backward, blocks.threads),
         saved=(1,),
     )
+
+
+def plan_of(key: tuple[Any, ...], input: Tensor, weight: Tensor | None = None) -> Plan:
+    """The plan of a layer and its options for an input."""
+    name, *options = key
+    if name == "cross_entropy":
+        return index_plan(input.shape, weight is not None, *options, torch.get_num_threads())
+    return _softmax_plan(input.shape, options[0] % max(input.dim(), 1), name == "log_softmax", torch.get_num_threads())
 
 
 def softmax(input: Tensor, dim: int, log: bool) -> Tensor:
@@ -96,7 +112,7 @@ def of_samples(shape: tuple[int, ...], reduction: str) -> tuple[Layout, Layout]:
     return dense(*samples, dtype=torch.int64), dense(*samples) if reduction == "none" else dense()
 
 
-def finish_words(loss: int, sums: Scratch, tasks: int, reduction: str) -> tuple[int | Address | Scratch, ...]:
+def finish_words(loss: int, sums: Scratch, tasks: int, reduction: str) -> tuple[Word, ...]:
     """The words of the kernel that writes the sum or mean of all losses; the last is what the sum is divided by."""
     return (sums, tasks, Address(loss), int(reduction == "mean"), 0)
 
@@ -107,27 +123,27 @@ def index_plan(
 ) -> Plan:
     """Cross-entropy of scores of a shape, the classes in dimension 1: logits, indices and weights to loss and
     probabilities."""
-    there, back = shared(shape, 1, threads), shared(shape, 1, threads, LEAST_LIGHT)
+    blocks = shared(shape, 1, threads)
     (indices, loss), whole, separate = of_samples(shape, reduction), dense(*shape), reduction == "none"
-    sums, options = Scratch(2 * there.tasks), (ignore_index, bits(smoothing))
-    forward = (
-        *(*there.words, 0, Address(0), Address(4), there.scratch(), there.room),
-        *(Address(1), Address(2) if weighted else 0, *options),
-        *(Address(3) if separate else 0, sums, 0),
-    )
-    last = () if separate else finish_words(3, sums, there.tasks, reduction)
+    sums, options = Scratch(2 * blocks.tasks), (ignore_index, bits(smoothing))
+    forward: tuple[Word, ...] = (
+        *blocks.words, 0, Address(0), Address(4), blocks.scratch(), blocks.room,
+        Address(1), Address(2) if weighted else 0, *options,
+        Address(3) if separate else 0, sums, 0,
+    )  # fmt: skip
+    last: tuple[Word, ...] = () if separate else finish_words(3, sums, blocks.tasks, reduction)
     # probabilities, indices, weights, gradient, result
     given = 2 + weighted
-    backward = (
-        *(*back.words, 0, Address(0), Address(given + 1), back.scratch(), back.room),
-        *(Address(1), Address(2) if weighted else 0, *options),
-        *(Address(given), int(separate), bits(1.0)),
-    )
+    backward: tuple[Word, ...] = (
+        *blocks.words, 0, Address(0), Address(given + 1), blocks.scratch(), blocks.room,
+        Address(1), Address(2) if weighted else 0, *options,
+        Address(given), int(separate), bits(1.0),
+    )  # fmt: skip
     return Plan(
         (whole, indices, dense(shape[1]) if weighted else None),
         (loss, whole),
-        step(_LOSS_FORWARD, forward, there.threads, 0 if separate else FINISH, last),
-        step(_LOSS_BACKWARD, backward, back.threads),
+        step(_LOSS_FORWARD, forward, blocks.threads, 0 if separate else FINISH, last),
+        step(_LOSS_BACKWARD, backward, blocks.threads),
         saved=(4, 1, 2) if weighted else (4, 1),
         carried=() if separate else ((24, 19),),
         refusal=19,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reimpl.functional._losses.numba import LEAST_SHARED
-from reimpl.functional._node.plan import Address, Plan, Scratch, dense, run, step
+from reimpl.functional._node.plan import Address, Plan, Scratch, Word, dense, run, step
 from reimpl.functional._numba_source import load
 
 _KERNELS = load(Path(__file__).with_name("numba_pointwise_kernels.py"))
 _FORWARD, _FINISH, _BACKWARD = (kernel.address for kernel in (_KERNELS.forward, _KERNELS.finish, _KERNELS.backward))
-_KINDS = {"square": 0, "probability": 1, "logit": 2}
+_KINDS = {"mse_loss": 0, "binary_cross_entropy": 1, "binary_cross_entropy_with_logits": 2}
 _BLOCK = 1 << 12
 
 
@@ -24,10 +25,10 @@ def pointwise_plan(kind: str, shape: torch.Size, reduction: str, threads: int) -
     numbers, separate = shape.numel(), reduction == "none"
     tasks, divisor = -(-numbers // _BLOCK), numbers if reduction == "mean" else 1
     threads = min(threads, tasks) if numbers >= LEAST_SHARED else 1
-    common = (numbers, _BLOCK, tasks, _KINDS[kind], Address(0), Address(1))
-    forward = (*common, Address(2) if separate else 0, Scratch(tasks), 0, Address(2), divisor)
+    common: tuple[Word, ...] = (numbers, _BLOCK, tasks, _KINDS[kind], Address(0), Address(1))
+    forward: tuple[Word, ...] = (*common, Address(2) if separate else 0, Scratch(tasks), 0, Address(2), divisor)
     # input, target, gradient, result
-    backward = (*common, Address(3), Address(2), divisor)
+    backward: tuple[Word, ...] = (*common, Address(3), Address(2), divisor)
     whole = dense(*shape)
     return Plan(
         (whole, whole),
@@ -37,6 +38,12 @@ def pointwise_plan(kind: str, shape: torch.Size, reduction: str, threads: int) -
         saved=(0, 1),
         refusal=11,
     )
+
+
+def plan_of(key: tuple[Any, ...], input: Tensor) -> Plan | None:
+    """The plan of a layer and its reduction for an input, where the gradient is one number."""
+    name, reduction = key
+    return None if reduction == "none" else pointwise_plan(name, input.shape, reduction, torch.get_num_threads())
 
 
 def losses(kind: str, input: Tensor, target: Tensor, reduction: str) -> Tensor | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reimpl.functional._losses import plain_targets as _losses_plain_targets
-from reimpl.functional._losses.numba import FINISH, LEAST_LIGHT, LEAST_SHARED, finish_words, of_samples, shared
-from reimpl.functional._node.plan import Address, Plan, Scratch, bits, dense, number_of, run, step
+from reimpl.functional._losses.numba import FINISH, LEAST_SHARED, finish_words, of_samples, shared
+from reimpl.functional._node.plan import Address, Plan, Scratch, Word, bits, dense, number_of, run, step
 from reimpl.functional._numba_source import load
 
 _KERNELS = load(Path(__file__).with_name("numba_targets_kernels.py"))
@@ -24,20 +25,20 @@ def picked_plan(shape: torch.Size, weighted: bool, ignore_index: int, reduction:
     """Negative log-likelihood of scores of a shape, the classes in dimension 1: log-probabilities, indices and weights
     to a loss."""
     # one number of each sample is read, and all are written
-    there, back = shared(shape, 1, threads, LEAST_SHARED * shape[1]), shared(shape, 1, threads, LEAST_LIGHT)
+    there, back = shared(shape, 1, threads, LEAST_SHARED * shape[1]), shared(shape, 1, threads)
     (indices, loss), separate = of_samples(shape, reduction), reduction == "none"
     sums = Scratch(2 * there.tasks)
-    forward = (
-        *(*there.words, 0, Address(0), Address(3) if separate else 0, sums, 0),
-        *(Address(1), Address(2) if weighted else 0, ignore_index),
-    )
-    last = () if separate else finish_words(3, sums, there.tasks, reduction)
+    forward: tuple[Word, ...] = (
+        *there.words, 0, Address(0), Address(3) if separate else 0, sums, 0,
+        Address(1), Address(2) if weighted else 0, ignore_index,
+    )  # fmt: skip
+    last: tuple[Word, ...] = () if separate else finish_words(3, sums, there.tasks, reduction)
     # indices, weights, gradient, result
     given = 1 + weighted
-    backward = (
-        *(*back.words, 0, Address(given + 1), Address(given), int(separate), bits(1.0)),
-        *(Address(0), Address(1) if weighted else 0, ignore_index),
-    )
+    backward: tuple[Word, ...] = (
+        *back.words, 0, Address(given + 1), Address(given), int(separate), bits(1.0),
+        Address(0), Address(1) if weighted else 0, ignore_index,
+    )  # fmt: skip
     return Plan(
         (dense(*shape), indices, dense(shape[1]) if weighted else None),
         (loss,),
@@ -47,6 +48,14 @@ def picked_plan(shape: torch.Size, weighted: bool, ignore_index: int, reduction:
         carried=() if separate else ((20, 12),),
         refusal=12,
     )
+
+
+def plan_of(key: tuple[Any, ...], input: Tensor, weight: Tensor | None) -> Plan:
+    """The plan of a layer and its options for an input."""
+    name, ignore_index, *options = key
+    if name == "nll_loss":
+        return picked_plan(input.shape, weight is not None, ignore_index, *options, torch.get_num_threads())
+    return probability_plan(input.shape, weight is not None, *options, torch.get_num_threads())
 
 
 def picked_loss(
@@ -86,26 +95,26 @@ def picked_loss_gradient(
 def probability_plan(shape: torch.Size, weighted: bool, smoothing: float, reduction: str, threads: int) -> Plan:
     """Cross-entropy of scores of a shape, the classes in dimension 1: logits, targets and weights to loss and
     probabilities."""
-    there, back = shared(shape, 1, threads), shared(shape, 1, threads, LEAST_LIGHT)
+    blocks = shared(shape, 1, threads)
     (indices, loss), whole, separate = of_samples(shape, reduction), dense(*shape), reduction == "none"
-    sums, smoothed = Scratch(2 * there.tasks), bits(max(smoothing, 0.0))
-    forward = (
-        *(*there.words, 0, Address(0), Address(4), there.scratch(), there.room, Address(1)),
-        *(Address(2) if weighted else 0, smoothed, Address(3) if separate else 0, sums),
-    )
-    last = () if separate else finish_words(3, sums, there.tasks, reduction)
+    sums, smoothed = Scratch(2 * blocks.tasks), bits(max(smoothing, 0.0))
+    forward: tuple[Word, ...] = (
+        *blocks.words, 0, Address(0), Address(4), blocks.scratch(), blocks.room, Address(1),
+        Address(2) if weighted else 0, smoothed, Address(3) if separate else 0, sums,
+    )  # fmt: skip
+    last: tuple[Word, ...] = () if separate else finish_words(3, sums, blocks.tasks, reduction)
     # probabilities, targets, weights, gradient, result
     given = 2 + weighted
     divisor = float(torch.Size(indices.sizes).numel()) if reduction == "mean" else 1.0
-    backward = (
-        *(*back.words, 0, Address(0), Address(given + 1), back.scratch(), back.room, Address(1)),
-        *(Address(2) if weighted else 0, smoothed, Address(given), int(separate), bits(divisor)),
-    )
+    backward: tuple[Word, ...] = (
+        *blocks.words, 0, Address(0), Address(given + 1), blocks.scratch(), blocks.room, Address(1),
+        Address(2) if weighted else 0, smoothed, Address(given), int(separate), bits(divisor),
+    )  # fmt: skip
     return Plan(
         (whole, whole, dense(shape[1]) if weighted else None),
         (loss, whole),
-        step(_FORWARD, forward, there.threads, 0 if separate else FINISH, last),
-        step(_BACKWARD, backward, back.threads),
+        step(_FORWARD, forward, blocks.threads, 0 if separate else FINISH, last),
+        step(_BACKWARD, backward, blocks.threads),
         saved=(4, 1, 2) if weighted else (4, 1),
     )
 

@@ -20,7 +20,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,16 +45,16 @@ Key = tuple[Any, ...]
 # Of each layer met its site in the node, and the plans given to that.
 _SITES: dict[Key, tuple[Any, deque[Plan]]] = {}
 
-Differentiate = Callable[[Key, tuple[Tensor | None, ...], tuple[Tensor | None, ...], list[int]], Tensor | None]
+Differentiate = Callable[[Key, tuple[Tensor | None, ...], tuple[Tensor, ...], list[float], list[int]], Tensor | None]
 """The first argument's gradient by differentiable operators, for the layer's options, from the gradients of all
-outputs, what is saved, and the words carried."""
+outputs, what is saved, the numbers carried, and the argument's shape."""
 
 
 def attempt(key: Key, *tensors: Tensor | None) -> Tensor | None:
     """The first output of a layer for such tensors, recorded for the backward pass, where a plan that it was taught
     (:func:`teach`) does; ``None`` where none does."""
     site = _SITES.get(key)
-    if site is None or forward_ad._current_level >= 0 or _threads._forked:
+    if site is None or forward_ad._current_level >= 0:
         return None
     return _module.call(site[0], *tensors)  # type: ignore[no-any-return, union-attr]
 
@@ -104,7 +104,7 @@ def switch(on: bool) -> None:
 
 def ready() -> bool:
     """Whether the node is there."""
-    return _module is not None
+    return _module is not None and not _threads._forked
 
 
 def prepare() -> None:
@@ -195,9 +195,11 @@ def take_up(path: Path) -> None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.use_threads(ctypes.cast(_threads._fork_call(), ctypes.c_void_p).value)
+        module.use_threads(ctypes.cast(cast(Any, _threads._fork_call()), ctypes.c_void_p).value)
     except (ImportError, OSError, AttributeError):
         path.unlink(missing_ok=True)
         return
+    # a forked process has one thread
+    os.register_at_fork(after_in_child=partial(module.use_threads, 0))
     module.switch_on(kernels.kernels_enabled())
     _module = module

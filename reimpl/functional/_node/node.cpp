@@ -20,6 +20,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <cstring>
+
 namespace py = pybind11;
 using at::Tensor;
 using torch::autograd::Node;
@@ -88,7 +90,7 @@ struct Plan {
   Step forward, backward;  // backward's tensors: what is saved, the gradient, the result
   std::vector<size_t> saved;
   Layout gradient, result;
-  Pairs carried;     // from a word of the forward pass to one of the backward pass
+  Pairs carried;    // doubles, from a word of the forward pass to one of the backward pass
   int64_t refusal;  // the forward pass's word that says that the numbers will not do
 
   bool fits(const Tensors& tensors) const {
@@ -170,9 +172,13 @@ struct KernelNode final : Node {
       for (size_t i = 0; i < list.size(); ++i) result[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(list[i]));
       return result;
     };
-    py::list words;
-    for (const auto& [at, word] : carried) words.append(word);
-    const auto result = site->differentiate(wrapped(grads), wrapped(tensors), words);
+    py::list numbers;
+    for (const auto& carry : carried) {
+      double number;
+      std::memcpy(&number, &carry.second, sizeof number);
+      numbers.append(number);
+    }
+    const auto result = site->differentiate(wrapped(grads), wrapped(tensors), numbers, py::cast(plan->result.sizes));
     return result.is_none() ? Tensor() : THPVariable_Unpack(result.ptr());
   }
 };

@@ -141,7 +141,7 @@ class Plan:
         forward: a step with the arguments and then the outputs as its tensors.
         backward: a step with what is saved, the gradient and the result as its tensors.
         saved: which of the arguments and outputs are kept.
-        carried: words of the forward pass, with their places in the backward pass.
+        carried: words of the forward pass that hold doubles, with their places in the backward pass.
         refusal: the word that the forward pass sets where the numbers will not do, 0 if it never does.
     """
 

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -118,6 +119,23 @@ def prepare() -> None:
         threading.Thread(target=_in_background, args=(path,), name="reimpl-node", daemon=True).start()
 
 
+def wait(seconds: float = 90.0) -> bool:
+    """Build the node, or wait for the process that does, where there is a compiler; whether it is there."""
+    path, deadline = _path(), time.monotonic() + seconds
+    while path is not None and not ready() and time.monotonic() < deadline:
+        if path.exists() or build(path):
+            take_up(path)
+        elif path.with_suffix(".failed").exists() or _compiler() is None:
+            break
+        else:
+            time.sleep(0.2)
+    return ready()
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
 def _path() -> Path | None:
     """Where the node is kept, its name a hash of all that it depends on; ``None`` where it cannot be."""
     folder = _kernel_cache.folder()
@@ -137,7 +155,7 @@ def build(path: Path) -> bool:
     import fcntl
 
     failure = path.with_suffix(".failed")
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = _compiler()
     if compiler is None or failure.exists():
         return False
     with open(path.with_suffix(".lock"), "w") as lock:

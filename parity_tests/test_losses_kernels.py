@@ -27,6 +27,7 @@ from reimpl.functional._losses import numba as _losses_numba
 from reimpl.functional._losses import numba_pointwise as _losses_numba_pointwise
 from reimpl.functional._losses import numba_targets as _losses_numba_targets
 from reimpl.functional._losses.numba_math import exp_of_negative, log_of_positive
+from reimpl.functional._node import native, plan
 
 # PyTorch's word about what its forward mode imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -39,7 +40,10 @@ EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(autouse=True)
-def _kernels() -> Iterator[None]:
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # the compiled node, which would run the same kernels, has tests of its own
+    monkeypatch.setattr(native, "ready", lambda: False)
+    monkeypatch.setattr(native, "_SITES", {})
     with F.use_kernels():
         yield
 
@@ -48,14 +52,14 @@ def _kernels() -> Iterator[None]:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The addresses of the kernels that run from here on."""
     addresses: list[int] = []
-    original = _losses_numba.start
+    original = plan.run
 
-    def noting(kernel: int, *args: Any) -> Any:
-        addresses.append(kernel)
-        return original(kernel, *args)
+    def noting(step: plan.Step, *args: Any) -> Any:
+        addresses.append(step.kernel)
+        return original(step, *args)
 
     for module in (_losses_numba, _losses_numba_pointwise, _losses_numba_targets):
-        monkeypatch.setattr(module, "start", noting)
+        monkeypatch.setattr(module, "run", noting)
     return addresses
 
 
@@ -173,6 +177,20 @@ def test_class_probabilities_with_every_option(shape: tuple[int, ...], mode: boo
     assert bool(ran) == mode
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_probabilities_wider_than_scores(dtype: torch.dtype) -> None:
+    x, t = torch.randn(4, 3).to(dtype).requires_grad_(), torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    loss = F.cross_entropy(x, t, label_smoothing=0.1)
+    expected = torch_functional.cross_entropy(x.double(), t, label_smoothing=0.1)
+    assert loss.dtype == torch.float64
+    # both in float64, of sums of a few numbers
+    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+    ours, theirs = (torch.autograd.grad(of, (x, t), create_graph=True) for of in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
+    ours, theirs = (torch.autograd.grad(of[1].pow(2).sum(), (x, t), allow_unused=True) for of in (ours, theirs))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=4 * torch.finfo(dtype).eps, atol=1e-15)
+
+
 @MODES
 def test_probabilities_that_are_trained_take_operators(mode: bool, ran: list[int]) -> None:
     x, t = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3, requires_grad=True)
@@ -224,7 +242,8 @@ def test_large_losses_in_blocks(mode: bool, reduction: str, monkeypatch: pytest.
     for name in ("_PART", "_PART_ALONG"):
         monkeypatch.setattr(_losses_plain, name, 1 << 10)
     monkeypatch.setattr(_losses_numba, "_COLUMNS_BLOCK", 1 << 10)
-    _losses_numba._blocks.cache_clear()
+    for plans in (_losses_numba.index_plan, _losses_numba_targets.picked_plan, _losses_numba_targets.probability_plan):
+        plans.cache_clear()
     generator = seeded_generator(2, reduction)
     x = (4 * random_tensor((37, 11, 100), torch.float32, generator)).requires_grad_()
     t = torch.rand(x.shape, generator=generator)

@@ -67,31 +67,23 @@ def test_counts_what_is_kept() -> None:
     assert saved_bytes(lambda: (x * x).exp()) == 4 * (6 + 6)
 
 
-_HALF = (torch.bfloat16,)
-# What keeps more, in which dtypes, and why.
-_MORE = {
-    "cross_entropy": (_HALF, "keeps float32 probabilities of bfloat16 scores"),
-    "cross_entropy_of_probabilities": (_HALF, "keeps float32 probabilities"),
-}
-
-
 def _allowance(technique: FunctionTechnique, sample: Sample, dtype: torch.dtype) -> int:
     """Mean and variance of each channel stay in float32, without which the gradient would lose half its digits, and so
-    does the one sum that a norm or a weighted mean divides by; PyTorch rounds them to the dtype of the parameters."""
+    does the one sum that a norm or a mean of the samples that count divides by; PyTorch rounds them to the dtype of the
+    parameters."""
     if dtype != torch.bfloat16:
         return 0
     channels = sample.args[0].shape[1] if technique.name in ("batch_norm", "batch_norm_relu") else 0
-    sums = technique.name == "lp_penalty" or (sample.kwargs.get("weight") is not None and technique.name == "mse_loss")
+    weighted = sample.kwargs.get("weight") is not None and technique.name == "mse_loss"
+    sums = technique.name in ("lp_penalty", "cross_entropy") or weighted
     return (4 - 2) * (2 * channels + sums)
 
 
 def _cases() -> Iterator[Any]:
     for technique in FUNCTIONS:
         for dtype in (torch.float32, torch.bfloat16):
-            dtypes, reason = _MORE.get(technique.name, ((), ""))
-            marks = [pytest.mark.xfail(strict=True, reason=reason)] if dtype in dtypes else []
             if technique.differentiable:
-                yield pytest.param(technique, dtype, id=f"{technique.name}-{dtype}", marks=marks)
+                yield pytest.param(technique, dtype, id=f"{technique.name}-{dtype}")
 
 
 @pytest.mark.parametrize("technique, dtype", list(_cases()))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
+from reimpl.functional._node import native
 from reimpl.testing.timing import Timings, interleave
 
 BATCH, THREADS, ROUNDS, SECONDS = 64, 2, 25, 0.7
@@ -103,6 +104,18 @@ def loss(name: str, make_target: Callable[[Tensor], Tensor], label: str, *shape:
     return Layer(f"{name}{label}, {'x'.join(map(str, shape))}", make)
 
 
+def index_loss(name: str, label: str, *shape: int, ignore: bool = False, weighted: bool = False) -> Layer:
+    """A loss of class indices with a class that does not count, or with weights of the classes."""
+
+    def make() -> tuple[Call, tuple[Tensor, ...]]:
+        x = drawn(BATCH, *shape)
+        target, weight = classes_of(x), torch.rand(shape[0]) if weighted else None
+        options = {"ignore_index": 1} if ignore else {}
+        return lambda m: getattr(m, name)(x, target, weight, **options), (x,)
+
+    return Layer(f"{name} with {label}, {'x'.join(map(str, shape))}", make)
+
+
 def classes_of(x: Tensor) -> Tensor:
     return torch.randint(0, x.shape[1], (x.shape[0], *x.shape[2:]))
 
@@ -147,6 +160,8 @@ LOSSES = (
     *(of_one("log_softmax", lambda m, x: m.log_softmax(x, 1), *shape) for shape in ((1000,), (21, 64, 64))),
     *(loss("nll_loss", classes_of, "", *shape) for shape in ((1000,), (21, 64, 64))),
     *(loss("cross_entropy", classes_of, "", *shape) for shape in ((1000,), (21, 64, 64))),
+    *(index_loss(name, "ignore_index", 10, ignore=True) for name in ("nll_loss", "cross_entropy")),
+    *(index_loss(name, "weights", 10, weighted=True) for name in ("nll_loss", "cross_entropy")),
     loss("cross_entropy", torch.rand_like, " of probabilities", 1000),
     *(loss("mse_loss", torch.rand_like, "", *shape) for shape in ((1000,), (64, 32, 32))),
     *(loss("binary_cross_entropy", torch.rand_like, "", *shape, logits=False) for shape in ((1000,), (64, 32, 32))),
@@ -185,6 +200,8 @@ def time_layer(layer: Layer) -> Timings:
 def test_ratio(name: str, way: str) -> None:
     if way == "kernels":
         pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+        with F.use_kernels():
+            native.wait()
     with F.use_kernels(way == "kernels"):
         times = time_layer(LAYERS[name])
     ratio = _RATIOS[way][name] = times.ratio("ours", "torch")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_enabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses.pointwise import Pointwise, PointwiseLoss, suits
+from reimpl.functional._losses.pointwise import Pointwise, pointwise_loss, suits
 from reimpl.functional._losses.reduction import reduced, resolve
 from reimpl.functional._losses.targets import check_constant, check_unit_interval
 from reimpl.functional.activation import logistic, minus_log_sigmoid
@@ -53,7 +53,7 @@ def binary_cross_entropy(
             "is deprecated. Please ensure they have the same size."
         )
     if weight is None and input.device.type == "cpu" and suits(input, target):
-        return PointwiseLoss.apply(input, target, _PROBABILITIES, reduction)  # type: ignore[no-any-return]
+        return pointwise_loss(input, target, _PROBABILITIES, reduction)
     if weight is not None:
         weight = weight.expand(torch.broadcast_shapes(target.size(), weight.size()))
     if input.device.type == "cuda" and autocast_enabled(input.device):
@@ -111,7 +111,7 @@ def binary_cross_entropy_with_logits(
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
     if weight is None and pos_weight is None and suits(input, target):
-        return PointwiseLoss.apply(input, target, _LOGITS, reduction)  # type: ignore[no-any-return]
+        return pointwise_loss(input, target, _LOGITS, reduction)
     input, target, weight, pos_weight = autocast_to_float32(input, target, weight, pos_weight)
     if not input.is_floating_point():
         kernel = f"log_sigmoid_{input.device.type}"
@@ -282,6 +282,10 @@ def _write_gradient_of_logits(input: Tensor, target: Tensor, output: Tensor, gra
 
 
 _PROBABILITIES = Pointwise(
-    "probability", _write_of_probabilities, _write_gradient_of_probabilities, _OfProbabilities, probabilities=True
+    "binary_cross_entropy",
+    _write_of_probabilities,
+    _write_gradient_of_probabilities,
+    _OfProbabilities,
+    probabilities=True,
 )
-_LOGITS = Pointwise("logit", _write_of_logits, _write_gradient_of_logits, _OfLogits)
+_LOGITS = Pointwise("binary_cross_entropy_with_logits", _write_of_logits, _write_gradient_of_logits, _OfLogits)

@@ -25,6 +25,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+# The module of the compiled node, once kernels have been switched on.
+_native: Any = None
 
 COMPILERS = {"cpu": "numba", "cuda": "triton"}
 """What compiles the kernels for the tensors of a device."""
@@ -53,6 +55,10 @@ class use_kernels:
     stands then. Until the switch is first set, convolutions and maximum pooling that ``torch.compile`` has put
     into a graph run through kernels on the CPU where Numba is installed, and nothing else does.
 
+    On Linux with a C++ compiler (``CXX``, or ``c++``) and Python's headers, softmax and the losses on the CPU run both
+    their passes without Python, in an autograd node that is compiled once in the background, some 12 seconds, and
+    taken up when it is there. Without it, and for whatever it does not do, the results are the same bits.
+
     Args:
         mode: on or off, in compiled code too.
 
@@ -68,8 +74,9 @@ class use_kernels:
             raise TypeError(f"mode must be a bool, but got {type(mode).__name__}")
         self._before = _enabled, _said
         _enabled, _said = mode, True
-        if mode:
-            module("_conv.numba")
+        if mode and module("_conv.numba"):
+            _prepare_node()
+        _switch_node()
 
     def __enter__(self) -> use_kernels:
         return self
@@ -77,11 +84,54 @@ class use_kernels:
     def __exit__(self, *_: object) -> None:
         global _enabled, _said
         _enabled, _said = self._before
+        _switch_node()
 
 
 def kernels_enabled() -> bool:
     """Whether :class:`use_kernels` is on."""
     return _enabled
+
+
+def _prepare_node() -> None:
+    """Find the compiled autograd node; it needs the parts of the optimizers' kernels that Numba does."""
+    global _native
+    if _native is None:
+        _native = importlib.import_module("reimpl.functional._node.native")
+        _native.prepare()
+
+
+def _switch_node() -> None:
+    if _native is not None:
+        _native.switch(_enabled)
+
+
+def attempt(key: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    """A layer done by the compiled node, recorded for the backward pass, or ``None`` where it does not do that.
+
+    Args:
+        key: the layer's name, and its options.
+        tensors: its arguments; the first may want a gradient.
+    """
+    if not _enabled or _native is None or torch.compiler.is_compiling():
+        return None
+    return _native.attempt(key, *tensors)
+
+
+def teach(key: tuple[Any, ...], worker: Any, differentiate: Callable[..., Any], *arguments: Any) -> None:
+    """Let the compiled node do a layer from here on for tensors like those that ``worker``, a module of kernels, has
+    just done.
+
+    Args:
+        key: as for :func:`attempt`.
+        worker: its ``plan_of`` makes the plan, given the key and the arguments.
+        differentiate: the gradient by differentiable operators, given the options, the gradients of the outputs, what
+            was saved, the numbers carried, and the shape of the first argument.
+        arguments: the tensors.
+    """
+    if _native is not None and _native.ready() and hasattr(worker, "plan_of"):
+        plan = worker.plan_of(key, *arguments)
+        if plan is not None:
+            _native.teach(key, plan, differentiate)
 
 
 @cache

@@ -21,6 +21,7 @@ from reimpl.functional._losses.targets import (
     counted,
 )
 from reimpl.functional._plain import ordinary
+from reimpl.functional.kernels import attempt, teach
 
 _WORKERS = ("_losses.numba_targets", _losses_plain_targets)
 
@@ -56,6 +57,10 @@ def nll_loss(
     Source: F5, F6; N2, N3. PyTorch: :func:`torch.nn.functional.nll_loss`.
     """
     reduction = resolve(reduction, size_average, reduce)
+    key = ("nll_loss", ignore_index, reduction)
+    done: Tensor | None = attempt(key, input, target, weight)
+    if done is not None:
+        return done
     input, weight = autocast_to_float32(input, weight)
     if input.dim() == 0:
         raise ValueError("Expected 1 or more dimensions (got 0)")
@@ -67,6 +72,7 @@ def nll_loss(
     weight = None if weight is None else weight.reshape(-1)
     if works:
         loss: Tensor = _WorkedPickedNegative.apply(batch, indices, ignore_index, weight, reduction, works)
+        teach(key, works, _through_picks, batch, weight)
         return loss.reshape(target.shape).contiguous() if reduction == "none" else loss
     if not input.is_floating_point():
         kernel = "nll_loss2d_forward_out_frame" if input.dim() > 2 else "nll_loss_out_frame"
@@ -110,16 +116,15 @@ def cross_entropy_of_probabilities(input: Tensor, target: Tensor, eps: float = 1
     # A softmax may round to a little over 1.
     check_unit_interval(input, "input", slack=4 * torch.finfo(input.dtype).eps)
     dim = class_dim(input)
-    probabilities = input.to(opmath_dtype(input.dtype))
     if target.shape == input.shape:
         if not target.is_floating_point():
             target = target.to(input.dtype)
-        losses = -(target.to(probabilities.dtype) * call(_GuardedLog, _guarded_log, probabilities, eps)).sum(dim)
+        losses = call(_GuardedLoss, _guarded_loss, input, target, eps).sum(dim)
     else:
         check_class_indices(input, target, None, ignore_index=-1)
-        batch, indices = as_batch(probabilities, target)
+        batch, indices = as_batch(input, target)
         picked = batch.gather(1, indices.unsqueeze(1)).squeeze(1)
-        losses = -call(_GuardedLog, _guarded_log, picked, eps).reshape(target.shape)
+        losses = call(_GuardedLoss, _guarded_loss, picked, None, eps).reshape(target.shape)
     return reduced(losses, reduction, input.dtype)
 
 
@@ -221,29 +226,43 @@ class _WorkedPickedNegative(torch.autograd.Function):
         if works:
             options = (ctx.ignore_index, weight, ctx.divisor)
             return works.picked_loss_gradient(grad, ctx.shape, indices, *options), *(None,) * 5
-        each = (grad / ctx.divisor).expand(indices.shape)
-        return _scattered(each, indices, ctx.shape[1], ctx.ignore_index, weight), *(None,) * 5
+        return _through_picks((ctx.ignore_index,), (grad,), ctx.saved_tensors, (ctx.divisor,), ctx.shape), *(None,) * 5
 
 
-def _guarded_log(input: Tensor, eps: float) -> Tensor:
-    return torch.log(input + eps)
+def _through_picks(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> Tensor:
+    """The gradient of the log-probabilities from that of each loss, or of their sum over a number."""
+    (grad,), (indices, *weights) = grads, saved
+    each = (grad / numbers[0] if numbers else grad).expand(indices.shape)
+    return _scattered(each, indices, shape[1], options[0], weights[0] if weights else None)
 
 
-class _GuardedLog(torch.autograd.Function):
-    r""":math:`\bar y = \bar z/(y + \epsilon)`."""
+def _guarded_loss(input: Tensor, target: Tensor | None, eps: float) -> Tensor:
+    loss = -torch.log(input.to(opmath_dtype(input.dtype)) + eps)
+    return loss if target is None else target.to(loss.dtype) * loss
+
+
+class _GuardedLoss(torch.autograd.Function):
+    r""":math:`\bar y = -t \bar z/(y + \epsilon)`, :math:`t = 1` without targets, and :math:`\bar t = -\bar z \log(y +
+    \epsilon)`. Half-width tensors are kept as they are; what is wide is made again."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, eps: float) -> Tensor:
-        return _guarded_log(input, eps)
+    def forward(input: Tensor, target: Tensor | None, eps: float) -> Tensor:
+        return _guarded_loss(input, target, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, ctx.eps = inputs
-        ctx.save_for_backward(input)
+        input, target, ctx.eps = inputs
+        ctx.save_for_backward(input, target)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (input,) = ctx.saved_tensors
-        return grad / (input + ctx.eps), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        input, target = ctx.saved_tensors
+        wide, grad_target = input.to(grad.dtype), None
+        grad_input = -grad / (wide + ctx.eps)
+        if target is not None:
+            grad_input = grad_input * target.to(grad.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_target = (grad * _guarded_loss(wide, None, ctx.eps)).to(target.dtype)
+        return grad_input.to(input.dtype), grad_target, None

@@ -20,6 +20,7 @@ from reimpl.functional._losses.targets import (
     counted,
 )
 from reimpl.functional._plain import ordinary
+from reimpl.functional.kernels import attempt, teach
 from reimpl.functional.softmax import log_softmax_composition
 
 _OF_INDICES = ("_losses.numba", _losses_plain_targets)
@@ -65,6 +66,9 @@ def cross_entropy(
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
     reduction = resolve(reduction, size_average, reduce)
+    done: Tensor | None = attempt(("cross_entropy", ignore_index, label_smoothing, reduction), input, target, weight)
+    if done is not None:
+        return done
     input, weight = autocast_to_float32(input, weight)
     smoothing = max(label_smoothing, 0.0)  # a negative number smooths nothing, as in PyTorch
     if input.shape == target.shape:
@@ -85,6 +89,8 @@ def _with_indices(
     loss: Tensor
     if works:
         loss, _ = _WorkedIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, works)
+        key = ("cross_entropy", ignore_index, smoothing, reduction)
+        teach(key, works, _through_worked_loss, logits, weight)
         return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
     with autocast_disabled(input.device):
         loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
@@ -103,6 +109,8 @@ def _with_probabilities(
         if works:
             logits, probabilities = (input, target) if input.dim() > 1 else (input.unsqueeze(0), target.unsqueeze(0))
             loss, _ = _WorkedProbabilityLoss.apply(logits, probabilities, weight, smoothing, reduction, works)
+            key = ("cross_entropy", ignore_index, smoothing, reduction)
+            teach(key, works, _through_worked_loss, logits, weight)
             return loss.reshape(()) if input.dim() == 1 else loss
     dim = class_dim(input)
     with autocast_disabled(input.device):
@@ -172,7 +180,7 @@ def _class_weights(weight: Tensor | None, like: Tensor) -> Tensor:
 def _index_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each sample, and the probabilities; dimension 1 holds the classes."""
+    """Loss of each sample, and the log-probabilities; dimension 1 holds the classes."""
     log_probs = log_softmax_composition(input.to(opmath_dtype(input.dtype)), 1)
     classes, kept = classes_that_count(indices, ignore_index)
     w = _class_weights(weight, log_probs)
@@ -181,11 +189,11 @@ def _index_loss(
     if smoothing != 0:
         spread = (log_probs * _along(w, 1, input.dim())).sum(1)
         loss = (1 - smoothing) * loss - (smoothing / input.shape[1]) * spread
-    return torch.where(kept, loss, 0), torch.exp(log_probs)
+    return torch.where(kept, loss, 0), log_probs
 
 
 class _IndexLoss(torch.autograd.Function):
-    r"""The probabilities are a differentiable output, so that the gradient, which is made from them, can itself be
+    """The log-probabilities are a differentiable output, so that the gradient, which is made from them, can itself be
     differentiated."""
 
     generate_vmap_rule = True
@@ -199,30 +207,41 @@ class _IndexLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, indices, ctx.ignore_index, weight, ctx.smoothing = inputs
-        ctx.dtype = input.dtype
+        ctx.dtype, ctx.wide = input.dtype, output[1].dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], indices, weight)
+        ctx.save_for_backward(_to_keep(input, output[1]), indices, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
-        probabilities, indices, weight = ctx.saved_tensors
-        total = None
+    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept, indices, weight = ctx.saved_tensors
+        log_probs, total = _log_probabilities(kept, ctx.wide, 1), grad_log_probs
         if grad is not None:
-            total = _index_errors(grad, probabilities, indices, ctx.ignore_index, weight, ctx.smoothing)
-        return _through_softmax(probabilities, total, grad_probabilities, 1, ctx.dtype), None, None, None, None
+            errors = _index_errors(grad, log_probs, indices, ctx.ignore_index, weight, ctx.smoothing)
+            total = errors if total is None else total + errors
+        return _through_softmax(torch.exp(log_probs), total, None, 1, ctx.dtype), None, None, None, None
+
+
+def _to_keep(input: Tensor, log_probs: Tensor) -> Tensor:
+    """Which of the two the backward pass is to read: scores of half the width take half the room."""
+    return log_probs if log_probs.dtype == input.dtype else input
+
+
+def _log_probabilities(kept: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """The log-probabilities, of the dtype that they had, from what :func:`_to_keep` chose."""
+    return kept if kept.dtype == dtype else log_softmax_composition(kept.to(dtype), dim)
 
 
 def _index_errors(
-    grad: Tensor, probabilities: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
+    grad: Tensor, like: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
 ) -> Tensor:
-    """The gradient of the log-probabilities from that of each sample's loss."""
+    """The gradient of the log-probabilities (shaped ``like`` them) from that of each sample's loss."""
     classes, kept = classes_that_count(indices, ignore_index)
     sample = torch.where(kept, grad, 0).unsqueeze(1)
-    total = torch.zeros_like(probabilities).scatter(1, classes.unsqueeze(1), 1)
+    total = torch.zeros_like(like).scatter(1, classes.unsqueeze(1), 1)
     total = total * ((1 - smoothing) * -sample)
     if smoothing != 0:
-        total = total - (smoothing / probabilities.shape[1]) * sample
-    return total * _along(_class_weights(weight, probabilities), 1, probabilities.dim())
+        total = total - (smoothing / like.shape[1]) * sample
+    return total * _along(_class_weights(weight, like), 1, like.dim())
 
 
 class _WorkedIndexLoss(torch.autograd.Function):
@@ -257,11 +276,37 @@ class _WorkedIndexLoss(torch.autograd.Function):
             if worker:
                 options = (ignore_index, weight, smoothing, ctx.divisor)
                 return worker.index_loss_gradient(grad, probabilities, indices, *options), *(None,) * 6
-        total = None
-        if grad is not None:
-            each = (grad / ctx.divisor).expand(indices.shape)
-            total = _index_errors(each, probabilities, indices, ignore_index, weight, smoothing)
-        return _through_softmax(probabilities, total, grad_probabilities, 1, ctx.dtype), *(None,) * 6
+        grads, saved = (grad, grad_probabilities), ctx.saved_tensors
+        return _through_index_loss(ctx.options, grads, saved, ctx.divisor, ctx.dtype), *(None,) * 6
+
+
+def _through_index_loss(options: Any, grads: Any, saved: Any, divisor: Any, dtype: torch.dtype) -> Tensor | None:
+    (ignore_index, smoothing), (grad, grad_probabilities), (probabilities, indices, weight) = options, grads, saved
+    total = None
+    if grad is not None:
+        each = (grad / divisor).expand(indices.shape)
+        total = _index_errors(each, probabilities, indices, ignore_index, weight, smoothing)
+    return _through_softmax(probabilities, total, grad_probabilities, 1, dtype)
+
+
+def _through_probability_loss(smoothing: float, grads: Any, saved: Any, divisor: int) -> Tensor | None:
+    (grad, grad_probabilities), (probabilities, target, weight) = grads, saved
+    total = None
+    if grad is not None:
+        each = (grad / divisor).expand(target.select(1, 0).shape).unsqueeze(1)
+        total = -each * _smoothed_targets(target, weight, smoothing, 1, probabilities.dtype)
+    return _through_softmax(probabilities, total, grad_probabilities, 1, probabilities.dtype)
+
+
+def _through_worked_loss(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> Tensor | None:
+    """The gradient of the logits by differentiable operators, for the compiled node."""
+    (ignore_index, smoothing, reduction), (probabilities, target) = options, saved[:2]
+    saved = (*saved, None)[:3]
+    if target.is_floating_point():
+        divisor = probabilities.numel() // shape[1] if reduction == "mean" else 1
+        return _through_probability_loss(smoothing, grads, saved, divisor)
+    divisor = numbers[0] if numbers else 1.0
+    return _through_index_loss((ignore_index, smoothing), grads, saved, divisor, probabilities.dtype)
 
 
 def _through_softmax(
@@ -302,14 +347,15 @@ class _ProbabilityLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, target, weight, ctx.smoothing, ctx.dim = inputs
-        ctx.dtype = input.dtype
+        ctx.dtype, ctx.wide = input.dtype, output[1].dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], target, weight)
+        ctx.save_for_backward(_to_keep(input, output[1]), target, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, target, weight = ctx.saved_tensors
-        dim, dtype = ctx.dim, log_probs.dtype
+        kept, target, weight = ctx.saved_tensors
+        dim, dtype = ctx.dim, ctx.wide
+        log_probs = _log_probabilities(kept, dtype, dim)
         total = grad_target = grad_weight = None
         if grad is not None:
             sample = -grad.unsqueeze(dim)
@@ -357,8 +403,5 @@ class _WorkedProbabilityLoss(torch.autograd.Function):
             if worker:
                 options = (weight, ctx.smoothing, ctx.divisor)
                 return worker.probability_loss_gradient(grad, probabilities, target, *options), *(None,) * 5
-        total = None
-        if grad is not None:
-            each = (grad / ctx.divisor).expand(target.select(1, 0).shape).unsqueeze(1)
-            total = -each * _smoothed_targets(target, weight, ctx.smoothing, 1, probabilities.dtype)
-        return _through_softmax(probabilities, total, grad_probabilities, 1, probabilities.dtype), *(None,) * 5
+        grads, saved = (grad, grad_probabilities), ctx.saved_tensors
+        return _through_probability_loss(ctx.smoothing, grads, saved, ctx.divisor), *(None,) * 5

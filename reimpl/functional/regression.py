@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses.pointwise import Pointwise, PointwiseLoss, suits
+from reimpl.functional._losses.pointwise import Pointwise, pointwise_loss, suits
 from reimpl.functional._losses.reduction import reduced, resolve
 
 
@@ -41,7 +41,7 @@ def mse_loss(
         raise ValueError("Weights and input must have the same size.")
     reduction = resolve(reduction, size_average, reduce)
     if weight is None and suits(input, target):
-        return PointwiseLoss.apply(input, target, _SQUARED_ERROR, reduction)  # type: ignore[no-any-return]
+        return pointwise_loss(input, target, _SQUARED_ERROR, reduction)
     input, target, weight = autocast_to_float32(input, target, weight)
     if weight is None:
         losses, dtype = _squared_errors(input, target)
@@ -165,4 +165,4 @@ def _write_gradient(input: Tensor, target: Tensor, output: Tensor, grad: Tensor)
     torch.sub(input, target, out=output).mul_(2 * grad)
 
 
-_SQUARED_ERROR = Pointwise("square", _write_squares, _write_gradient, _SquaredError)
+_SQUARED_ERROR = Pointwise("mse_loss", _write_squares, _write_gradient, _SquaredError)

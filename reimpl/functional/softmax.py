@@ -11,6 +11,7 @@ from torch import Tensor
 from reimpl.functional._dispatch import autocast_enabled, call, opmath_dtype, scalar_type_name
 from reimpl.functional._losses import plain as _losses_plain
 from reimpl.functional._losses.plain import final_worker, worker
+from reimpl.functional.kernels import attempt, teach
 
 _WORKERS = ("_losses.numba", _losses_plain)
 
@@ -32,10 +33,14 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
 
     Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.softmax`.
     """
+    key = ("softmax", dim)
+    done: Tensor | None = None if dtype is not None else attempt(key, input)
+    if done is not None:
+        return done
     input, dim = _prepare("softmax", input, dim, _stacklevel, dtype)
     works = worker(*_WORKERS, input) if input.numel() else None
     if works:
-        return _WorkedSoftmax.apply(input, dim, False, works)  # type: ignore[no-any-return]
+        return _worked(key, input, dim, works)
     return call(_Softmax, _softmax, input, dim)  # type: ignore[no-any-return]
 
 
@@ -48,11 +53,23 @@ def log_softmax(
 
     Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.log_softmax`.
     """
+    key = ("log_softmax", dim)
+    done: Tensor | None = None if dtype is not None else attempt(key, input)
+    if done is not None:
+        return done
     input, dim = _prepare("log_softmax", input, dim, _stacklevel, dtype)
     works = worker(*_WORKERS, input) if input.numel() else None
     if works:
-        return _WorkedSoftmax.apply(input, dim, True, works)  # type: ignore[no-any-return]
+        return _worked(key, input, dim, works)
     return call(_LogSoftmax, log_softmax_composition, input, dim)  # type: ignore[no-any-return]
+
+
+def _worked(key: tuple[str, int | None], input: Tensor, dim: int, works: Any) -> Tensor:
+    log = key[0] == "log_softmax"
+    output: Tensor = _WorkedSoftmax.apply(input, dim, log, works)
+    if key[1] is not None:
+        teach(key, works, _through_log_softmax if log else _through_softmax, input)
+    return output
 
 
 def _prepare(
@@ -116,9 +133,14 @@ class _Softmax(_FromOutput):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (output,) = ctx.saved_tensors
-        y, g = (t.to(opmath_dtype(t.dtype)) for t in (output, grad))
-        return (y * (g - (g * y).sum(ctx.dim, keepdim=True))).to(output.dtype), None
+        return _through_softmax((ctx.dim,), (grad,), ctx.saved_tensors), None
+
+
+def _through_softmax(options: Any, grads: Any, saved: Any, *_: object) -> Tensor:
+    (dim,), (output,) = options, saved
+    y, g = (t.to(opmath_dtype(t.dtype)) for t in (output, *grads))
+    gradient: Tensor = (y * (g - (g * y).sum(dim, keepdim=True))).to(output.dtype)
+    return gradient
 
 
 class _LogSoftmax(_FromOutput):
@@ -130,9 +152,14 @@ class _LogSoftmax(_FromOutput):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (output,) = ctx.saved_tensors
-        y, g = (t.to(opmath_dtype(t.dtype)) for t in (output, grad))
-        return (g - torch.exp(y) * g.sum(ctx.dim, keepdim=True)).to(output.dtype), None
+        return _through_log_softmax((ctx.dim,), (grad,), ctx.saved_tensors), None
+
+
+def _through_log_softmax(options: Any, grads: Any, saved: Any, *_: object) -> Tensor:
+    (dim,), (output,) = options, saved
+    y, g = (t.to(opmath_dtype(t.dtype)) for t in (output, *grads))
+    gradient: Tensor = (g - torch.exp(y) * g.sum(dim, keepdim=True)).to(output.dtype)
+    return gradient
 
 
 class _WorkedSoftmax(torch.autograd.Function):

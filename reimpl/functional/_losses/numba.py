@@ -2,114 +2,152 @@
 
 from __future__ import annotations
 
-import ctypes
-from array import array
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from pathlib import Path
-from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from reimpl.functional._node.plan import Address, Layout, Plan, Scratch, Word, bits, dense, number_of, run, step
 from reimpl.functional._numba_source import load
-from reimpl.optim import _threads
 
 _KERNELS = load(Path(__file__).with_name("numba_kernels.py"))
-_FORWARD, _BACKWARD, _LOSS_FORWARD, _LOSS_BACKWARD = (
-    getattr(_KERNELS, name).address for name in ("forward", "backward", "loss_forward", "loss_backward")
+_FORWARD, _BACKWARD, _LOSS_FORWARD, _LOSS_BACKWARD, FINISH = (
+    getattr(_KERNELS, name).address for name in ("forward", "backward", "loss_forward", "loss_backward", "finish")
 )
 # Numbers a block of rows, which stays in the nearest cache, and one of columns, whose planes are read in long runs.
-# Below the third, one thread is done sooner. Rows shorter than the fourth need room for their exponentials, others for
-# a few facts about each.
-_ROWS_BLOCK, _COLUMNS_BLOCK, _LEAST_SHARED, _SHORT, _FACTS = 1 << 12, 1 << 16, 1 << 15, 32, 3
-_DOUBLE, _WORD = Struct("d"), Struct("q")
+# Rows shorter than the third need room for their exponentials, others for a few facts about each.
+_ROWS_BLOCK, _COLUMNS_BLOCK, _SHORT, _FACTS = 1 << 12, 1 << 16, 32, 3
+# Up to so many numbers a thread, which its own cache then holds, each thread takes one block of rows, and mostly the
+# one that it takes in the other pass too.
+_NEAR = 1 << 16
+# Below so many numbers one thread is done sooner. The same in both passes: what the other core wrote is slow to read.
+LEAST_SHARED = 1 << 15
 
 
-def bits(number: float) -> int:
-    """A double's bits as a word of a table."""
-    return 0 if number == 0 else _WORD.unpack(_DOUBLE.pack(number))[0]
-
-
-def start(kernel: int, words: tuple[int, ...], tasks: int, numbers: int) -> array[int]:
-    """Run the kernel at an address on a table: that of two counters, the counters, and ``words``.
-
-    Returns:
-        the table, in which a kernel may have answered.
-    """
-    table = array("q", (0, 0, 0, *words))
-    address = table.buffer_info()[0]
-    table[0] = address + 8
-    if numbers < _LEAST_SHARED:
-        _alone(kernel)(address)
-    else:
-        _threads.run(kernel, address, min(torch.get_num_threads(), tasks))
-    return table
-
-
-@cache
-def _alone(kernel: int) -> Callable[[int], None]:
-    """The kernel at an address as a function."""
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
-
-
-class _Blocks(NamedTuple):
-    """How a contiguous tensor is shared out: the kernels' words for it, how many blocks, numbers, and numbers of
-    scratch memory for all threads."""
+class Blocks(NamedTuple):
+    """How a contiguous tensor is shared out: the kernels' words for it, how many blocks, threads, and numbers of
+    scratch memory a thread."""
 
     words: tuple[int, ...]
     tasks: int
-    numbers: int
+    threads: int
     room: int
-    scratch: int
+
+    def scratch(self) -> Scratch:
+        """The threads' scratch memory."""
+        return Scratch((self.room * self.threads + 1) // 2)
 
 
-@lru_cache(maxsize=256)
-def _blocks(shape: torch.Size, dim: int, threads: int) -> _Blocks:
+def shared(shape: tuple[int, ...], dim: int, threads: int, least: int = LEAST_SHARED) -> Blocks:
+    """How a contiguous tensor of a shape is shared out to at most so many threads, the classes in dimension ``dim``;
+    to one where it has fewer numbers than ``least``."""
     outer, classes, inner = prod(shape[:dim]), prod(shape[dim : dim + 1]), prod(shape[dim + 1 :])
     numbers = outer * classes * inner
+    threads = threads if numbers >= least else 1
     if inner == 1:
-        size = min(outer, max(1, _ROWS_BLOCK // classes))
+        size = -(-outer // threads) if numbers <= _NEAR * threads and threads > 1 else max(1, _ROWS_BLOCK // classes)
+        size = min(outer, size)
         tasks = -(-outer // size)
         room = size * (max(_FACTS, classes) if classes < _SHORT else _FACTS)
     else:
         size = min(inner, max(64, _COLUMNS_BLOCK // classes))
         tasks = outer * -(-inner // size)
         room = _FACTS * size
-    words = (outer, classes, inner, size, tasks)
-    return _Blocks(words, tasks, numbers, room, room * (1 if numbers < _LEAST_SHARED else threads))
+    return Blocks((outer, classes, inner, size, tasks), tasks, min(threads, tasks), room)
 
 
-def shared(tensor: Tensor, dim: int) -> _Blocks:
-    """How a contiguous tensor is shared out, the classes in dimension ``dim``."""
-    return _blocks(tensor.shape, dim, torch.get_num_threads())
+@lru_cache(maxsize=256)
+def _softmax_plan(shape: torch.Size, dim: int, log: bool, threads: int) -> Plan:
+    blocks = shared(shape, dim, threads)
+    # forward: input, output; backward: output, gradient, result
+    forward: tuple[Word, ...] = (*blocks.words, int(log), Address(0), Address(1), blocks.scratch(), blocks.room)
+    backward: tuple[Word, ...] = (
+        *blocks.words,
+        int(log),
+        Address(1),
+        Address(0),
+        blocks.scratch(),
+        blocks.room,
+        Address(2),
+    )  # fmt: skip
+    return Plan(
+        (dense(*shape),),
+        (dense(*shape),),
+        step(_FORWARD, forward, blocks.threads),
+        step(_BACKWARD, backward, blocks.threads),
+        saved=(1,),
+    )
 
 
-def zeros(kind: str, numbers: int) -> array[Any]:
-    """Memory for the length of a call, sooner had than a tensor's."""
-    return array(kind, bytes(numbers * array(kind).itemsize))
+def plan_of(key: tuple[Any, ...], input: Tensor, weight: Tensor | None = None) -> Plan:
+    """The plan of a layer and its options for an input."""
+    name, *options = key
+    if name == "cross_entropy":
+        return index_plan(input.shape, weight is not None, *options, torch.get_num_threads())
+    return _softmax_plan(input.shape, options[0] % max(input.dim(), 1), name == "log_softmax", torch.get_num_threads())
 
 
 def softmax(input: Tensor, dim: int, log: bool) -> Tensor:
     """Softmax of a tensor with elements along ``dim``, or its logarithm; contiguous."""
     input = input.contiguous()
-    output, (words, tasks, numbers, room, needed) = torch.empty_like(input), shared(input, dim)
-    scratch = zeros("f", needed)
-    addresses = (input.data_ptr(), output.data_ptr(), scratch.buffer_info()[0], room)
-    start(_FORWARD, (*words, log, *addresses), tasks, numbers)
+    output = torch.empty_like(input)
+    run(_softmax_plan(input.shape, dim, log, torch.get_num_threads()).forward, (input, output))
     return output
 
 
 def softmax_gradient(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tensor:
     """The gradient of the input of :func:`softmax`."""
-    grad = grad.contiguous()
-    result, (words, tasks, numbers, room, needed) = torch.empty_like(output), shared(output, dim)
-    scratch = zeros("f", needed)
-    addresses = (grad.data_ptr(), output.data_ptr(), scratch.buffer_info()[0], room, result.data_ptr())
-    start(_BACKWARD, (*words, log, *addresses), tasks, numbers)
+    result = torch.empty_like(output)
+    plan = _softmax_plan(output.shape, dim, log, torch.get_num_threads())
+    run(plan.backward, (output, grad.contiguous(), result))
     return result
+
+
+def of_samples(shape: tuple[int, ...], reduction: str) -> tuple[Layout, Layout]:
+    """The layouts of class indices and of a loss for scores of a shape, the classes in dimension 1."""
+    samples = (shape[0], *shape[2:])
+    return dense(*samples, dtype=torch.int64), dense(*samples) if reduction == "none" else dense()
+
+
+def finish_words(loss: int, sums: Scratch, tasks: int, reduction: str) -> tuple[Word, ...]:
+    """The words of the kernel that writes the sum or mean of all losses; the last is what the sum is divided by."""
+    return (sums, tasks, Address(loss), int(reduction == "mean"), 0)
+
+
+@lru_cache(maxsize=256)
+def index_plan(
+    shape: torch.Size, weighted: bool, ignore_index: int, smoothing: float, reduction: str, threads: int
+) -> Plan:
+    """Cross-entropy of scores of a shape, the classes in dimension 1: logits, indices and weights to loss and
+    probabilities."""
+    blocks = shared(shape, 1, threads)
+    (indices, loss), whole, separate = of_samples(shape, reduction), dense(*shape), reduction == "none"
+    sums, options = Scratch(2 * blocks.tasks), (ignore_index, bits(smoothing))
+    forward: tuple[Word, ...] = (
+        *blocks.words, 0, Address(0), Address(4), blocks.scratch(), blocks.room,
+        Address(1), Address(2) if weighted else 0, *options,
+        Address(3) if separate else 0, sums, 0,
+    )  # fmt: skip
+    last: tuple[Word, ...] = () if separate else finish_words(3, sums, blocks.tasks, reduction)
+    # probabilities, indices, weights, gradient, result
+    given = 2 + weighted
+    backward: tuple[Word, ...] = (
+        *blocks.words, 0, Address(0), Address(given + 1), blocks.scratch(), blocks.room,
+        Address(1), Address(2) if weighted else 0, *options,
+        Address(given), int(separate), bits(1.0),
+    )  # fmt: skip
+    return Plan(
+        (whole, indices, dense(shape[1]) if weighted else None),
+        (loss, whole),
+        step(_LOSS_FORWARD, forward, blocks.threads, 0 if separate else FINISH, last),
+        step(_LOSS_BACKWARD, backward, blocks.threads),
+        saved=(4, 1, 2) if weighted else (4, 1),
+        carried=() if separate else ((24, 19),),
+        refusal=19,
+    )
 
 
 def index_loss(
@@ -117,39 +155,13 @@ def index_loss(
 ) -> tuple[Tensor, Tensor, float] | None:
     """Loss, probabilities, and what the sum was divided by; ``None`` where a target is no class."""
     input, indices = input.contiguous(), indices.contiguous()
-    probabilities, (words, tasks, numbers, room, needed) = torch.empty_like(input), shared(input, 1)
     weight = weight if weight is None else weight.contiguous()
-    separate = reduction == "none"
-    loss = torch.empty(indices.shape if separate else (), dtype=torch.float32)
-    scratch, sums = zeros("f", needed), zeros("d", 2 * tasks)
-    table = start(
-        _LOSS_FORWARD,
-        (
-            *(*words, 0, input.data_ptr(), probabilities.data_ptr(), scratch.buffer_info()[0], room),
-            *(indices.data_ptr(), 0 if weight is None else weight.data_ptr(), ignore_index, bits(smoothing)),
-            *(loss.data_ptr() if separate else 0, sums.buffer_info()[0], 0),
-        ),
-        tasks,
-        numbers,
-    )
-    if table[19]:
+    plan = index_plan(input.shape, weight is not None, ignore_index, smoothing, reduction, torch.get_num_threads())
+    probabilities, loss = torch.empty_like(input), torch.empty(plan.outputs[0].sizes, dtype=torch.float32)
+    table = run(plan.forward, (input, indices, weight, loss, probabilities))
+    if table[plan.refusal]:
         return None
-    return loss, probabilities, 1.0 if separate else sum_of_blocks(loss, sums, reduction)
-
-
-def sum_of_blocks(loss: Tensor, sums: array[float], reduction: str) -> float:
-    """Write the sum or mean of all losses; of ``sums``, every other number is one of losses, the others of weights.
-
-    Returns:
-        what the sum was divided by.
-    """
-    divisor = sum(sums[1::2]) if reduction == "mean" else 1.0
-    total = sum(sums[::2])
-    if divisor:
-        loss.fill_(total / divisor)
-    else:
-        loss.fill_(total).div_(divisor)
-    return divisor
+    return loss, probabilities, number_of(table[24]) if plan.carried else 1.0
 
 
 def index_loss_gradient(
@@ -162,14 +174,10 @@ def index_loss_gradient(
     divisor: float,
 ) -> Tensor:
     """The gradient of the logits from that of each loss or of their sum."""
-    grad, indices = grad.contiguous(), indices.contiguous()
-    result, (words, tasks, numbers, room, needed) = torch.empty_like(probabilities), shared(probabilities, 1)
-    weight = weight if weight is None else weight.contiguous()
-    scratch = zeros("f", needed)
-    words = (
-        *(*words, 0, probabilities.data_ptr(), result.data_ptr(), scratch.buffer_info()[0], room),
-        *(indices.data_ptr(), 0 if weight is None else weight.data_ptr(), ignore_index, bits(smoothing)),
-        *(grad.data_ptr(), grad.dim() > 0, bits(divisor)),
-    )
-    start(_LOSS_BACKWARD, words, tasks, numbers)
+    threads, reduction = torch.get_num_threads(), "none" if grad.dim() else "mean"
+    plan = index_plan(probabilities.shape, weight is not None, ignore_index, smoothing, reduction, threads)
+    weights = () if weight is None else (weight.contiguous(),)
+    result = torch.empty_like(probabilities)
+    tensors = (probabilities, indices.contiguous(), *weights, grad.contiguous(), result)
+    run(plan.backward, tensors, ((19, bits(divisor)),))
     return result

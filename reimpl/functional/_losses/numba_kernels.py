@@ -248,6 +248,22 @@ def backward_columns(errors: Any, output: Any, result: Any, sums: Any, n: Any, c
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
+def finish(task: Any) -> None:
+    """The sum of the blocks' losses or, over the sum of their weights, the mean; and what it was divided by."""
+    w = carray(task, (5,), np.int64)
+    tasks, mean = w[1], w[3] != 0
+    sums = carray(pointer(w[0]), (2 * tasks,), np.float64)
+    total: Any = 0.0
+    weights: Any = 0.0
+    for i in range(tasks):
+        total += sums[2 * i]
+        weights += sums[2 * i + 1]
+    divisor = weights if mean else 1.0
+    carray(pointer(w[2]), (1,), np.float32)[0] = total / divisor
+    carray(task, (5,), np.float64)[4] = divisor
+
+
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
 def backward(task: Any) -> None:
     """The gradient of the input of softmax or its logarithm."""
     w = carray(task, (32,), np.int64)

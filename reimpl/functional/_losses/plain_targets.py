@@ -19,20 +19,20 @@ _Result = TypeVar("_Result")
 
 
 class _Samples:
-    """The classes of the samples, which of these are kept, and the weights of the classes."""
+    """The classes of the samples, which of these are ignored, and the weights of the classes."""
 
     def __init__(self, indices: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> None:
         self.indices, self.classes, self.ignore_index, self.weight = indices.unsqueeze(1), classes, ignore_index, weight
-        # where it is not known that all are
-        self.kept: Tensor | None = None
+        # where it is not known that none is
+        self.ignored: Tensor | None = None
         if 0 <= ignore_index < classes:
-            self.kept = self.indices != ignore_index
+            self.ignored = self.indices == ignore_index
         elif indices.device.type != "cpu":
             self._ignore()
 
     def _ignore(self) -> None:
-        self.kept = self.indices != self.ignore_index
-        self.indices = torch.where(self.kept, self.indices, 0)
+        self.ignored = self.indices == self.ignore_index
+        self.indices = self.indices.masked_fill(self.ignored, 0)
 
     def attempt(self, work: Callable[[], _Result]) -> _Result:
         """Do what reads or writes at the classes. On the CPU that fails where there is no such class; only then the
@@ -45,18 +45,19 @@ class _Samples:
             return work()
         except (RuntimeError, IndexError):
             check_range(self.indices, self.classes, self.ignore_index)
-            if self.kept is not None:
+            if self.ignored is not None:
                 raise
             self._ignore()
             return work()
 
     def without_ignored(self, numbers: Tensor) -> Tensor:
         """The numbers, one a sample or one for all, and 0 for the samples that are ignored."""
-        return numbers if self.kept is None else torch.where(self.kept, numbers, 0)
+        # sooner done than a choice between numbers and 0
+        return numbers if self.ignored is None else numbers.masked_fill(self.ignored, 0)
 
     def weights(self) -> Tensor | None:
         """The weight of each sample's class, ``None`` without weights."""
-        return None if self.weight is None else self.without_ignored(self.weight[self.indices])
+        return None if self.weight is None else self.without_ignored(self.weight.take(self.indices))
 
     def reduced(self, losses: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor | int]:
         """The losses, their sum or mean, and what the sum was divided by."""
@@ -68,7 +69,7 @@ class _Samples:
         if weights is not None:
             count: Tensor | int = weights.sum()
         else:
-            count = losses.numel() if self.kept is None else self.kept.sum()
+            count = losses.numel() if self.ignored is None else losses.numel() - self.ignored.sum()
         return losses.sum().div_(count), count
 
     def shares(self, grad: Tensor, divisor: Tensor | int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from reimpl.functional._losses.plain import final, in_parts, runs_plainly
 from reimpl.functional._losses.targets import check_unit_interval
-from reimpl.functional.kernels import kernels_for
+from reimpl.functional.kernels import attempt, kernels_for, teach
 
 _KERNELS = "_losses.numba_pointwise"
 
@@ -34,6 +35,14 @@ class Pointwise:
     function: Any
     probabilities: bool = False
 
+    def through(self, options: tuple[str], grads: Any, saved: Any, *_: object) -> Tensor:
+        """The gradient of the input from that of the losses' reduction, by differentiable operators."""
+        (reduction,), (grad,), (input, target) = options, grads, saved
+        ctx = SimpleNamespace(saved_tensors=(input, target, None), needs_input_grad=(True, False, False, False))
+        divisor = input.numel() if reduction == "mean" else 1
+        gradient: Tensor = self.function.backward(ctx, (grad / divisor).expand(input.shape))[0]
+        return gradient
+
 
 def suits(input: Tensor, target: Tensor) -> bool:
     """Whether the tensors are plain, of one wide dtype, have elements in the same places, and the target is fixed."""
@@ -49,17 +58,24 @@ def suits(input: Tensor, target: Tensor) -> bool:
     )
 
 
+def pointwise_loss(input: Tensor, target: Tensor, loss: Pointwise, reduction: str) -> Tensor:
+    """A loss of pairs of numbers that :func:`suits`, reduced."""
+    done: Tensor | None = attempt((loss.name, reduction), input, target)
+    return PointwiseLoss.apply(input, target, loss, reduction) if done is None else done
+
+
 class PointwiseLoss(torch.autograd.Function):
     """The losses of a :class:`Pointwise`, their sum or mean."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, loss: Pointwise, reduction: str) -> Tensor:
-        ctx.loss, ctx.divisor = loss, input.numel() if reduction == "mean" else 1
-        ctx.save_for_backward(input, target, None)
+        ctx.loss, ctx.reduction, ctx.divisor = loss, reduction, input.numel() if reduction == "mean" else 1
+        ctx.save_for_backward(input, target)
         kernels = kernels_for(_KERNELS, input, target)
         result: Tensor | None = None
         if kernels:
             result = kernels.losses(loss.name, input, target, reduction)
+            teach((loss.name, reduction), kernels, loss.through, input)
         if result is None:
             if loss.probabilities:
                 check_unit_interval(input, "input")
@@ -69,9 +85,9 @@ class PointwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, _ = ctx.saved_tensors
+        input, target = ctx.saved_tensors
         if not final(grad):
-            return *ctx.loss.function.backward(ctx, (grad / ctx.divisor).expand(input.shape))[:2], None, None
+            return ctx.loss.through((ctx.reduction,), (grad,), ctx.saved_tensors), None, None, None
         kernels = kernels_for(_KERNELS, grad, input, target)
         if kernels:
             return kernels.gradient(ctx.loss.name, grad, input, target, ctx.divisor), None, None, None

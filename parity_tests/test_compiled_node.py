@@ -1,0 +1,300 @@
+"""The compiled autograd node: the bits of Python's way, PyTorch's manners, and what it gives way to."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as torch_functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reimpl.functional as F
+from reimpl.testing import random_tensor, seeded_generator
+
+pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+
+from reimpl.functional._node import native
+
+# PyTorch's word about what its forward mode imports.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A call: the function's name, its first argument, the others, and its options."""
+
+    name: str
+    input: Tensor
+    others: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        """The function of a module, its constants as wide as ``x``."""
+        wide = [t.to(x.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.others]
+        return getattr(module, self.name)(x, *wide, **self.options)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def _built() -> None:
+    if not native.wait():
+        pytest.skip("needs a C++ compiler, Python's headers, and a folder to keep compiled code in")
+
+
+@pytest.fixture(autouse=True)
+def _node(_built: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with F.use_kernels():
+        monkeypatch.setattr(native, "_SITES", {})
+        yield
+
+
+def _layers() -> Iterator[tuple[str, Layer]]:
+    """What the node does."""
+    generator = seeded_generator(0, "node")
+    x, planes = (random_tensor(shape, torch.float32, generator) for shape in ((64, 40), (3, 5, 7, 4)))
+    share, inside = (torch.rand(64, 40, generator=generator) for _ in range(2))
+    labels, pixels = (torch.randint(n, s, generator=generator) for n, s in ((40, (64,)), (5, (3, 7, 4))))
+    w, v = (torch.rand(classes, generator=generator) for classes in (40, 5))
+    smooth = {"label_smoothing": 0.1, "reduction": "sum"}
+    yield "softmax", Layer("softmax", x, (-1,))
+    yield "softmax, planes", Layer("softmax", planes, (1,))
+    yield "log_softmax", Layer("log_softmax", x, (1,))
+    yield "nll_loss", Layer("nll_loss", x, (labels,))
+    yield "nll_loss, weights", Layer("nll_loss", planes, (pixels, v), {"ignore_index": 2})
+    yield "nll_loss, each", Layer("nll_loss", x, (labels, w), {"reduction": "none"})
+    yield "cross_entropy", Layer("cross_entropy", x, (labels,))
+    yield "cross_entropy, each", Layer("cross_entropy", x, (labels,), {"reduction": "none"})
+    yield "cross_entropy, options", Layer("cross_entropy", planes, (pixels, v), {"ignore_index": 1, **smooth})
+    yield "cross_entropy of probabilities", Layer("cross_entropy", x, (share,))
+    yield "cross_entropy of probabilities, options", Layer("cross_entropy", x, (share, w), smooth)
+    yield "mse_loss", Layer("mse_loss", x, (share,))
+    yield "binary_cross_entropy", Layer("binary_cross_entropy", inside, (share,), {"reduction": "sum"})
+    yield "binary_cross_entropy_with_logits", Layer("binary_cross_entropy_with_logits", x, (share,))
+
+
+LAYERS = dict(_layers())
+each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=list(LAYERS))
+
+
+def taught(layer: Layer) -> Tensor:
+    """An input that wants a gradient, of a layer that the node has learned."""
+    layer(F, layer.input)
+    return layer.input.clone().requires_grad_()
+
+
+def by_node(output: Tensor) -> bool:
+    """Whether the compiled node has recorded it."""
+    assert output.grad_fn is not None
+    return output.grad_fn.name().endswith("KernelBackward")
+
+
+def grad_like(output: Tensor) -> Tensor:
+    return random_tensor(output.shape, torch.float32, seeded_generator(1, "grad"))
+
+
+@each_layer
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_of_pythons_way(layer: Layer, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = layer.input.clone().requires_grad_()
+        slow = layer(F, x)
+        assert not by_node(slow)
+        quick = layer(F, x)
+        assert by_node(quick) and torch.equal(quick, slow) and quick.stride() == slow.stride()
+        grad = grad_like(slow)
+        (wanted,) = torch.autograd.grad(slow, x, grad)
+        for each in (grad, torch.stack((grad, grad), -1)[..., 1]):
+            (found,) = torch.autograd.grad(quick, x, each, retain_graph=True)
+            assert torch.equal(found, wanted) and found.stride() == wanted.stride()
+        with torch.no_grad():
+            final = layer(F, x)
+        assert torch.equal(final, slow) and final.grad_fn is None
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_layer
+def test_higher_derivatives(layer: Layer) -> None:
+    x = taught(layer)
+    wide = x.detach().double().requires_grad_()
+    ours, exact = layer(F, x), layer(torch_functional, wide)
+    assert by_node(ours)
+    grad = grad_like(ours)
+    of_ours, of_exact = _two_derivatives(ours, x, grad), _two_derivatives(exact, wide, grad.double())
+    for mine, theirs in zip(of_ours, of_exact, strict=True):
+        # sums of some forty terms, each within an eps of the largest
+        limit = 64 * torch.finfo(torch.float32).eps * float(theirs.detach().abs().max().clamp_min(1e-3))
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=limit)
+
+
+def _two_derivatives(output: Tensor, leaf: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient, and that of its sum of squares (0 for a likelihood, which is linear)."""
+    (first,) = torch.autograd.grad(output, leaf, grad, create_graph=True)
+    if not first.requires_grad:
+        return first, torch.zeros_like(first)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    return first, second
+
+
+@each_layer
+def test_graph_is_freed_and_run_once(layer: Layer) -> None:
+    x = taught(layer)
+    output = layer(F, x)
+    assert by_node(output)
+    grad = grad_like(output)
+    output.backward(grad)
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        output.backward(grad)
+
+
+def test_versions_of_what_is_kept() -> None:
+    layer = LAYERS["mse_loss"]
+    y = taught(layer) * 1
+    loss = layer(F, y)
+    assert by_node(loss)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    layer = LAYERS["softmax"]
+    output = layer(F, taught(layer))
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@each_layer
+def test_hooks_on_what_is_kept(layer: Layer) -> None:
+    x, packed, unpacked = taught(layer), [], []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor.detach())
+        return tensor.detach().clone()
+
+    def unpack(tensor: Tensor) -> Tensor:
+        unpacked.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        output = layer(F, x)
+    assert by_node(output)
+    grad = grad_like(output)
+    (found,) = torch.autograd.grad(output, x, grad)
+    assert len(packed) == len(unpacked) > 0
+    assert torch.equal(found, torch.autograd.grad(layer(F, x), x, grad)[0])
+
+
+def test_another_gradient_than_numbers() -> None:
+    layer = LAYERS["cross_entropy"]
+    x = taught(layer)
+    loss = layer(F, x)
+    assert by_node(loss)
+    (whole,) = torch.autograd.grad(loss, x, retain_graph=True)
+    factors = torch.tensor([1.0, 2.0, -3.0])
+    (batched,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(batched, factors.view(3, 1, 1) * whole)
+    with F.use_kernels(False):
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], whole)
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Subclass(Tensor):
+    pass
+
+
+def test_gives_way() -> None:
+    layer = LAYERS["cross_entropy"]
+    x = taught(layer)
+    expected = layer(F, x)
+    assert by_node(expected)
+    with _Seen() as seen:
+        torch.testing.assert_close(layer(F, x), expected)
+    assert len(seen.operators) > 2
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(F, x))(x), torch.autograd.grad(expected, x)[0])
+    both = torch.func.vmap(lambda x: layer(F, x))(torch.stack((x, x)))
+    torch.testing.assert_close(both, torch.stack((expected, expected)))
+    with forward_ad.dual_level():
+        dual = layer(F, forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+        tangent = forward_ad.unpack_dual(dual).tangent
+    # a shift of all logits changes nothing
+    torch.testing.assert_close(tangent, torch.zeros(()), rtol=0, atol=1e-5)
+    for other in (x.detach().as_subclass(_Subclass), x.detach().double(), x.detach().mT.contiguous().mT):
+        torch.testing.assert_close(layer(F, other).double().as_subclass(Tensor), expected.detach().double())
+    compiled = torch.compile(lambda x: layer(F, x), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    with torch.inference_mode():
+        assert layer(F, x.detach().clone()).is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(F, x), expected)
+
+
+def test_refusals_are_pythons() -> None:
+    layer = LAYERS["nll_loss"]
+    x = taught(layer)
+    labels, w = layer.others[0], torch.rand(40, requires_grad=True)
+    with pytest.raises(IndexError, match="Target 40 is out of bounds"):
+        F.nll_loss(x, labels + 1 + (labels.max() - labels))
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
+        F.nll_loss(x, labels, w)
+    layer = LAYERS["binary_cross_entropy"]
+    x = taught(layer)
+    with pytest.raises(RuntimeError, match="between 0 and 1"):
+        F.binary_cross_entropy(x + 1, layer.others[0], reduction="sum")
+
+
+def test_many_shapes_stay_right() -> None:
+    for size in (*range(1, 2 * native._MOST_PLANS), *range(1, 8)):
+        x, t = torch.randn(size, 3, requires_grad=True), torch.arange(size) % 3
+        for _ in range(2):
+            loss = F.cross_entropy(x, t)
+        assert by_node(loss)
+        (grad,) = torch.autograd.grad(loss, x)
+        expected = torch_functional.cross_entropy(x, t)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, x)[0])
+
+
+def test_nothing_is_left_of_a_graph() -> None:
+    layer = LAYERS["cross_entropy"]
+    x = taught(layer)
+    kept = weakref.ref(x)
+    output = layer(F, x)
+    assert by_node(output)
+    del x, output
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_failed_build_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "reimpl_node_x.so"
+    monkeypatch.setattr(native, "_SOURCE", tmp_path / "missing.cpp")
+    assert not native.build(path)
+    assert path.with_suffix(".failed").read_text() and not path.exists()
+    assert not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr(native, "_command", lambda *_: pytest.fail("tried again"))
+    assert not native.build(path)
+
+
+def test_a_damaged_file_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "reimpl_node_x.so"
+    path.write_text("no library")
+    monkeypatch.setattr(native, "_module", None)
+    native.take_up(path)
+    assert not native.ready() and not path.exists()

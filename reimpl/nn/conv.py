@@ -51,7 +51,7 @@ class _Conv(Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = self._each(kernel_size)
@@ -135,7 +135,7 @@ class _Conv(Module):
         return ", ".join(parts)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        Module.__setstate__(self, state)
         if not hasattr(self, "padding_mode"):
             self.padding_mode = "zeros"
 
@@ -144,7 +144,7 @@ class _Conv(Module):
         return (value,) * cls._dims if isinstance(value, int) else tuple(value)
 
 
-class Conv1d(_Conv):
+class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
     r"""Convolution of sequences, :func:`reimpl.functional.conv1d`, from :math:`(N, C, L)` to :math:`(N, O, L')`.
 
     Weight :math:`(O, C/\text{groups}, f)`; arguments and start as :class:`Conv2d`'s, with numbers or sequences of one.
@@ -158,7 +158,7 @@ class Conv1d(_Conv):
         return F.conv1d(*args)
 
 
-class Conv2d(_Conv):
+class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
     r"""Convolution of planes, :func:`reimpl.functional.conv2d`, from :math:`(N, C, H, W)` to :math:`(N, O, H', W')`.
 
     Weight :math:`(O, C/\text{groups}, f_h, f_w)` and bias start from :math:`U(-k, k)`,

@@ -39,7 +39,8 @@ class Conversion:
     left: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left"]
+        count = len(self.replaced)
+        lines = [f"{count} module{'' if count == 1 else 's'} replaced, {len(self.left)} left"]
         return "\n".join([*lines, *(f"  {name or 'the model itself'}: {why}" for name, why in self.left.items())])
 
 
@@ -108,7 +109,9 @@ def _reason_to_leave(module: Module, twin_of: dict[type[Module], type[Module]], 
     cls = type(module)
     if cls in twin_of:
         return "has a forward of its own" if "forward" in vars(module) else None
-    for base in cls.__mro__[1:]:
+    for base in cls.__mro__:
+        if base in twin_of.values():  # looked for first, since our classes derive from PyTorch's
+            return None
         if base in twin_of:
             return f"{cls.__qualname__} is a subclass of {source}.{base.__name__}"
     if cls.__module__.startswith(f"{source}.") and cls.__name__ not in _PASSIVE:

@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 
 from reimpl import functional as F
 from reimpl import init
+from reimpl.nn._recorded import one_node
 
 
 class _BatchNorm(Module):
@@ -87,6 +88,7 @@ class _BatchNorm(Module):
     def _normalize(self, *args: Any) -> Tensor:
         return F.batch_norm(*args)
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         factor = self._average_factor()

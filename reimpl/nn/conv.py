@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from reimpl import functional as F
 from reimpl import init
+from reimpl.functional._conv.arguments import check_algorithm
 from reimpl.nn.linear import reset_bias
 
 _PADDING_STRINGS = {"same", "valid"}
@@ -36,6 +37,7 @@ class _Conv(Module):
     _dims: ClassVar[int]
     weight: Tensor
     bias: Tensor | None
+    algorithm: str | None = None  # of modules that were PyTorch's
 
     def __init__(
         self,
@@ -50,6 +52,8 @@ class _Conv(Module):
         padding_mode: str = "zeros",
         device: Any = None,
         dtype: Any = None,
+        *,
+        algorithm: str | None = None,
     ) -> None:
         Module.__init__(self)
         self.in_channels = in_channels
@@ -62,6 +66,7 @@ class _Conv(Module):
         self.output_padding = self._each(0)
         self.groups = groups
         self.padding_mode = padding_mode
+        self.algorithm = algorithm
         self._check()
         self._reversed_padding_repeated_twice = self._sides()
         shape = (out_channels, in_channels // groups, *self.kernel_size)
@@ -87,6 +92,8 @@ class _Conv(Module):
             raise ValueError(
                 f"padding_mode must be one of {_PADDING_MODES}, but got padding_mode='{self.padding_mode}'"
             )
+        if self.algorithm is not None:
+            check_algorithm(self.algorithm)
 
     def _sides(self) -> list[int]:
         """Padding before and after, the last dimension first: the order of :func:`torch.nn.functional.pad`."""
@@ -107,7 +114,7 @@ class _Conv(Module):
                 self.weight.copy_(init.kaiming_uniform_(drawn, a=sqrt(5)))
         reset_bias(self.bias, self.weight)
 
-    def _function(self, *args: Any) -> Tensor:
+    def _function(self, *args: Any, **options: Any) -> Tensor:
         raise NotImplementedError
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +122,8 @@ class _Conv(Module):
         if self.padding_mode != "zeros":
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = self._each(0)
-        return self._function(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        chosen = {} if self.algorithm is None else {"algorithm": self.algorithm}
+        return self._function(input, weight, bias, self.stride, padding, self.dilation, self.groups, **chosen)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight, self.bias)
@@ -132,6 +140,8 @@ class _Conv(Module):
             parts.append("bias=False")
         if self.padding_mode != "zeros":
             parts.append(f"padding_mode={self.padding_mode}")
+        if self.algorithm is not None:
+            parts.append(f"algorithm={self.algorithm}")
         return ", ".join(parts)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -154,8 +164,8 @@ class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
 
     _dims = 1
 
-    def _function(self, *args: Any) -> Tensor:
-        return F.conv1d(*args)
+    def _function(self, *args: Any, **options: Any) -> Tensor:
+        return F.conv1d(*args, **options)
 
 
 class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
@@ -170,14 +180,15 @@ class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
         bias: whether there is a bias.
         padding_mode: what stands in the padding, ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device, dtype: of the parameters.
+        algorithm: see the function; no part of the state dict, and of no effect while the module is PyTorch's.
 
     Raises:
-        ValueError: channels not divisible by ``groups``, or an unknown padding.
+        ValueError: channels not divisible by ``groups``, or an unknown padding or algorithm.
 
     Source: F7; N1, N4. PyTorch: :class:`torch.nn.Conv2d`.
     """
 
     _dims = 2
 
-    def _function(self, *args: Any) -> Tensor:
-        return F.conv2d(*args)
+    def _function(self, *args: Any, **options: Any) -> Tensor:
+        return F.conv2d(*args, **options)

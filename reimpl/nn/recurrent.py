@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 
 from reimpl import functional as F
 from reimpl import init
+from reimpl.nn._recorded import one_node
 
 
 class _Cell(Module):
@@ -90,6 +91,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):  # type: ignore[misc]
         super().__init__(input_size, hidden_size, bias, 1, device, dtype)
         self.nonlinearity = nonlinearity
 
+    @one_node
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         self._check_input(input)
         if hx is not None and hx.dim() not in (1, 2):
@@ -128,6 +130,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):  # type: ignore[misc]
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 4, device, dtype)
 
+    @one_node
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         self._check_input(input)
         for i, state in enumerate(hx or ()):

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 import reimpl.functional as F
 from parity_tests.test_nn import CASES, inputs, pair
 from parity_tests.versions import IS_REFERENCE
-from reimpl.testing import bits_equal
 from reimpl.testing.guard import IndependenceError, independence_guard
 
 quick = pytest.mark.quick
@@ -33,11 +32,12 @@ def calls(name: str, wrong: Any) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Arguments of the function, ``wrong`` in the place of one that should be a tensor."""
     parameters = inspect.signature(getattr(F, name)).parameters
     tensor = torch.ones(2, 3, 8, 8)
+    required_ones = sum(described.default is described.empty for described in parameters.values())
     for position, (argument, parameter) in enumerate(parameters.items(), 1):
         if not parameter.annotation.startswith("Tensor"):
             continue
         given = {}
-        for other, described in list(parameters.items())[: max(position, 2)]:
+        for other, described in list(parameters.items())[: max(position, required_ones)]:
             required = described.default is described.empty
             if other == argument:
                 given[other] = wrong
@@ -165,7 +165,8 @@ def test_subclasses_stay_subclasses_as_pytorchs_functions_have_it(device: torch.
         leaf = x.as_subclass(Named).requires_grad_()
         ours, theirs = getattr(F, name)(leaf, *rest), getattr(torch.nn.functional, name)(leaf, *rest)
         assert type(ours) is type(theirs) is Named
-        assert bits_equal(ours.as_subclass(Tensor), getattr(F, name)(x, *rest))
+        # a subclass gets none of the paths for plain tensors, whose order of sums may differ
+        torch.testing.assert_close(ours.as_subclass(Tensor), getattr(F, name)(x, *rest))
         (ours_grad,) = torch.autograd.grad(ours.sum(), leaf)
         assert ours_grad.shape == x.shape
 

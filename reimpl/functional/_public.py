@@ -29,7 +29,7 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         given = (*args, *kwargs.values()) if kwargs else args
         if has_torch_function(given):
-            return handle_torch_function(call, given, *args, **kwargs)  # type: ignore[no-any-return]
+            return handle_torch_function(call, given, *args, **kwargs)
         try:
             return function(*args, **kwargs)
         except Exception:  # asked only now, since what is right should not pay for it

@@ -116,7 +116,7 @@ def module(name: str, compiler: str = "numba") -> Any:
             stacklevel=3,
         )
         return None
-    _log.info("%s: %s compiles at first use what the cache folder does not hold, for seconds a kernel", name, compiler)
+    _log.info("loading %s; %s compiles what the cache folder does not hold, for some seconds", name, compiler)
     return importlib.import_module(f"reimpl.functional.{name}")
 
 

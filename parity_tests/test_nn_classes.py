@@ -9,6 +9,7 @@ import torch
 
 import reimpl.functional as F
 import reimpl.nn as nn
+from reimpl.init._activations import by_batch
 from reimpl.testing import bits_equal
 
 pytestmark = pytest.mark.quick
@@ -85,3 +86,26 @@ def test_a_convolution_keeps_its_algorithm(name: str, shape: tuple[int, ...], de
 def test_a_convolution_refuses_an_unknown_algorithm() -> None:
     with pytest.raises(ValueError, match=r"algorithm must be None or one of .*winograd.*, but got 'fft'"):
         nn.Conv2d(3, 4, 3, algorithm="fft")
+
+
+@pytest.mark.parametrize("name", ["Conv1d", "Conv2d"])
+def test_a_wrong_call_is_told_in_the_name_of_the_class(name: str) -> None:
+    for library in (nn, torch.nn):
+        with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'other'"):
+            getattr(library, name)(3, 4, 3, other=1)
+
+
+def test_initialisation_by_a_batch_sees_our_activations() -> None:
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return F.tanh(self.second(F.leaky_relu(self.first(input), 0.2)))
+
+    found = by_batch(Network(), torch.ones(5, 3))
+    assert {name: activation.name for name, activation in found.items()} == {
+        "first": "leaky_relu(0.2)",
+        "second": "tanh",
+    }

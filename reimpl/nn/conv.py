@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
-from typing import Any, ClassVar
+from types import FunctionType
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from reimpl import init
 from reimpl.functional._conv.arguments import check_algorithm
 from reimpl.nn.linear import reset_bias
 
+_F = TypeVar("_F", bound=Callable[..., None])
 _PADDING_STRINGS = {"same", "valid"}
 _PADDING_MODES = {"zeros", "reflect", "replicate", "circular"}
 
@@ -154,6 +156,14 @@ class _Conv(Module):
         return (value,) * cls._dims if isinstance(value, int) else tuple(value)
 
 
+def _named(function: _F, name: str) -> _F:
+    """The same function under the name that Python's texts about a wrong call should give."""
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
+    copied.__qualname__ = name
+    return cast(_F, copied)
+
+
 class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
     r"""Convolution of sequences, :func:`reimpl.functional.conv1d`, from :math:`(N, C, L)` to :math:`(N, O, L')`.
 
@@ -163,6 +173,7 @@ class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
     """
 
     _dims = 1
+    __init__ = _named(_Conv.__init__, "Conv1d.__init__")
 
     def _function(self, *args: Any, **options: Any) -> Tensor:
         return F.conv1d(*args, **options)
@@ -189,6 +200,7 @@ class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
     """
 
     _dims = 2
+    __init__ = _named(_Conv.__init__, "Conv2d.__init__")
 
     def _function(self, *args: Any, **options: Any) -> Tensor:
         return F.conv2d(*args, **options)

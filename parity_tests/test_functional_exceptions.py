@@ -105,11 +105,6 @@ def scripted(library: Any) -> Tensor:
     return torch.jit.script(layer(library))(torch.ones(2)).detach().sum() * 0  # type: ignore[no-any-return]
 
 
-def taken_apart(library: Any) -> Tensor:
-    graph = torch.fx.symbolic_trace(torch.nn.Sequential(layer(library)))
-    return graph(torch.ones(2)).detach().sum() * 0  # type: ignore[no-any-return]
-
-
 def rows(library: Any, table: Tensor, **options: Any) -> Tensor:
     return library.embedding(torch.tensor([0, 2, 2]), table, **options)  # type: ignore[no-any-return]
 
@@ -168,7 +163,6 @@ EXCEPTIONS = (
     ),
     Exceptional("embedding", "the tangent of the padding row", tangent_of_the_padding_row, 0.0, 1.0),
     Exceptional("Linear", "`torch.jit.script`", scripted, ValueError, 0.0),
-    Exceptional("Linear", "`torch.fx.symbolic_trace`", taken_apart, torch.fx.proxy.TraceError, 0.0),
 )
 
 

@@ -156,7 +156,6 @@ def test_is_taken_only_for_plain_float32(monkeypatch: pytest.MonkeyPatch) -> Non
     ran = counted(monkeypatch)
     x, w = torch.randn(2, 16, 6, 6), torch.randn(16, 16, 3, 3)
     F.conv2d(x.double(), w.double())
-    F.conv2d(x.bfloat16(), w.bfloat16())
     F.conv2d(x.to("meta"), w.to("meta"))
     F.conv2d(x, w, algorithm="im2col")
     F.batch_norm(x.half(), None, None, training=True)
@@ -166,6 +165,11 @@ def test_is_taken_only_for_plain_float32(monkeypatch: pytest.MonkeyPatch) -> Non
     F.conv2d(x, w)
     assert "convolve" in ran
     assert kernels_for("_conv.numba", x.double()) is None
+
+
+def test_half_precision_is_multiplied_in_float32_and_rounded_once() -> None:
+    x, w = torch.randn(2, 16, 6, 6).bfloat16(), torch.randn(16, 16, 3, 3).bfloat16()
+    assert torch.equal(F.conv2d(x, w), F.conv2d(x.float(), w.float()).bfloat16())
 
 
 def test_derivatives_of_every_kind_still_work() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.nn.functional as _torch_functional
 
+from reimpl.functional._public import public as _public
 from reimpl.functional.activation import (
     leaky_relu,
     leaky_relu_,
@@ -85,6 +86,10 @@ __all__ = [
     "use_kernels",
     "zero_one_loss",
 ]
+
+# Each function as its file has it, behind one door: here, where no file can forget it.
+_without_tensors = {"edge_filters", "use_kernels"}
+globals().update({_name: _public(globals()[_name]) for _name in __all__ if _name not in _without_tensors})
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,8 @@ def call(
     if torch.compiler.is_compiling():
         whole = operator is not None and not torch.compiler.is_exporting() and not _transforming()
         return operator(*args) if operator is not None and whole else composition(*args)
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace can save no Function of Python's
+        return composition(*args)
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return _in_one(function).apply(*args)

@@ -18,7 +18,7 @@ _BLOCK = 1 << 18
 
 def ordinary(*tensors: Tensor | None) -> bool:
     """Whether all are tensors of PyTorch's own, their memory holds their numbers, and nothing maps over them."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or _wrapped(t) or _legacy(t) or t.is_neg()):

@@ -122,7 +122,8 @@ def _shrink_rows(weight: Tensor, input: Tensor, max_norm: float, norm_type: floa
     norms = wide.amax(1) if norm_type == float("inf") else wide.pow(norm_type).sum(1).pow(1 / norm_type)
     # PyTorch's guard against a norm of 0.
     scale = torch.where(wanted & (norms > max_norm), max_norm / (norms + 1e-7), 1)
-    weight.copy_(weight * scale.to(weight.dtype).unsqueeze(1))
+    # detached, since torch.jit.trace records no no_grad
+    weight.detach().copy_(weight * scale.to(weight.dtype).unsqueeze(1))
 
 
 def _rows(weight: Tensor, indices: Tensor, padding_row: int | None, by_frequency: bool, sparse: bool) -> Tensor:

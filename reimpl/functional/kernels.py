@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from reimpl.functional._plain import ordinary
 
+_log = logging.getLogger("reimpl")
 _enabled = False
 # Whether somebody has said so; until then only compiled code's convolutions and maximum pooling run through kernels.
 _said = False
@@ -164,6 +166,7 @@ def module(name: str, compiler: str = "numba") -> Any:
             stacklevel=3,
         )
         return None
+    _log.info("loading %s; %s compiles what the cache folder does not hold, for some seconds", name, compiler)
     return importlib.import_module(f"reimpl.functional.{name}")
 
 

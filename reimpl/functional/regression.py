@@ -72,7 +72,7 @@ def _warn_of_broadcast(input: Tensor, target: Tensor) -> None:
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
-            stacklevel=3,
+            stacklevel=4,  # over the door in reimpl.functional
         )
 
 

@@ -79,7 +79,7 @@ def _prepare(
         warnings.warn(
             f"Implicit dimension choice for {name} has been deprecated. "
             "Change the call to include dim=X as an argument.",
-            stacklevel=stacklevel,
+            stacklevel=stacklevel + 1,  # over the door in reimpl.functional
         )
         dim = 0 if input.dim() in (0, 1, 3) else 1
     bound = max(input.dim(), 1)

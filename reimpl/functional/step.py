@@ -33,11 +33,6 @@ def heaviside(input: Tensor, values: Tensor) -> Tensor:
 
     Source: F2; N3. PyTorch: :func:`torch.heaviside`.
     """
-    arguments: dict[str, object] = {"input": input, "values": values}
-    for position, (name, argument) in enumerate(arguments.items(), 1):
-        if not isinstance(argument, Tensor):
-            kind = type(argument).__name__
-            raise TypeError(f"heaviside(): argument '{name}' (position {position}) must be Tensor, not {kind}")
     if input.is_complex() or values.is_complex():
         raise NotImplementedError("heaviside is not yet implemented for complex tensors.")
     if input.dtype != values.dtype:

@@ -19,8 +19,8 @@ ATTENTION = frozenset(("MultiheadAttention",))
 def is_a(module: Module, names: Collection[str]) -> bool:
     """Whether the module's class, or one that it derives from, is PyTorch's or ours and has one of the names.
 
-    Names, because this package has its own ``Linear``, ``Conv2d``, ... that are not subclasses of PyTorch's. A stranger
-    of the same name is not meant: its weight may be laid out otherwise.
+    Names, because PyTorch has private classes among them. A stranger of the same name is not meant: its weight may be
+    laid out otherwise.
     """
     return any(cls.__name__ in names and cls.__module__.split(".")[0] in _HOMES for cls in type(module).__mro__)
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from reimpl import functional as F
 
 
-class ReLU(Module):
+class ReLU(torch.nn.ReLU):
     """:func:`reimpl.functional.relu`; ``inplace`` writes into the input. PyTorch: :class:`torch.nn.ReLU`."""
 
-    __constants__: ClassVar[list[str]] = ["inplace"]
+    __constants__: ClassVar[list[str]] = ["inplace"]  # type: ignore[misc]
     inplace: bool
 
     def __init__(self, inplace: bool = False) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
@@ -27,15 +28,15 @@ class ReLU(Module):
         return "inplace=True" if self.inplace else ""
 
 
-class LeakyReLU(Module):
+class LeakyReLU(torch.nn.LeakyReLU):
     """:func:`reimpl.functional.leaky_relu`. PyTorch: :class:`torch.nn.LeakyReLU`."""
 
-    __constants__: ClassVar[list[str]] = ["inplace", "negative_slope"]
+    __constants__: ClassVar[list[str]] = ["inplace", "negative_slope"]  # type: ignore[misc]
     inplace: bool
     negative_slope: float
 
     def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.negative_slope = negative_slope
         self.inplace = inplace
 
@@ -46,17 +47,17 @@ class LeakyReLU(Module):
         return f"negative_slope={self.negative_slope}" + (", inplace=True" if self.inplace else "")
 
 
-class Identity(Module):
+class Identity(torch.nn.Identity):
     """:func:`reimpl.functional.identity`; takes and ignores any arguments. PyTorch: :class:`torch.nn.Identity`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+        Module.__init__(self)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.identity(input)
 
 
-class Tanh(Module):
+class Tanh(torch.nn.Tanh):
     """:func:`reimpl.functional.tanh`. PyTorch: :class:`torch.nn.Tanh`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class Maxout(Module):
     def __init__(self, pieces: int, dim: int = 1) -> None:
         if pieces < 1:
             raise ValueError(f"pieces must be positive, got {pieces}")
-        super().__init__()
+        Module.__init__(self)
         self.pieces = pieces
         self.dim = dim
 
@@ -91,7 +92,7 @@ class Maxout(Module):
         return f"pieces={self.pieces}, dim={self.dim}"
 
 
-class Sigmoid(Module):
+class Sigmoid(torch.nn.Sigmoid):
     """:func:`reimpl.functional.sigmoid`. PyTorch: :class:`torch.nn.Sigmoid`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -104,11 +105,11 @@ class _AlongDim(Module):
 
     def __init__(self, dim: int | None = None) -> None:
         _check_dim(dim)
-        super().__init__()
+        Module.__init__(self)
         self.dim = dim
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        Module.__setstate__(self, state)
         if not hasattr(self, "dim"):
             self.dim = None
 
@@ -121,14 +122,14 @@ def _check_dim(dim: object) -> None:
         raise TypeError(f"dim must be an int or None, got {type(dim)}")
 
 
-class Softmax(_AlongDim):
+class Softmax(_AlongDim, torch.nn.Softmax):
     """:func:`reimpl.functional.softmax` along ``dim``. PyTorch: :class:`torch.nn.Softmax`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.softmax(input, self.dim, _stacklevel=5)
 
 
-class LogSoftmax(_AlongDim):
+class LogSoftmax(_AlongDim, torch.nn.LogSoftmax):
     """:func:`reimpl.functional.log_softmax` along ``dim``. PyTorch: :class:`torch.nn.LogSoftmax`."""
 
     def forward(self, input: Tensor) -> Tensor:

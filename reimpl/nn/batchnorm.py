@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 
 from reimpl import functional as F
 from reimpl import init
+from reimpl.nn._recorded import one_node
 
 
 class _BatchNorm(Module):
@@ -38,7 +39,7 @@ class _BatchNorm(Module):
         *,
         bias: bool = True,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -87,6 +88,7 @@ class _BatchNorm(Module):
     def _normalize(self, *args: Any) -> Tensor:
         return F.batch_norm(*args)
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         factor = self._average_factor()
@@ -117,10 +119,10 @@ class _BatchNorm(Module):
             # The count came with version 2; a checkpoint without it keeps the module's own.
             count = self.num_batches_tracked
             state_dict[key] = count if count is not None and not count.is_meta else torch.tensor(0, dtype=torch.long)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
 
 
-class BatchNorm1d(_BatchNorm):
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):  # type: ignore[misc]
     r"""Batch normalisation, :func:`reimpl.functional.batch_norm`, of :math:`(N, C)` or :math:`(N, C, L)`.
 
     Args:
@@ -140,7 +142,7 @@ class BatchNorm1d(_BatchNorm):
             raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
 
 
-class BatchNorm2d(_BatchNorm):
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):  # type: ignore[misc]
     r"""Batch normalisation of :math:`(N, C, H, W)`; arguments as :class:`BatchNorm1d`. PyTorch:
     :class:`torch.nn.BatchNorm2d`."""
 
@@ -149,7 +151,7 @@ class BatchNorm2d(_BatchNorm):
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
 
 
-class BatchNorm3d(_BatchNorm):
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):  # type: ignore[misc]
     r"""Batch normalisation of :math:`(N, C, D, H, W)`; arguments as :class:`BatchNorm1d`. PyTorch:
     :class:`torch.nn.BatchNorm3d`."""
 
@@ -158,7 +160,7 @@ class BatchNorm3d(_BatchNorm):
             raise ValueError(f"expected 5D input (got {input.dim()}D input)")
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):  # type: ignore[misc]
     r"""Batch normalisation of :math:`(N, C, *)` by the batches of all processes together.
 
     In training, where :mod:`torch.distributed` is initialised with more than one process, mean and variance are those

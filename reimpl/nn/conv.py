@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
-from typing import Any, ClassVar
+from types import FunctionType
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch.nn.functional import pad
 
 from reimpl import functional as F
 from reimpl import init
+from reimpl.functional._conv.arguments import check_algorithm
 from reimpl.nn.linear import reset_bias
 
+_F = TypeVar("_F", bound=Callable[..., None])
 _PADDING_STRINGS = {"same", "valid"}
 _PADDING_MODES = {"zeros", "reflect", "replicate", "circular"}
 
@@ -36,6 +39,7 @@ class _Conv(Module):
     _dims: ClassVar[int]
     weight: Tensor
     bias: Tensor | None
+    algorithm: str | None = None  # of modules that were PyTorch's
 
     def __init__(
         self,
@@ -50,8 +54,10 @@ class _Conv(Module):
         padding_mode: str = "zeros",
         device: Any = None,
         dtype: Any = None,
+        *,
+        algorithm: str | None = None,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = self._each(kernel_size)
@@ -62,6 +68,7 @@ class _Conv(Module):
         self.output_padding = self._each(0)
         self.groups = groups
         self.padding_mode = padding_mode
+        self.algorithm = algorithm
         self._check()
         self._reversed_padding_repeated_twice = self._sides()
         shape = (out_channels, in_channels // groups, *self.kernel_size)
@@ -87,6 +94,8 @@ class _Conv(Module):
             raise ValueError(
                 f"padding_mode must be one of {_PADDING_MODES}, but got padding_mode='{self.padding_mode}'"
             )
+        if self.algorithm is not None:
+            check_algorithm(self.algorithm)
 
     def _sides(self) -> list[int]:
         """Padding before and after, the last dimension first: the order of :func:`torch.nn.functional.pad`."""
@@ -107,7 +116,7 @@ class _Conv(Module):
                 self.weight.copy_(init.kaiming_uniform_(drawn, a=sqrt(5)))
         reset_bias(self.bias, self.weight)
 
-    def _function(self, *args: Any) -> Tensor:
+    def _function(self, *args: Any, **options: Any) -> Tensor:
         raise NotImplementedError
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +124,8 @@ class _Conv(Module):
         if self.padding_mode != "zeros":
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = self._each(0)
-        return self._function(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        chosen = {} if self.algorithm is None else {"algorithm": self.algorithm}
+        return self._function(input, weight, bias, self.stride, padding, self.dilation, self.groups, **chosen)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight, self.bias)
@@ -132,10 +142,12 @@ class _Conv(Module):
             parts.append("bias=False")
         if self.padding_mode != "zeros":
             parts.append(f"padding_mode={self.padding_mode}")
+        if self.algorithm is not None:
+            parts.append(f"algorithm={self.algorithm}")
         return ", ".join(parts)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        Module.__setstate__(self, state)
         if not hasattr(self, "padding_mode"):
             self.padding_mode = "zeros"
 
@@ -144,7 +156,15 @@ class _Conv(Module):
         return (value,) * cls._dims if isinstance(value, int) else tuple(value)
 
 
-class Conv1d(_Conv):
+def _named(function: _F, name: str) -> _F:
+    """The same function under the name that Python's texts about a wrong call should give."""
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
+    copied.__qualname__ = name
+    return cast(_F, copied)
+
+
+class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
     r"""Convolution of sequences, :func:`reimpl.functional.conv1d`, from :math:`(N, C, L)` to :math:`(N, O, L')`.
 
     Weight :math:`(O, C/\text{groups}, f)`; arguments and start as :class:`Conv2d`'s, with numbers or sequences of one.
@@ -153,12 +173,13 @@ class Conv1d(_Conv):
     """
 
     _dims = 1
+    __init__ = _named(_Conv.__init__, "Conv1d.__init__")
 
-    def _function(self, *args: Any) -> Tensor:
-        return F.conv1d(*args)
+    def _function(self, *args: Any, **options: Any) -> Tensor:
+        return F.conv1d(*args, **options)
 
 
-class Conv2d(_Conv):
+class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
     r"""Convolution of planes, :func:`reimpl.functional.conv2d`, from :math:`(N, C, H, W)` to :math:`(N, O, H', W')`.
 
     Weight :math:`(O, C/\text{groups}, f_h, f_w)` and bias start from :math:`U(-k, k)`,
@@ -170,14 +191,16 @@ class Conv2d(_Conv):
         bias: whether there is a bias.
         padding_mode: what stands in the padding, ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device, dtype: of the parameters.
+        algorithm: see the function; no part of the state dict, and of no effect while the module is PyTorch's.
 
     Raises:
-        ValueError: channels not divisible by ``groups``, or an unknown padding.
+        ValueError: channels not divisible by ``groups``, or an unknown padding or algorithm.
 
     Source: F7; N1, N4. PyTorch: :class:`torch.nn.Conv2d`.
     """
 
     _dims = 2
+    __init__ = _named(_Conv.__init__, "Conv2d.__init__")
 
-    def _function(self, *args: Any) -> Tensor:
-        return F.conv2d(*args)
+    def _function(self, *args: Any, **options: Any) -> Tensor:
+        return F.conv2d(*args, **options)

@@ -43,7 +43,8 @@ class Conversion:
     left: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left"]
+        count = len(self.replaced)
+        lines = [f"{count} module{'' if count == 1 else 's'} replaced, {len(self.left)} left"]
         return "\n".join([*lines, *(f"  {name or 'the model itself'}: {why}" for name, why in self.left.items())])
 
 
@@ -129,7 +130,9 @@ def _reason_to_leave(module: Module, twin_of: dict[type[Module], type[Module]], 
     cls = _own_class(module)
     if cls in twin_of:
         return "has a forward of its own" if "forward" in vars(module) else None
-    for base in cls.__mro__[1:]:
+    for base in cls.__mro__:
+        if base in twin_of.values():  # looked for first, since our classes derive from PyTorch's
+            return None
         if base in twin_of:
             name = cls.__qualname__ if cls.__name__ != base.__name__ else f"{cls.__module__}.{cls.__qualname__}"
             return f"{name} is a subclass of {source}.{base.__name__}"

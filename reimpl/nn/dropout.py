@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from reimpl import functional as F
 
 
-class Dropout(Module):
+class Dropout(torch.nn.Dropout):
     """:func:`reimpl.functional.dropout` while training; the input itself in evaluation.
 
     Args:
@@ -23,12 +24,12 @@ class Dropout(Module):
     Source: F11; N1, N4. PyTorch: :class:`torch.nn.Dropout`.
     """
 
-    __constants__: ClassVar[list[str]] = ["p", "inplace"]
+    __constants__: ClassVar[list[str]] = ["p", "inplace"]  # type: ignore[misc]
     p: float
     inplace: bool
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        super().__init__()
+        Module.__init__(self)
         if p < 0 or p > 1:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
         self.p = p

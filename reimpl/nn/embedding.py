@@ -12,7 +12,7 @@ from reimpl import functional as F
 from reimpl import init
 
 
-class Embedding(Module):
+class Embedding(torch.nn.Embedding):
     """:func:`reimpl.functional.embedding` with its table, drawn from N(0, 1).
 
     Args:
@@ -27,7 +27,7 @@ class Embedding(Module):
     Source: F15; N4. PyTorch: :class:`torch.nn.Embedding`.
     """
 
-    __constants__: ClassVar[list[str]] = [
+    __constants__: ClassVar[list[str]] = [  # type: ignore[misc]
         "num_embeddings",
         "embedding_dim",
         "padding_idx",
@@ -59,7 +59,7 @@ class Embedding(Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         if padding_idx is not None:

@@ -14,7 +14,7 @@ from reimpl import init
 from reimpl.init.gain import fans
 
 
-class Linear(Module):
+class Linear(torch.nn.Linear):
     r"""Affine map :math:`y = x W^\top + b`, from :math:`(*, \text{in\_features})` to :math:`(*, \text{out\_features})`.
 
     Weight and bias start from :math:`U(-1/\sqrt{\text{in}}, 1/\sqrt{\text{in}})`, with PyTorch's bits for a seed.
@@ -27,16 +27,16 @@ class Linear(Module):
     Source: F1; N3. PyTorch: :class:`torch.nn.Linear`.
     """
 
-    __constants__: ClassVar[list[str]] = ["in_features", "out_features"]
+    __constants__: ClassVar[list[str]] = ["in_features", "out_features"]  # type: ignore[misc]
     in_features: int
     out_features: int
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self.weight = Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -16,7 +17,7 @@ class _Loss(Module):
     reduction: str
 
     def __init__(self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean") -> None:
-        super().__init__()
+        Module.__init__(self)
         self.reduction = legacy_reduction(reduction, size_average, reduce)
 
 
@@ -34,7 +35,7 @@ class _WeightedLoss(_Loss):
         self.register_buffer("weight", weight)
 
 
-class CrossEntropyLoss(_WeightedLoss):
+class CrossEntropyLoss(_WeightedLoss, torch.nn.CrossEntropyLoss):
     """:func:`reimpl.functional.cross_entropy` between logits and classes or probabilities.
 
     Args:
@@ -45,7 +46,7 @@ class CrossEntropyLoss(_WeightedLoss):
     Source: F5; N3, N4. PyTorch: :class:`torch.nn.CrossEntropyLoss`.
     """
 
-    __constants__: ClassVar[list[str]] = ["ignore_index", "reduction", "label_smoothing"]
+    __constants__: ClassVar[list[str]] = ["ignore_index", "reduction", "label_smoothing"]  # type: ignore[misc]
     ignore_index: int
     label_smoothing: float
 
@@ -73,7 +74,7 @@ class CrossEntropyLoss(_WeightedLoss):
         )
 
 
-class NLLLoss(_WeightedLoss):
+class NLLLoss(_WeightedLoss, torch.nn.NLLLoss):
     """:func:`reimpl.functional.nll_loss` of log-probabilities.
 
     Args:
@@ -84,7 +85,7 @@ class NLLLoss(_WeightedLoss):
     Source: F5; N3. PyTorch: :class:`torch.nn.NLLLoss`.
     """
 
-    __constants__: ClassVar[list[str]] = ["ignore_index", "reduction"]
+    __constants__: ClassVar[list[str]] = ["ignore_index", "reduction"]  # type: ignore[misc]
     ignore_index: int
 
     def __init__(
@@ -102,7 +103,7 @@ class NLLLoss(_WeightedLoss):
         return F.nll_loss(input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
 
 
-class MSELoss(_Loss):
+class MSELoss(_Loss, torch.nn.MSELoss):
     """:func:`reimpl.functional.mse_loss`.
 
     Source: F4; N3. PyTorch: :class:`torch.nn.MSELoss`.
@@ -112,7 +113,7 @@ class MSELoss(_Loss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
-class BCELoss(_WeightedLoss):
+class BCELoss(_WeightedLoss, torch.nn.BCELoss):
     """:func:`reimpl.functional.binary_cross_entropy` of probabilities; ``weight`` is kept as a buffer.
 
     Source: F5; N3, N4. PyTorch: :class:`torch.nn.BCELoss`.
@@ -122,7 +123,7 @@ class BCELoss(_WeightedLoss):
         return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
 
 
-class BCEWithLogitsLoss(_Loss):
+class BCEWithLogitsLoss(_Loss, torch.nn.BCEWithLogitsLoss):
     """:func:`reimpl.functional.binary_cross_entropy_with_logits`; ``weight`` and ``pos_weight`` are kept as buffers.
 
     Source: F5, F18; N3, N4. PyTorch: :class:`torch.nn.BCEWithLogitsLoss`.

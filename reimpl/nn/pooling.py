@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -27,7 +28,7 @@ class _MaxPool(Module):
         return_indices: bool = False,
         ceil_mode: bool = False,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.kernel_size = kernel_size
         self.stride = stride if stride is not None else kernel_size
         self.padding = padding
@@ -46,7 +47,7 @@ class _MaxPool(Module):
         )
 
 
-class MaxPool1d(_MaxPool):
+class MaxPool1d(_MaxPool, torch.nn.MaxPool1d):  # type: ignore[misc]
     """:func:`reimpl.functional.max_pool1d`; ``stride`` defaults to ``kernel_size``.
 
     PyTorch: :class:`torch.nn.MaxPool1d`.
@@ -56,7 +57,7 @@ class MaxPool1d(_MaxPool):
         return F.max_pool1d(input, *self._options())
 
 
-class MaxPool2d(_MaxPool):
+class MaxPool2d(_MaxPool, torch.nn.MaxPool2d):  # type: ignore[misc]
     """:func:`reimpl.functional.max_pool2d`; ``stride`` defaults to ``kernel_size``.
 
     PyTorch: :class:`torch.nn.MaxPool2d`.
@@ -77,13 +78,13 @@ class _AvgPool(Module):
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 
 
-class AvgPool1d(_AvgPool):
+class AvgPool1d(_AvgPool, torch.nn.AvgPool1d):  # type: ignore[misc]
     """:func:`reimpl.functional.avg_pool1d`; ``stride`` defaults to ``kernel_size``.
 
     PyTorch: :class:`torch.nn.AvgPool1d`.
     """
 
-    __constants__: ClassVar[list[str]] = ["kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"]
+    __constants__: ClassVar[list[str]] = ["kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"]  # type: ignore[misc]
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class AvgPool1d(_AvgPool):
         ceil_mode: bool = False,
         count_include_pad: bool = True,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.kernel_size = _single(kernel_size)
         self.stride = _single(stride if stride is not None else kernel_size)
         self.padding = _single(padding)
@@ -108,13 +109,13 @@ def _single(size: Size) -> tuple[int, ...]:
     return (size,) if isinstance(size, int) else tuple(size)
 
 
-class AvgPool2d(_AvgPool):
+class AvgPool2d(_AvgPool, torch.nn.AvgPool2d):  # type: ignore[misc]
     """:func:`reimpl.functional.avg_pool2d`; ``stride`` defaults to ``kernel_size``.
 
     PyTorch: :class:`torch.nn.AvgPool2d`.
     """
 
-    __constants__: ClassVar[list[str]] = [*AvgPool1d.__constants__, "divisor_override"]
+    __constants__: ClassVar[list[str]] = [*AvgPool1d.__constants__, "divisor_override"]  # type: ignore[misc]
     divisor_override: int | None
 
     def __init__(
@@ -126,7 +127,7 @@ class AvgPool2d(_AvgPool):
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.kernel_size = kernel_size
         self.stride = stride if stride is not None else kernel_size
         self.padding = padding
@@ -146,17 +147,17 @@ class AvgPool2d(_AvgPool):
         )
 
 
-class AdaptiveAvgPool1d(Module):
+class AdaptiveAvgPool1d(torch.nn.AdaptiveAvgPool1d):
     """:func:`reimpl.functional.adaptive_avg_pool1d` to ``output_size``.
 
     PyTorch: :class:`torch.nn.AdaptiveAvgPool1d`.
     """
 
-    __constants__: ClassVar[list[str]] = ["output_size"]
+    __constants__: ClassVar[list[str]] = ["output_size"]  # type: ignore[misc]
 
     def __init__(self, output_size: Size) -> None:
-        super().__init__()
-        self.output_size = output_size
+        Module.__init__(self)
+        self.output_size = output_size  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
         return F.adaptive_avg_pool1d(input, self.output_size)
@@ -165,17 +166,17 @@ class AdaptiveAvgPool1d(Module):
         return f"output_size={self.output_size}"
 
 
-class AdaptiveAvgPool2d(Module):
+class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     """:func:`reimpl.functional.adaptive_avg_pool2d` to ``output_size``.
 
     PyTorch: :class:`torch.nn.AdaptiveAvgPool2d`.
     """
 
-    __constants__: ClassVar[list[str]] = ["output_size"]
+    __constants__: ClassVar[list[str]] = ["output_size"]  # type: ignore[misc]
 
     def __init__(self, output_size: int | Sequence[int | None] | None) -> None:
-        super().__init__()
-        self.output_size = output_size
+        Module.__init__(self)
+        self.output_size = output_size  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(input, self.output_size)
@@ -184,22 +185,22 @@ class AdaptiveAvgPool2d(Module):
         return f"output_size={self.output_size}"
 
 
-class AdaptiveMaxPool2d(Module):
+class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     """:func:`reimpl.functional.adaptive_max_pool2d` to ``output_size``.
 
     PyTorch: :class:`torch.nn.AdaptiveMaxPool2d`.
     """
 
-    __constants__: ClassVar[list[str]] = ["output_size", "return_indices"]
+    __constants__: ClassVar[list[str]] = ["output_size", "return_indices"]  # type: ignore[misc]
     return_indices: bool
 
     def __init__(self, output_size: int | Sequence[int | None], return_indices: bool = False) -> None:
-        super().__init__()
-        self.output_size = output_size
+        Module.__init__(self)
+        self.output_size = output_size  # type: ignore[assignment]
         self.return_indices = return_indices
 
     def forward(self, input: Tensor) -> Any:
-        return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
+        return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"output_size={self.output_size}"

@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 
 from reimpl import functional as F
 from reimpl import init
+from reimpl.nn._recorded import one_node
 
 
 class _Cell(Module):
@@ -26,7 +27,7 @@ class _Cell(Module):
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool, chunks: int, device: Any = None, dtype: Any = None
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -60,7 +61,7 @@ class _Cell(Module):
         return f"{self.input_size}, {self.hidden_size}" + ("" if self.bias is True else f", bias={self.bias}")
 
 
-class RNNCell(_Cell):
+class RNNCell(_Cell, torch.nn.RNNCell):  # type: ignore[misc]
     """:func:`reimpl.functional.rnn_tanh_cell`, or ``rnn_relu_cell``, with its weights.
 
     Args:
@@ -75,7 +76,7 @@ class RNNCell(_Cell):
     Source: F14; N2. PyTorch: :class:`torch.nn.RNNCell`.
     """
 
-    __constants__: ClassVar[list[str]] = [*_Cell.__constants__, "nonlinearity"]
+    __constants__: ClassVar[list[str]] = [*_Cell.__constants__, "nonlinearity"]  # type: ignore[misc]
     nonlinearity: str
 
     def __init__(
@@ -90,6 +91,7 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, 1, device, dtype)
         self.nonlinearity = nonlinearity
 
+    @one_node
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         self._check_input(input)
         if hx is not None and hx.dim() not in (1, 2):
@@ -109,7 +111,7 @@ class RNNCell(_Cell):
         return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, torch.nn.LSTMCell):  # type: ignore[misc]
     """:func:`reimpl.functional.lstm_cell` with its weights.
 
     Args:
@@ -128,6 +130,7 @@ class LSTMCell(_Cell):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 4, device, dtype)
 
+    @one_node
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         self._check_input(input)
         for i, state in enumerate(hx or ()):

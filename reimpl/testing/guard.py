@@ -60,7 +60,10 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         name = resolve_name(func) or f"{getattr(func, '__module__', None)}.{getattr(func, '__qualname__', func)}"
         self.watch.note("function", name)
-        return func(*args, **(kwargs or {}))
+        if name.startswith("torch.") or not hasattr(func, "__wrapped__"):
+            return func(*args, **(kwargs or {}))
+        with self:  # a function that was wrapped to offer itself to modes is looked into
+            return inspect.unwrap(func)(*args, **(kwargs or {}))
 
 
 @contextmanager

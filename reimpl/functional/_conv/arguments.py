@@ -114,11 +114,20 @@ def _each(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return values
 
 
+def check_algorithm(name: str) -> None:
+    """Refuse a name that is no algorithm's.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm must be None or one of {ALGORITHMS}, but got {name!r}")
+
+
 def _check_algorithm(geometry: Geometry, weight: Tensor) -> None:
     if geometry.algorithm is None:
         return
-    if geometry.algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be None or one of {ALGORITHMS}, but got {geometry.algorithm!r}")
+    check_algorithm(geometry.algorithm)
     if geometry.algorithm == "winograd":
         kernel = tuple(weight.shape[2:])
         if kernel != (3, 3) or geometry.stride != (1, 1) or geometry.dilation != (1, 1):

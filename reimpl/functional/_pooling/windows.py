@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -153,7 +154,7 @@ def as_tuple(value: Size | None) -> tuple[int, ...]:
     """An option as a tuple of numbers."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, Iterable) else (index(value),)
 
 
 def one(name: str, argument: str, value: Size | None) -> int:

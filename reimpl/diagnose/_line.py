@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _STEPS = 20  # each shorter than the last by √2
-_SURE = 3.0  # standard deviations that noise is taken to stay within
+_SURE = 2.5  # standard deviations that noise is taken to stay within, for two quotients in a row
 
 
 class Line:

@@ -243,7 +243,7 @@ def test_signal_report_refuses() -> None:
         signal_report(model, torch.randn(0, 2))
     with pytest.raises(TypeError, match="batch must be a tensor, or a tuple, list or mapping with one, got ndarray"):
         signal_report(model, data(8, 2).numpy())
-    with pytest.raises(TypeError, match="model must be an nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
         signal_report(lambda x: x, data(8, 2))  # type: ignore[arg-type]
     parts = nn.ModuleList([model])
     parts.forward = model.forward  # type: ignore[method-assign]  # calls no module, so that no hook runs

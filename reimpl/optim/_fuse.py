@@ -36,8 +36,8 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
 
     Args:
         optimizer: one of ``torch.optim``'s own SGD, Adagrad, Adadelta, RMSprop, Adam, AdamW, Adamax, NAdam, RAdam,
-            ASGD or Rprop, or this library's of these names, whose groups become ``fused=True``. A step that was compiled, or otherwise bound, before goes on calling PyTorch's code: take
-            it anew.
+            ASGD or Rprop; or this library's of these names, fused or not. A step that was compiled, or otherwise bound,
+            before goes on calling PyTorch's code: take it anew.
 
     Returns:
         ``optimizer``, now of the class of its name in ``reimpl.optim``. :func:`unfuse` goes back.

@@ -48,7 +48,8 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
         RuntimeError: a group is ``differentiable``, or a parameter is not of floating point, as the constructor says;
             a gradient is sparse. One that becomes so later is refused by ``step``.
     """
-    ours = type(optimizer) if type(optimizer) in _FUSIBLE.values() else _FUSIBLE.get(type(optimizer))
+    given: Any = type(optimizer)
+    ours: type[RuleOptimizer] | None = given if given in _FUSIBLE.values() else _FUSIBLE.get(given)
     if ours is None:
         raise TypeError(f"fuse() takes an optimizer of torch.optim's own {_names()}, but got {_name(optimizer)}")
     for group in optimizer.param_groups:
@@ -58,7 +59,7 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
             check_fused_support(p)
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("fuse() takes no optimizer whose parameters have sparse gradients")
-    if type(optimizer) is not ours:
+    if given is not ours:
         _check_step(optimizer)
         _change_class(optimizer, ours)
         for options in (optimizer.defaults, *optimizer.param_groups):

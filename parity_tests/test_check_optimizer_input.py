@@ -85,6 +85,51 @@ def test_nothing_compared_says_why() -> None:
 
 
 @pytest.mark.quick
+def test_names_with_commas_are_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"known: sizes, 0-d, .*, 'transposed, contiguous gradient', "):
+        sgd(scenarios=["size"])
+
+
+@pytest.mark.parametrize("columns", [None, "80"], ids=["as long as needed", "wrapped"])
+def test_a_pipe_gets_whole_lines(columns: str | None) -> None:
+    only = ("--implementation", "default", "--dtype", "float64", "--scenario", "transposed, contiguous gradient")
+    seen = piped("torch.optim.SGD", *only, "--set", "lr=0.1", "--set", "momentum=0.9", "--set", "nesterov=True",
+                 columns=columns)  # fmt: skip
+    assert seen.returncode == 0, seen.stderr
+    title = seen.stdout.splitlines()[0]
+    assert ("against its own plain for-loop" in title and "torch " in title) == (columns is None)
+    assert all(line == line.rstrip() or len(line) < 120 for line in seen.stdout.splitlines())
+
+
+def test_nothing_compared_is_status_2() -> None:
+    seen = piped("torch.optim.SparseAdam", "--implementation", "fused", "--dtype", "float64", "--scenario", "sizes")
+    assert seen.returncode == 2 and "nothing could be compared: skipped fused" in seen.stdout
+
+
+def test_help_keeps_its_lines_and_may_be_cut_short() -> None:
+    pytest.importorskip("tyro", reason="the command line is read by tyro")
+    pytest.importorskip("rich", reason="the tables are rich's")
+    command = [sys.executable, str(ROOT / "scripts" / "check_optimizer.py"), "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as cut:
+        assert cut.stdout is not None and cut.stderr is not None
+        cut.stdout.close()  # before anything was written: the imports take longer
+        assert cut.stderr.read() == ""
+    text = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True, env=environment).stdout
+    assert "\n        --set lr=0.01 --set against.eps_inside_sqrt=true" in text and "  --set lr=0.01 --set" in text
+
+
+def piped(*arguments: str, columns: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The script's output where it is no terminal's."""
+    pytest.importorskip("tyro", reason="the command line is read by tyro")
+    pytest.importorskip("rich", reason="the tables are rich's")
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    environment |= {"PYTHONPATH": str(ROOT), **({"COLUMNS": columns} if columns else {})}
+    command = [sys.executable, str(ROOT / "scripts" / "check_optimizer.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=environment)
+
+
+@pytest.mark.quick
 def test_long_messages_are_shortened_but_kept_in_the_data() -> None:
     fussy = type("Fussy", (Plain,), {"refused": torch.float32})
     result = compare_optimizers(fussy, Plain, scenarios=["sizes"], dtypes=["float64", "float32"])

@@ -241,6 +241,10 @@ def test_signal_report_refuses() -> None:
         signal_report(model, data(8, 2), loss=lambda y: y)
     with pytest.raises(ValueError, match=r"batch must hold at least one example, got shape \(0, 2\)"):
         signal_report(model, torch.randn(0, 2))
+    with pytest.raises(TypeError, match="batch must be a tensor, or a tuple, list or mapping with one, got ndarray"):
+        signal_report(model, data(8, 2).numpy())
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
+        signal_report(lambda x: x, data(8, 2))  # type: ignore[arg-type]
     parts = nn.ModuleList([model])
     parts.forward = model.forward  # type: ignore[method-assign]  # calls no module, so that no hook runs
     with pytest.raises(ValueError, match="no layer of the model ran"):
@@ -367,3 +371,72 @@ def test_a_loss_that_changes_is_refused() -> None:
     model, calls = nn.Linear(2, 1), iter(range(100))
     with pytest.raises(ValueError, match="loss must be the same when it is evaluated again"):
         gradient_check(model, lambda: model(torch.ones(1, 2)).sum() * (1 + next(calls)))
+
+
+def _of_images(kind: str) -> nn.Sequential:
+    """A plain network full of kinks: in float32 most weights have one within the step of a difference."""
+    layers: dict[str, list[nn.Module]] = {
+        "norm": [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4)],
+        "conv": [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)],
+        "dense": [nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4)],
+    }
+    return nn.Sequential(*layers[kind])
+
+
+def _times(share: float, only_the_largest: bool) -> Callable[[Tensor], Tensor]:
+    def wrong(grad: Tensor) -> Tensor:
+        largest = grad.abs() == grad.abs().max()
+        return grad.where(~largest, grad * share) if only_the_largest else grad * share
+
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["norm", "conv", "dense"])
+def test_a_kink_is_no_error_and_hides_none(kind: str, dtype: torch.dtype) -> None:
+    kinks = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model, x, y = _of_images(kind).to(dtype), data(16, 3, 8, 8, dtype=dtype), torch.randint(0, 4, (16,))
+
+        def loss(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return nn.functional.cross_entropy(model(x), y)
+
+        check = gradient_check(model, loss, samples=8)
+        assert check.ok, f"seed {seed}\n{check}"
+        kinks += sum(p.kinks for p in check.parameters)
+        first = next(module for module in model if list(module.parameters()))
+        # Batch normalisation makes the gradient of a bias before it 0, of which half is right.
+        wrongs = [("weight", 0.5, False)] if kind == "norm" else [("weight", 0.9, False), ("bias", 0.5, True)]
+        for name, share, only_the_largest in wrongs:
+            handle = getattr(first, name).register_hook(_times(share, only_the_largest))
+            found = gradient_check(model, loss, samples=8)
+            handle.remove()
+            bad = [p.name for p in found.parameters if not p.ok]
+            assert len(bad) == 1 and bad[0].endswith(name), f"seed {seed}, {name}\n{found}"
+    assert kinks or dtype == torch.float64, "no entry had a kink: the test shows nothing"
+
+
+def test_a_kink_at_the_entry_itself() -> None:
+    """At 0 autograd takes ReLU's derivative from the left, the difference half of both."""
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    check = gradient_check({"w": w}, lambda: 1 + w.relu().sum())
+    assert check.ok and check.worst.kinks == 3 and check.worst.compared == 0
+    assert "3 beside a kink agree by other differences" in str(check)
+    w.register_hook(lambda grad: grad + 0.25)
+    assert not gradient_check({"w": w}, lambda: 1 + w.relu().sum()).ok
+
+
+def test_a_gradient_that_is_no_number_is_wrong() -> None:
+    w = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    check = gradient_check({"w": w}, lambda: (w * w).sqrt().sum())  # 0 · ∞ at 0
+    assert not check.ok and math.isnan(check.worst.relative_error) and check.worst.index == (0,)
+
+
+def test_an_error_within_rounding_is_said_to_be() -> None:
+    w = torch.tensor([0.5], requires_grad=True)
+    check = gradient_check({"w": w}, lambda: 100 + (w.sin() / 3).sum())
+    assert check.ok and check.worst.within_rounding and check.worst.numeric != check.worst.analytic
+    assert "ok     within rounding over 1; at (0,): autograd 0.2925" in str(check)
+    off = abs(check.worst.numeric - check.worst.analytic) / (check.worst.numeric + check.worst.analytic)
+    assert check.worst.relative_error == pytest.approx(off, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Runs any optimizer class beside a reference over the cases that break real ones, and says where the two part.
+r"""Runs any optimizer class beside a reference over the cases that break real ones, and says where the two part.
 
     python scripts/check_optimizer.py torch.optim.Adam                       against its own plain for-loop
     python scripts/check_optimizer.py timm.optim.RMSpropTF --against reimpl.optim.RMSprop \
@@ -7,11 +7,13 @@
     python scripts/check_optimizer.py --catalogue timm                       the tables of docs/findings.md
 
 --set takes key=value for both, subject.key=value or against.key=value for one; values are Python literals, true, false
-or none. Exits with 0 where nothing parts, 1 where something does, 2 where the question cannot be put.
+or none. Exits with 0 where nothing parts, 1 where something does, 2 where the question cannot be put or nothing could
+be compared. Into a file or a pipe, lines are as long as they need to be; COLUMNS=80 wraps them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -110,7 +112,14 @@ def check(options: Options, console: Console) -> int:
     if options.json is not None:
         write_json(options.json, result.as_dict())
     print_comparison(result, console, everything=options.all)
+    if not result.compared and not result.partings:
+        return 2
     return 0 if result.ok else 1
+
+
+def wide_console() -> Console:
+    """A console as wide as the terminal; elsewhere wide enough for every line, unless ``COLUMNS`` says how wide."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=10_000)
 
 
 def main(options: Options, console: Console) -> int:
@@ -127,4 +136,12 @@ def main(options: Options, console: Console) -> int:
 if __name__ == "__main__":
     if not sys.flags.safe_path:  # a class of the current directory is found, as with python -m
         sys.path.insert(0, str(Path.cwd()))
-    sys.exit(main(tyro.cli(Options, description=__doc__, config=(tyro.conf.UseAppendAction,)), Console()))
+    try:
+        try:
+            status = main(tyro.cli(Options, description=__doc__, config=(tyro.conf.UseAppendAction,)), wide_console())
+        finally:
+            sys.stdout.flush()  # --help leaves by SystemExit
+    except BrokenPipeError:  # who read has seen enough, as in | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

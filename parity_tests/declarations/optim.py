@@ -185,6 +185,7 @@ ADAM = OptimizerTechnique(
         *_ADAM_CONFIGS,
         _shared("decoupled_weight_decay", weight_decay=0.1, decoupled_weight_decay=True),
         _dialect("eps_inside_sqrt, no bias correction", "O9b", **_EXACT, eps_inside_sqrt=True, bias_correction=False),
+        _dialect("eps_inside_sqrt, eps_hat", "O9", **_EXACT, eps_inside_sqrt=True, eps_hat=True),
         _dialect("eps_inside_sqrt, eps_hat, amsgrad", "O9", **_EXACT, eps_inside_sqrt=True, eps_hat=True, amsgrad=True),
     ),
     torch_fused=True,

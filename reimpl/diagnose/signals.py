@@ -153,6 +153,7 @@ def signal_report(
         dead: the share of dead units that makes a layer dead.
 
     Raises:
+        TypeError: ``model`` is no module, or ``batch`` holds no tensor.
         ValueError: ``ratio`` is not above 1 or ``dead`` not in (0, 1]; the batch is empty; no layer ran under the
             model's hooks; the loss is no scalar.
 
@@ -162,8 +163,12 @@ def signal_report(
         raise ValueError(f"ratio must be above 1, got {ratio}")
     if not 0 < dead <= 1:
         raise ValueError(f"dead must lie in (0, 1], got {dead}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     tensors = list(_tensors(batch))
-    if tensors and not any(x.numel() for x in tensors):
+    if not tensors:
+        raise TypeError(f"batch must be a tensor, or a tuple, list or mapping with one, got {type(batch).__name__}")
+    if not any(x.numel() for x in tensors):
         raise ValueError(f"batch must hold at least one example, got shape {tuple(tensors[0].shape)}")
     model = getattr(model, "_orig_mod", model)
     with preserved(model):

@@ -8,6 +8,8 @@ Options that choose how a step runs, and not what it computes, mean the same in 
 - ``foreach``: run over all tensors at once; ``None`` takes PyTorch's choice.
 - ``fused``: one kernel for the whole step. Every elementwise class has it, where PyTorch has it on four. With
   ``foreach`` or ``differentiable``, or for complex parameters, it raises a ``RuntimeError``.
+  A checkpoint's options win, as in PyTorch, so one that was written unfused turns it off on PyTorch's four (SGD,
+  Adagrad, Adam, AdamW); :func:`fuse` after loading turns it on again.
 - ``capturable``: keep the step count and other numbers of the state on the device, so that a CUDA graph can hold the
   step.
 - ``differentiable``: let autograd through the step.

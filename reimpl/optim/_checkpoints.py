@@ -79,6 +79,27 @@ def restore_numbers(optimizer: Optimizer, state_dict: StateDict, keys: tuple[str
                     here[key] = there[key].detach().to(device=here[key].device, dtype=dtype, copy=True)
 
 
+def require_options(optimizer: Any, state_dict: StateDict) -> None:
+    """Raise where a group of ``state_dict`` lacks an option that every release of PyTorch's class has written.
+
+    It is another optimizer's. PyTorch loads it, and fails at the next step. Nothing is said where a hook may yet
+    change the state dict.
+
+    Raises:
+        ValueError: names the options and the class.
+    """
+    if optimizer._optimizer_load_state_dict_pre_hooks:
+        return
+    later = {*LATE_OPTIONS, *optimizer.late_options, *optimizer.dialects}
+    for number, group in enumerate(state_dict["param_groups"]):
+        missing = [key for key in optimizer.defaults if key not in group and key not in later]
+        if missing:
+            raise ValueError(
+                f"loaded state dict has no {', '.join(missing)} in parameter group {number}: "
+                f"it is not one of {type(optimizer).__name__}"
+            )
+
+
 def require_shapes(optimizer: Any, state_dict: StateDict) -> None:
     """Raise where the state in ``state_dict`` is that of a parameter of another shape.
 

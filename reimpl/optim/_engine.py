@@ -374,14 +374,16 @@ class RuleOptimizer(Optimizer):
         """Load a checkpoint of this class or of PyTorch's class of the same name.
 
         A dialect that the checkpoint does not name keeps the value it has here, with a warning: the checkpoint was
-        written under PyTorch's way, whose state may mean something else (a velocity is not PyTorch's buffer).
+        written under PyTorch's way, whose state may mean something else (a velocity is not PyTorch's buffer). All else
+        is the checkpoint's, as in PyTorch: ``fused`` of SGD, Adagrad, Adam and AdamW too; ``fuse`` sets it again.
 
         Raises:
-            ValueError: the checkpoint was written under another dialect, or for other parameters.
+            ValueError: the checkpoint is of another dialect, class or shape.
         """
         for i, group in enumerate(state_dict["param_groups"]):
             _checks.group(self, group, i)
         here = _checkpoints.dialects_to_keep(self, state_dict["param_groups"])
+        _checkpoints.require_options(self, state_dict)
         _checkpoints.require_shapes(self, state_dict)
         super().load_state_dict(state_dict)
         _checkpoints.restore_numbers(self, state_dict, self.scalar_state)

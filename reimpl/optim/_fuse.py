@@ -30,13 +30,14 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
 
     The object itself changes its class, as ``torch.distributed.fsdp.fully_shard`` does with a module. So whatever
     holds it holds the fused one from now on: schedulers, a ``GradScaler``, ``accelerate``, hooks on parameters.
-    Groups, options, names, hooks and state are what they were, the same tensors, and nothing is copied. (On a GPU the
+    Groups, options, names, hooks and state are what they were, the same tensors, and nothing is copied; only
+    ``foreach``, which excludes ``fused``, is ``None`` until :func:`unfuse`. (On a GPU the
     step counts, which PyTorch keeps on the CPU unless fused or captured, move to the GPU at the first step.)
 
     Args:
         optimizer: one of ``torch.optim``'s own SGD, Adagrad, Adadelta, RMSprop, Adam, AdamW, Adamax, NAdam, RAdam,
-            ASGD or Rprop. Its ``step``, bound or wrapped before, steps ours from now on; if it was compiled, it
-            raises a ``RuntimeError``: compile it anew.
+            ASGD or Rprop; or this library's of these names, fused or not. Its ``step``, bound or wrapped before, steps
+            ours from now on; if it was compiled, it raises a ``RuntimeError``: compile it anew.
 
     Returns:
         ``optimizer``, now of the class of its name in ``reimpl.optim``. :func:`unfuse` goes back.
@@ -46,7 +47,8 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
         RuntimeError: a group is ``differentiable``, or a parameter is not of floating point, as the constructor says;
             a gradient is sparse. One that becomes so later is refused by ``step``.
     """
-    ours = _FUSIBLE.get(type(optimizer))
+    given: Any = type(optimizer)
+    ours: type[RuleOptimizer] | None = given if given in _FUSIBLE.values() else _FUSIBLE.get(given)
     if ours is None:
         raise TypeError(f"fuse() takes an optimizer of torch.optim's own {_names()}, but got {_name(optimizer)}")
     for group in optimizer.param_groups:
@@ -56,9 +58,15 @@ def fuse(optimizer: Optimizer) -> RuleOptimizer:
             check_fused_support(p)
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("fuse() takes no optimizer whose parameters have sparse gradients")
-    _change_class(optimizer, ours)
-    for options in (optimizer.defaults, *optimizer.param_groups):
-        options.update(ours.dialects, fused=True)
+    if given is not ours:
+        _change_class(optimizer, ours)
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            options.update(ours.dialects)
+    before: list[bool | None] = vars(optimizer).setdefault("_foreach_before", [])
+    for i, options in enumerate((optimizer.defaults, *optimizer.param_groups)):
+        if i == len(before):  # else this is a second call
+            before.append(options.get("foreach"))
+        options.update(foreach=None, fused=True)  # which exclude each other
     optimizer.__setstate__({"_step_supports_amp_scaling": True})
     assert isinstance(optimizer, RuleOptimizer)
     return optimizer
@@ -87,10 +95,13 @@ def unfuse(optimizer: Optimizer) -> Optimizer:
     _numbers_to_their_places(optimizer)
     own = optimizer.dialects
     _change_class(optimizer, optimizer.torch_class)
-    for options in (optimizer.defaults, *optimizer.param_groups):
+    every = (optimizer.defaults, *optimizer.param_groups)
+    for options in every:
         options["fused"] = None
         for key in own:
             options.pop(key, None)
+    for options, foreach in zip(every, vars(optimizer).pop("_foreach_before", ()), strict=False):
+        options["foreach"] = foreach
     for name in ("_step_supports_amp_scaling", "_fused_bundles"):
         vars(optimizer).pop(name, None)
     optimizer.__setstate__({})

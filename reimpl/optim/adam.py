@@ -36,7 +36,8 @@ class Adam(RuleOptimizer):
         bias_correction: ``False`` leaves m and v as they are, to show what the correction is for (O9b).
         eps_inside_sqrt: ε under the root, as optax's ``eps_root``.
         eps_hat: ε meets v before the correction: √v + ε, both over √(1 − β₂ᵗ). So do Keras, TensorFlow and the paper's
-            shorter form (the end of its section 2, where it is called ε̂). With ``eps_inside_sqrt`` too: √(v + ε).
+            shorter form (the end of its section 2, where it is called ε̂). With ``eps_inside_sqrt`` too:
+            √(v + ε) / √(1 − β₂ᵗ).
 
     ``maximize`` and the options that choose how a step runs are those of :mod:`reimpl.optim`.
 

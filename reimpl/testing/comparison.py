@@ -149,11 +149,16 @@ def _choose(names: Iterable[str] | None, known: Mapping[str, Any], what: str) ->
         raise TypeError(f"{what}s must be a sequence, as in [{next(iter(known))!r}], got {names!r}")
     wanted = list(known) if names is None else list(names)
     if not wanted:
-        raise ValueError(f"{what}s is empty; known: {', '.join(known)}")
+        raise ValueError(f"{what}s is empty; known: {_listed(known)}")
     for name in wanted:
         if name not in known:
-            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+            raise ValueError(f"unknown {what} {name!r}; known: {_listed(known)}")
     return {name: known[name] for name in wanted}
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The names, in quotes where they hold a comma themselves."""
+    return ", ".join(repr(name) if "," in name else name for name in names)
 
 
 def _dtypes_of(scenario: Scenario, dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:

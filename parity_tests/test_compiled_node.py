@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.nn import functional as torch_functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -190,6 +191,36 @@ def test_hooks_on_what_is_kept(layer: Layer) -> None:
     (found,) = torch.autograd.grad(output, x, grad)
     assert len(packed) == len(unpacked) > 0
     assert torch.equal(found, torch.autograd.grad(layer(F, x), x, grad)[0])
+
+
+@each_layer
+def test_compiled_autograd(layer: Layer) -> None:
+    x, graphs = taught(layer), []
+
+    def compiler(graph: torch.fx.GraphModule) -> Any:
+        graphs.append(graph)
+        return torch.compile(graph, backend="eager")
+
+    try:
+        with compiled_autograd._enable(compiler):
+            # a graph is used again with other numbers: those kept, and how much the classes that count weigh
+            for step in range(3):
+                x, layer = x.detach().roll(step, 0).requires_grad_(), _shifted(layer)
+                output = layer(F, x)
+                assert by_node(output)
+                grad = grad_like(output)
+                (output * grad).sum().backward()
+                (expected,) = torch.autograd.grad(layer(torch_functional, x), x, grad)
+                torch.testing.assert_close(x.grad, expected)
+        assert len(graphs) == 1
+    finally:
+        torch.compiler.reset()
+
+
+def _shifted(layer: Layer) -> Layer:
+    """The layer with other labels."""
+    labels = (isinstance(t, Tensor) and not t.is_floating_point() for t in layer.others)
+    return replace(layer, others=tuple((t + 1) % 5 if old else t for old, t in zip(labels, layer.others, strict=True)))
 
 
 def test_another_gradient_than_numbers() -> None:

@@ -6,7 +6,8 @@
 // same gradient out of differentiable operators. Python writes all of them (plan.py); here they are run.
 //
 // `call` answers None wherever something else is wanted than plain float32 numbers and their gradient: other layouts,
-// subclasses, `vmap`, forward mode, dispatch modes, tracing. Python's own way then takes over.
+// subclasses, `vmap`, forward mode, dispatch modes, tracing. Python's own way then takes over. So it does in a backward
+// pass that wants more than numbers: one that is differentiated, or traced by compiled autograd.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -22,7 +23,7 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <cstring>
+#include <bit>
 
 namespace py = pybind11;
 using at::Tensor;
@@ -30,6 +31,7 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::IValuePacker;
 using torch::dynamo::autograd::SwapSavedVariables;
 
 namespace {
@@ -50,14 +52,6 @@ void (*fork_call)(Kernel, void*, unsigned, unsigned) = nullptr;
 
 using Tensors = c10::SmallVector<Tensor, kMostTensors>;
 using Numbers = c10::SmallVector<at::IValue, 2>;
-
-template <typename To, typename From>
-To bits(const From& from) {
-  To to;
-  static_assert(sizeof to == sizeof from);
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 struct Layout {
   int dtype;  // -1 where there is no tensor
@@ -176,7 +170,7 @@ struct KernelNode final : Node {
     tensors.push_back(plan->result.empty());
     Pairs words;
     for (size_t i = 0; i < carried.size(); ++i) {
-      words.emplace_back(plan->carried[i].second, bits<int64_t>(carried[i].toDouble()));
+      words.emplace_back(plan->carried[i].second, std::bit_cast<int64_t>(carried[i].toDouble()));
     }
     plan->backward.run(tensors, words);
     return {std::move(tensors.back())};
@@ -193,6 +187,7 @@ struct KernelNode final : Node {
     for (const auto& number : carried) args.collect(number);
   }
 
+  // The gradient by differentiable operators is one call in that graph, which compilers see through.
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {
     swap.before(saved);
     swap.before(carried);
@@ -207,10 +202,12 @@ struct KernelNode final : Node {
       return variable_list{site->gradient(*plan, grads, tensors, {kept.begin() + tensors.size(), kept.end()})};
     };
     const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
-    const auto name = compiler->bind_function(swap.get_py_compiler(), site->name, function, std::move(types), true, true);
-    auto metadata = torch::dynamo::autograd::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
-        torch::dynamo::autograd::get_input_metadata(next_edges()));
-    auto result = compiler->call_function(swap.get_py_compiler(), "apply_functional", name, grads, kept, metadata);
+    auto* python = swap.get_py_compiler();
+    const bool custom = true;  // of which there can be several of a name
+    const auto name = compiler->bind_function(python, site->name, function, std::move(types), custom);
+    const auto edges = torch::dynamo::autograd::get_input_metadata(next_edges());
+    const auto metadata = IValuePacker<std::remove_const_t<decltype(edges)>>::pack(edges);
+    auto result = compiler->call_function(python, "apply_functional", name, grads, kept, metadata);
     swap.after(saved);
     swap.after(carried);
     return result;
@@ -281,7 +278,7 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
     if (plan->refusal > 0 && table[plan->refusal] != 0) break;
     if (grad_mode && tensors[0].requires_grad()) {
       Numbers carried;
-      for (const auto& [from, to] : plan->carried) carried.emplace_back(bits<double>(table[from]));
+      for (const auto& [from, to] : plan->carried) carried.emplace_back(std::bit_cast<double>(table[from]));
       record(site, plan, tensors, std::move(carried));
     }
     return THPVariable_Wrap(tensors[plan->arguments]);

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.nn import functional as torch_functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -190,6 +191,76 @@ def test_hooks_on_what_is_kept(layer: Layer) -> None:
     (found,) = torch.autograd.grad(output, x, grad)
     assert len(packed) == len(unpacked) > 0
     assert torch.equal(found, torch.autograd.grad(layer(F, x), x, grad)[0])
+
+
+class _Graphs:
+    """Compiled autograd with its graphs run as they are."""
+
+    def __init__(self) -> None:
+        self.found: list[torch.fx.GraphModule] = []
+
+    def backward(self, output: Tensor, grad: Tensor) -> None:
+        with compiled_autograd._enable(self._compiled):
+            output.backward(grad)
+
+    def _compiled(self, graph: torch.fx.GraphModule) -> Any:
+        self.found.append(graph)
+        return torch.compile(graph, backend="eager")
+
+
+@pytest.fixture
+def graphs() -> Iterator[_Graphs]:
+    torch.compiler.reset()
+    yield _Graphs()
+    torch.compiler.reset()
+
+
+@each_layer
+def test_compiled_autograd(layer: Layer, graphs: _Graphs) -> None:
+    # other numbers than the graph was made with: those kept, and how much the classes that count weigh
+    for step in range(3):
+        other = _shifted(layer, step)
+        x = taught(other)
+        output = other(F, x)
+        assert by_node(output)
+        grad = grad_like(output)
+        graphs.backward(output, grad)
+        (expected,) = torch.autograd.grad(other(torch_functional, x), x, grad)
+        torch.testing.assert_close(x.grad, expected)
+        with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+            graphs.backward(output, grad)
+    assert len(graphs.found) == 1
+
+
+def _shifted(layer: Layer, step: int) -> Layer:
+    """The layer with other inputs and, where it has some, labels."""
+    labels = (isinstance(t, Tensor) and not t.is_floating_point() for t in layer.others)
+    others = ((t + step) % 5 if shift else t for shift, t in zip(labels, layer.others, strict=True))
+    return replace(layer, input=layer.input.roll(step, 0), others=tuple(others))
+
+
+def test_compiled_autograd_of_other_layouts_and_options(graphs: _Graphs) -> None:
+    x = random_tensor((6, 4), torch.float32, seeded_generator(0, "node"))
+    for size, dim in ((4, 1), (4, 0), (6, 1), (5, 1)):
+        layer = Layer("softmax", x[:size].contiguous(), (dim,))
+        leaf = taught(layer)
+        output = layer(F, leaf)
+        assert by_node(output)
+        grad = grad_like(output)
+        graphs.backward(output, grad)
+        torch.testing.assert_close(leaf.grad, torch.autograd.grad(layer(torch_functional, leaf), leaf, grad)[0])
+    assert len(graphs.found) == 4
+
+
+def test_compiled_autograd_with_hooks_on_what_is_kept(graphs: _Graphs) -> None:
+    layer = LAYERS["softmax"]
+    x = taught(layer)
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: 2 * kept, lambda packed: packed / 2):
+        output = layer(F, x)
+    assert by_node(output)
+    grad = grad_like(output)
+    graphs.backward(output, grad)
+    torch.testing.assert_close(x.grad, torch.autograd.grad(layer(torch_functional, x), x, grad)[0])
 
 
 def test_another_gradient_than_numbers() -> None:

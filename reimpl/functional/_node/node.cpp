@@ -6,7 +6,8 @@
 // same gradient out of differentiable operators. Python writes all of them (plan.py); here they are run.
 //
 // `call` answers None wherever something else is wanted than plain float32 numbers and their gradient: other layouts,
-// subclasses, `vmap`, forward mode, dispatch modes, tracing. Python's own way then takes over.
+// subclasses, `vmap`, forward mode, dispatch modes, tracing. Python's own way then takes over. So it does in a backward
+// pass that wants more than numbers: one that is differentiated, or traced by compiled autograd.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -19,14 +20,19 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/csrc/utils/pybind.h>
 
-#include <cstring>
+#include <bit>
 
 namespace py = pybind11;
 using at::Tensor;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::IValuePacker;
+using torch::dynamo::autograd::SwapSavedVariables;
 
 namespace {
 
@@ -45,6 +51,7 @@ bool enabled = false;
 void (*fork_call)(Kernel, void*, unsigned, unsigned) = nullptr;
 
 using Tensors = c10::SmallVector<Tensor, kMostTensors>;
+using Numbers = c10::SmallVector<at::IValue, 2>;
 
 struct Layout {
   int dtype;  // -1 where there is no tensor
@@ -106,6 +113,20 @@ struct Site {
   std::string name;
   py::object differentiate;
   std::vector<std::shared_ptr<const Plan>> plans;
+
+  // By differentiable operators, from the gradients of all outputs, what is saved, and the numbers carried.
+  Tensor gradient(const Plan& plan, const variable_list& grads, const Tensors& tensors, const Numbers& numbers) const {
+    py::gil_scoped_acquire gil;
+    const auto wrapped = [](const auto& list) {
+      py::tuple result(list.size());
+      for (size_t i = 0; i < list.size(); ++i) result[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(list[i]));
+      return result;
+    };
+    py::list floats;
+    for (const auto& number : numbers) floats.append(py::cast(number.toSymFloat()));
+    const auto result = differentiate(wrapped(grads), wrapped(tensors), floats, py::cast(plan.result.sizes));
+    return result.is_none() ? Tensor() : THPVariable_Unpack(result.ptr());
+  }
 };
 
 // A tensor of PyTorch's own on the CPU, whose memory holds its numbers: no view as a negative, wrapper or fake.
@@ -124,7 +145,7 @@ struct KernelNode final : Node {
   const Site* site = nullptr;
   std::shared_ptr<const Plan> plan;
   c10::SmallVector<SavedVariable, 4> saved;
-  Pairs carried;
+  Numbers carried;  // the doubles of the plan's words
 
   std::string name() const override { return site->name; }
 
@@ -138,7 +159,7 @@ struct KernelNode final : Node {
     Tensors tensors;
     for (const auto& variable : saved) tensors.push_back(variable.unpack(getptr()));
     if (!task_should_compute_output(0)) return {Tensor()};
-    if (!final(grads, tensors)) return {differentiable(grads, tensors)};
+    if (!final(grads, tensors)) return {site->gradient(*plan, grads, tensors, carried)};
     auto grad = grads[0];
     if (!plan->gradient.fits(grad)) {
       auto dense = plan->gradient.empty();
@@ -147,8 +168,49 @@ struct KernelNode final : Node {
     }
     tensors.push_back(std::move(grad));
     tensors.push_back(plan->result.empty());
-    plan->backward.run(tensors, carried);
+    Pairs words;
+    for (size_t i = 0; i < carried.size(); ++i) {
+      words.emplace_back(plan->carried[i].second, std::bit_cast<int64_t>(carried[i].toDouble()));
+    }
+    plan->backward.run(tensors, words);
     return {std::move(tensors.back())};
+  }
+
+  // Compiled autograd's graph is that of a site and of layouts; what is kept, and the numbers, are its inputs.
+  void compiled_args(CompiledNodeArgs& args) const override {
+    args.collect(reinterpret_cast<int64_t>(site));
+    for (const auto& layout : plan->layouts) {
+      args.collect(layout.sizes);
+      args.collect(layout.strides);
+    }
+    args.collect(c10::ArrayRef<SavedVariable>(saved), true);
+    for (const auto& number : carried) args.collect(number);
+  }
+
+  // The gradient by differentiable operators is one call in that graph, which compilers see through.
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {
+    swap.before(saved);
+    swap.before(carried);
+    std::vector<at::IValue> kept;
+    for (const auto& variable : saved) kept.emplace_back(variable.unpack(getptr()));
+    kept.insert(kept.end(), carried.begin(), carried.end());
+    std::vector<at::TypePtr> types;
+    for (const auto& value : kept) types.push_back(value.isTensor() ? at::TensorType::get() : value.type());
+    const auto function = [site = site, plan = plan](const variable_list& grads, const std::vector<at::IValue>& kept) {
+      Tensors tensors;
+      for (size_t i = 0; i < plan->saved.size(); ++i) tensors.push_back(kept[i].toTensor());
+      return variable_list{site->gradient(*plan, grads, tensors, {kept.begin() + tensors.size(), kept.end()})};
+    };
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    auto* python = swap.get_py_compiler();
+    const bool custom = true;  // of which there can be several of a name
+    const auto name = compiler->bind_function(python, site->name, function, std::move(types), custom);
+    const auto edges = torch::dynamo::autograd::get_input_metadata(next_edges());
+    const auto metadata = IValuePacker<std::remove_const_t<decltype(edges)>>::pack(edges);
+    auto result = compiler->call_function(python, "apply_functional", name, grads, kept, metadata);
+    swap.after(saved);
+    swap.after(carried);
+    return result;
   }
 
  private:
@@ -164,23 +226,6 @@ struct KernelNode final : Node {
     }
     return true;
   }
-
-  Tensor differentiable(const variable_list& grads, const Tensors& tensors) const {
-    py::gil_scoped_acquire gil;
-    const auto wrapped = [](const auto& list) {
-      py::tuple result(list.size());
-      for (size_t i = 0; i < list.size(); ++i) result[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(list[i]));
-      return result;
-    };
-    py::list numbers;
-    for (const auto& carry : carried) {
-      double number;
-      std::memcpy(&number, &carry.second, sizeof number);
-      numbers.append(number);
-    }
-    const auto result = site->differentiate(wrapped(grads), wrapped(tensors), numbers, py::cast(plan->result.sizes));
-    return result.is_none() ? Tensor() : THPVariable_Unpack(result.ptr());
-  }
 };
 
 template <typename Pointer>
@@ -192,7 +237,7 @@ Pointer new_node() {
   }
 }
 
-void record(const Site* site, const std::shared_ptr<const Plan>& plan, const Tensors& tensors, Pairs&& carried) {
+void record(const Site* site, const std::shared_ptr<const Plan>& plan, const Tensors& tensors, Numbers&& carried) {
   NodePointer pointer = new_node<NodePointer>();
   auto& node = static_cast<KernelNode&>(*pointer);
   node.site = site;
@@ -232,8 +277,8 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
     PyEval_RestoreThread(state);
     if (plan->refusal > 0 && table[plan->refusal] != 0) break;
     if (grad_mode && tensors[0].requires_grad()) {
-      Pairs carried;
-      for (const auto& [from, to] : plan->carried) carried.emplace_back(to, table[from]);
+      Numbers carried;
+      for (const auto& [from, to] : plan->carried) carried.emplace_back(std::bit_cast<double>(table[from]));
       record(site, plan, tensors, std::move(carried));
     }
     return THPVariable_Wrap(tensors[plan->arguments]);

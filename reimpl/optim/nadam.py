@@ -83,7 +83,7 @@ class NAdam(RuleOptimizer):
         p, g, s = real_views(p, g, s)
         g = shrink_or_penalise(p, g, h)
         exp_avg, exp_avg_sq = moments_(p, g, s, h.betas)
-        denom = saved((exp_avg_sq / c.correction2).sqrt(), h).add_(h.eps)
+        denom = saved((exp_avg_sq / c.correction2).sqrt_(), h).add_(h.eps)
         if h.on_device or h.differentiable:
             # value= takes a number, and the sizes are tensors here
             p.addcdiv_(g * c.grad_size, denom).addcdiv_(exp_avg * c.avg_size, denom)

@@ -5,11 +5,9 @@ Python runs a plan with :func:`run`, :mod:`reimpl.functional._node.native` all o
 
 from __future__ import annotations
 
-import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from struct import Struct
 from typing import NamedTuple
@@ -90,19 +88,10 @@ def run(step: Step, tensors: Sequence[Tensor | None], given: Sequence[tuple[int,
         table[at] = tensors[number].data_ptr()  # type: ignore[union-attr]
     for at, word in given:
         table[at] = word
-    if step.threads == 1:
-        _alone(step.kernel)(start)
-    else:
-        _threads.run(step.kernel, start, step.threads)
+    _threads.run(step.kernel, start, step.threads)
     if step.finish:
-        _alone(step.finish)(start + 8 * step.finish_at)
+        _threads.run(step.finish, start + 8 * step.finish_at, 1)
     return table
-
-
-@cache
-def _alone(kernel: int) -> Callable[[int], None]:
-    """The kernel at an address as a function."""
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
 
 
 class Layout(NamedTuple):

@@ -10,7 +10,6 @@ none or 22,000 page faults (20 of 84 ms), by where in the heap its tensors happe
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
@@ -24,6 +23,7 @@ import reimpl.nn as ours_nn
 from models import build
 from reimpl.testing.timing import interleave
 
+pytestmark = pytest.mark.usefixtures("freed_memory_is_kept")
 BATCH, THREADS, ROUNDS, SECONDS = 64, 2, 30, 10.0
 # As a share of PyTorch's time.
 LIMITS: dict[str, dict[str, float]] = {
@@ -59,17 +59,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "alexnet": alexnet,
     "resnet18": resnet18,
 }
-
-
-# glibc's names of its settings, and what they are set to: the largest it takes, in bytes.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = (-1, 1 << 30), (-3, 1 << 25)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _freed_memory_is_kept() -> None:
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    for setting in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) if set_option else ():
-        set_option(*setting)
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from ._trace import Operation, Program
 _OPERATIONS = (_numba_lanes.__file__, _numba_ops.__file__)
 VERSIONS = (numba.__version__, np.__version__, *(Path(file).read_text() for file in _OPERATIONS))
 """What compiled code depends on beside its source."""
-CHUNK = 262_144
-"""Numbers that one thread takes at a time: long streams keep the prefetcher going (16 k are 15% slower)."""
+CHUNK = 65_536
+"""Numbers that one thread takes at a time, of a stretch of its own as long as there are any left."""
 SHORT = 64
 """Tensors of so few numbers are fetched while the one before is worked on."""
 SERIAL = 131_072
@@ -94,27 +94,32 @@ def run(task):
     addresses = carray(pointer(words[0]), ({n_rows}, n_tensors), np.int64)
     chunks = carray(pointer(words[2]), (n_chunks, 3), np.int64)
     table = carray(pointer(words[4]), (n_tensors, {n_columns}), np.float64)
-    past = words[6] != 0
-    while True:
-        c = take(words[5])
-        if c >= n_chunks:
-            if past:
-                fence()
-            return
-        i = chunks[c, 0]
-        if chunks[c, 2] <= {short}:
-            # of many short tensors, the processor cannot guess which memory comes next
-            following = chunks[min(c + 2, n_chunks - 1), 0]
-            for row in range({n_inputs}):
-                for line in range(0, {short} * {size}, 64):
-                    prefetch(addresses[row, following] + line)
-        if addresses[1, i] != 0:
-            n, offset = chunks[c, 2], chunks[c, 1] * {size}
+    threads = words[9]
+    queue = carray(pointer(words[5]), (1 + 2 * threads,), np.int64)
+    seat = take(words[5])
+    for turn in range(threads):
+        # each thread walks a stretch of memory by itself, then helps with what the others have left
+        stretch = 1 + (seat + turn) % threads
+        while True:
+            c = take(words[5] + 8 * stretch)
+            if c >= queue[threads + stretch]:
+                break
+            i = chunks[c, 0]
+            if chunks[c, 2] <= {short}:
+                # of many short tensors, the processor cannot guess which memory comes next
+                following = chunks[min(c + 2, n_chunks - 1), 0]
+                for row in range({n_inputs}):
+                    for line in range(0, {short} * {size}, 64):
+                        prefetch(addresses[row, following] + line)
+            if addresses[1, i] != 0:
+                n, offset = chunks[c, 2], chunks[c, 1] * {size}
 {dispatch}
+    if words[6] != 0:
+        fence()
 '''
 
 # what a task tells the compiled functions: addresses and lengths of arrays
-_WORDS = 9
+_WORDS = 10
 # one body for a line of numbers and for those left over; what is written past the caches must fill lines
 _FUNCTIONS_TEMPLATE = """\
 @njit(nogil=True, error_model="numpy")
@@ -190,7 +195,7 @@ def _dispatch(program: Program, dtype: torch.dtype, arguments: str) -> tuple[lis
         row = program.inputs.index(branch.written_blindly[0])
         lines.extend(
             [
-                f"{indent}if past and addresses[{row}, i] % {dtype.itemsize} == 0:",
+                f"{indent}if words[6] != 0 and addresses[{row}, i] % {dtype.itemsize} == 0:",
                 f"{indent}    {past}",
                 f"{indent}else:",
                 f"{indent}    {call}",
@@ -233,7 +238,7 @@ def source(program: Program, dtype: torch.dtype, title: str) -> str:
         n_scalars=len(scalars),
         scalars=_lines(12, [f"table[i, {k}] = {code}" for k, code in enumerate(program.scalars)] or ["pass"]),
         functions="\n\n".join(functions),
-        dispatch=_lines(12, calls),
+        dispatch=_lines(16, calls),
     )
 
 
@@ -253,6 +258,13 @@ def _updates(program: Program) -> list[str]:
 
 def _lines(indent: int, lines: list[str]) -> str:
     return "\n".join(" " * indent + line for line in lines)
+
+
+def _queue(lengths: Any, threads: int) -> Any:
+    """0, the first chunk of each thread's stretch, and where each ends: stretches of about as many numbers."""
+    ends = np.cumsum(lengths)
+    cuts = np.searchsorted(ends, lengths.sum() * np.arange(1, threads) / threads)
+    return np.array([0, 0, *cuts, *cuts, len(lengths)], dtype=np.int64)
 
 
 _FUNCTIONS: dict[str, Any] = {
@@ -304,7 +316,6 @@ class Kernel:
             [(i, at, min(most, n - at)) for i, n in enumerate(sizes) for at in range(0, n, most)], dtype=np.int64
         ).reshape(-1, 3)
         table = np.zeros((len(sizes), self._n_scalars + 1 + self._n_kept))
-        counter = np.zeros(1, dtype=np.int64)
         task = np.array(
             [
                 addresses.ctypes.data,
@@ -312,8 +323,9 @@ class Kernel:
                 chunks.ctypes.data,
                 len(chunks),
                 table.ctypes.data,
-                counter.ctypes.data,
+                0,
                 total * self._size >= STREAM,
+                0,
                 0,
                 0,
             ]
@@ -322,21 +334,27 @@ class Kernel:
         prologue, update, run, place = self._prologue, self._update, self._run, task.ctypes.data
         last: list[Any] | None = None
         options, tensors = np.zeros(0), False
+        full = queue = np.zeros(0, dtype=np.int64)
 
         def launch(numbers: list[Any], found_inf: Tensor | None) -> None:
-            nonlocal last, options, tensors
+            nonlocal last, options, tensors, full, queue
             if numbers is not last or tensors:
                 tensors = any(isinstance(x, Tensor) for x in numbers)
                 options = np.array([float(x) for x in numbers])
-                task[7:] = options.ctypes.data, len(options)
+                task[7:9] = options.ctypes.data, len(options)
                 last = numbers
             prologue(place)
             if tensors:
                 self._evaluate(numbers, table)
             if update is not None:
                 update(place)
-            counter[0] = 0
-            _threads.run(run, place, 1 if few else min(torch.get_num_threads(), len(chunks)))
+            threads = 1 if few else max(1, min(torch.get_num_threads(), len(chunks)))
+            if len(full) != 1 + 2 * threads:
+                full = _queue(chunks[:, 2], threads)
+                queue = full.copy()
+                task[5], task[9] = queue.ctypes.data, threads
+            queue[:] = full
+            _threads.run(run, place, threads)
 
         return launch
 

@@ -34,6 +34,8 @@ OPTIMIZERS: Mapping[str, Mapping[str, float]] = {
     "Rprop": {"lr": 1e-3},
 }
 """The elementwise optimizers: those with a fused step."""
+MOVES_LITTLE = ("ASGD",)
+"""Those of which PyTorch's own loop makes so few passes that memory allows no half of its time (ASGD before t0)."""
 EXECUTIONS: Mapping[str, Mapping[str, bool]] = {
     "for-loop": {"foreach": False},
     "foreach": {"foreach": True},
@@ -103,6 +105,8 @@ LARGE_WORKLOADS: Mapping[str, Workload] = {
 EVERY_WORKLOAD: Mapping[str, Workload] = {**WORKLOADS, **LARGE_WORKLOADS}
 MEMORY = "memory"
 """The name, among the contenders over many numbers, of an in-place pass over as many bytes as the step moves."""
+SAME_STREAMS = "same streams"
+"""The name of an in-place pass over the very tensors that the step writes, if those are as many streams."""
 PASS_BYTES = 400_000_000
 """The most that such a pass goes over: beyond this the caches make no difference to its speed."""
 
@@ -134,6 +138,11 @@ class StepTimes:
     def ratio(self) -> float:
         """Ours, fused, against PyTorch's best: under 1 means that ours is faster."""
         return self.timings.ratio("ours fused", self.torch_best)
+
+    @property
+    def passes(self) -> float | None:
+        """Our fused step's time in in-place passes over the same streams, where such a pass was timed."""
+        return self.timings.ratio("ours fused", SAME_STREAMS) if SAME_STREAMS in self.timings.names else None
 
     @property
     def share_of_memory_speed(self) -> float | None:
@@ -261,9 +270,21 @@ def time_steps(
             optimizers["ours fused"].step()  # the first makes the state
         moved = streams(optimizers["ours fused"])
         steps[MEMORY], passed = _pass_over_memory(load, moved, device)
+        if name in MOVES_LITTLE:
+            steps[SAME_STREAMS] = _pass_in_place(optimizers["ours fused"], moved)
     warmup = 1 if load.is_large else 3
     timings = interleave(steps, rounds=rounds, warmup=warmup, max_seconds=max_seconds, device=device)
     return StepTimes(name, workload, torch.device(device).type, timings, moved, passed)
+
+
+def _pass_in_place(optimizer: torch.optim.Optimizer, moved: int) -> Callable[[], object]:
+    """Reads and writes the parameters and their state, which must be ``moved`` streams, in place."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [v for p in params for v in optimizer.state[p].values() if v.shape == p.shape]
+    if 2 * (len(params) + len(states)) != moved * len(params):
+        raise ValueError(f"a pass over parameters and state is not the step's {moved} streams")
+    tensors = [*(p.data for p in params), *states]
+    return lambda: torch._foreach_add_(tensors, 0)
 
 
 def _pass_over_memory(workload: Workload, moved: int, device: torch.device | str) -> tuple[Callable[[], object], float]:

@@ -112,5 +112,6 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "ratio": outcome.ratio,
         "limit": outcome.limit,
         "memory": outcome.memory,
+        "passes": times.passes,
         "share_of_memory_speed": times.share_of_memory_speed,
     }

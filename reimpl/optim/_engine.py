@@ -380,13 +380,18 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: the checkpoint is of another dialect, class or shape.
         """
-        for i, group in enumerate(state_dict["param_groups"]):
-            _checks.group(self, group, i)
-        here = _checkpoints.dialects_to_keep(self, state_dict["param_groups"])
-        _checkpoints.require_options(self, state_dict)
-        _checkpoints.require_shapes(self, state_dict)
-        super().load_state_dict(state_dict)
-        _checkpoints.restore_numbers(self, state_dict, self.scalar_state)
+        found: list[tuple[StateDict, list[Group]]] = []
+
+        def look(_: Optimizer, packed: StateDict) -> None:
+            for i, group in enumerate(packed["param_groups"]):
+                _checks.group(self, group, i)
+            _checkpoints.require_own(self, packed)
+            found.append((packed, _checkpoints.dialects_to_keep(self, packed["param_groups"])))
+
+        with self.register_load_state_dict_pre_hook(look):  # the last of them, which sees what is loaded indeed
+            super().load_state_dict(state_dict)
+        ((packed, here),) = found
+        _checkpoints.restore_numbers(self, packed, self.scalar_state)
         for group, kept in zip(self.param_groups, here, strict=False):
             group.update(kept)
 

@@ -88,6 +88,7 @@ class RuleOptimizer(Optimizer):
             if defaults.get("foreach"):
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         super().__init__(params, defaults)
+        _checks.look(self)
         if defaults.get("fused"):
             self._step_supports_amp_scaling = True
 
@@ -221,7 +222,7 @@ class RuleOptimizer(Optimizer):
         return self._step_all(closure)
 
     def _step_all(self, closure: Callable[[], Any] | None) -> Any:
-        if "capturable" in self.defaults and has_accelerator():
+        if "capturable" in self.defaults and not torch.compiler.is_compiling() and has_accelerator():
             self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
@@ -233,6 +234,7 @@ class RuleOptimizer(Optimizer):
 
     def _step_group(self, index: int, group: Group) -> None:
         if torch.compiler.is_compiling():
+            _checks.written(self, group, index)  # while it is traced: Dynamo guards what it has looked at
             self._compiled_group(group)
             return
         fused = group.get("fused")
@@ -351,6 +353,7 @@ class RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
+        _checks.look(self)
         self.forget_plans()
         for group in self.param_groups:
             for key, value in {**self.dialects, **_checkpoints.LATE_OPTIONS, **self.late_options}.items():

@@ -82,7 +82,7 @@ def test_numbers_written_into_a_group_are_checked_in_a_compiled_step(technique: 
         for value in bad[key]:
             old, group[key] = group[key], value
             with pytest.raises(
-                ValueError, match="Invalid (learning rate|weight_decay value|beta parameter|eta values)"
+                ValueError, match=rf"^Invalid {key.removesuffix('s') if key != 'lr' else 'learning rate'}"
             ):
                 step()
             group[key] = old

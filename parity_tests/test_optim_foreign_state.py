@@ -33,7 +33,7 @@ def _made(cls: Callable[..., Optimizer], name: str) -> Optimizer:
     """An optimizer with one matrix, which has the gradient that it takes."""
     p = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
     p.grad = torch.ones(3, 4).to_sparse() if name == "SparseAdam" else torch.ones(3, 4)
-    return cls([p], **RICH.get(name, {}))
+    return cls([p], **RICH[name])
 
 
 def _written(technique: OptimizerTechnique) -> Iterator[tuple[str, int, dict[str, Any]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from inspect import signature
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks
 from ._torch import Optimizer, StateDict
 from ._warnings import warn
 
@@ -70,6 +72,42 @@ def dialects_to_keep(optimizer: Any, saved: Sequence[Mapping[str, Any]]) -> list
                     f"{i}); this {name} goes on with {key}={value!r} from that state"
                 )
     return kept
+
+
+@contextmanager
+def checked(optimizer: Any) -> Iterator[None]:
+    """Look at what ``optimizer.load_state_dict`` is about to load, and keep what PyTorch's would lose of it.
+
+    Raises:
+        ValueError: the checkpoint is of another dialect, class or shape.
+    """
+    found: list[tuple[StateDict, list[dict[str, Any]]]] = []
+
+    def look(_: Optimizer, packed: StateDict) -> None:
+        for i, group in enumerate(packed["param_groups"]):
+            _checks.group(optimizer, group, i)
+        require_own(optimizer, packed)
+        found.append((packed, dialects_to_keep(optimizer, packed["param_groups"])))
+
+    with optimizer.register_load_state_dict_pre_hook(look):  # the last, which sees what other hooks made of it
+        yield
+    ((packed, here),) = found
+    restore_numbers(optimizer, packed, optimizer.scalar_state)
+    for group, kept in zip(optimizer.param_groups, here, strict=False):
+        group.update(kept)
+
+
+def complete(optimizer: Any) -> None:
+    """Add what an old checkpoint or another class's groups lack, and make tensors of its step counts."""
+    for group in optimizer.param_groups:
+        for key, value in {**optimizer.dialects, **LATE_OPTIONS, **optimizer.late_options}.items():
+            if key in optimizer.defaults:
+                group.setdefault(key, value)
+        for p in group["params"]:
+            entry = optimizer.state.get(p, {})
+            for key in ("step", *optimizer.scalar_state):
+                if key in entry and not torch.is_tensor(entry[key]):
+                    entry[key] = optimizer.new_step(p, group).fill_(float(entry[key]))
 
 
 def restore_numbers(optimizer: Optimizer, state_dict: StateDict, keys: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checkpoints, _checks, _fused
-from ._tensorlist import TensorList, equal_rows
+from ._tensorlist import TensorList, equal_rows, increment
 from ._torch import (
     Optimizer,
     ParamsT,
@@ -300,7 +300,7 @@ class RuleOptimizer(Optimizer):
                 self._for_loop(h, list(p), list(g), part)  # foreach functions take no sparse tensors
                 continue
             if "step" in part[0]:
-                _increment([state["step"] for state in part])
+                increment([state["step"] for state in part])
             s = {key: TensorList([state[key] for state in part]) for key in part[0] if part[0][key] is not None}
             t: Any = None
             if "step" in s:
@@ -355,15 +355,7 @@ class RuleOptimizer(Optimizer):
         super().__setstate__(state)
         _checks.look(self)
         self.forget_plans()
-        for group in self.param_groups:
-            for key, value in {**self.dialects, **_checkpoints.LATE_OPTIONS, **self.late_options}.items():
-                if key in self.defaults:
-                    group.setdefault(key, value)
-            for p in group["params"]:
-                entry = self.state.get(p, {})
-                for key in ("step", *self.scalar_state):
-                    if key in entry and not torch.is_tensor(entry[key]):
-                        entry[key] = self.new_step(p, group).fill_(float(entry[key]))
+        _checkpoints.complete(self)
 
     def forget_plans(self) -> None:
         """Let the next fused step look at all tensors anew."""
@@ -383,20 +375,8 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: the checkpoint is of another dialect, class or shape.
         """
-        found: list[tuple[StateDict, list[Group]]] = []
-
-        def look(_: Optimizer, packed: StateDict) -> None:
-            for i, group in enumerate(packed["param_groups"]):
-                _checks.group(self, group, i)
-            _checkpoints.require_own(self, packed)
-            found.append((packed, _checkpoints.dialects_to_keep(self, packed["param_groups"])))
-
-        with self.register_load_state_dict_pre_hook(look):  # the last of them, which sees what is loaded indeed
+        with _checkpoints.checked(self):
             super().load_state_dict(state_dict)
-        ((packed, here),) = found
-        _checkpoints.restore_numbers(self, packed, self.scalar_state)
-        for group, kept in zip(self.param_groups, here, strict=False):
-            group.update(kept)
 
     def to_torch(self) -> Optimizer:
         """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
@@ -417,11 +397,3 @@ def _hyperparameters(group: Group, differentiates_step: bool) -> Any:
     # PyTorch keeps the step count a tensor where a graph, or autograd, is to follow it
     h.on_device = h.capturable or (differentiates_step and h.differentiable)
     return h
-
-
-def _increment(steps: list[Tensor]) -> None:
-    if steps[0].is_cpu and not torch.compiler.is_compiling():
-        # a number would be wrapped into a tensor again for each step
-        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
-    else:
-        torch._foreach_add_(steps, 1)

@@ -210,3 +210,12 @@ def equal_rows(columns: Sequence[Sequence[Any]]) -> list[list[int]]:
     for i, row in enumerate(zip(*columns, strict=True)):
         parts[row].append(i)
     return list(parts.values())
+
+
+def increment(steps: list[Tensor]) -> None:
+    """Add one to each step count."""
+    if steps[0].is_cpu and not torch.compiler.is_compiling():
+        # a number would be wrapped into a tensor again for each step
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)

@@ -121,7 +121,7 @@ def restore_numbers(optimizer: Optimizer, state_dict: StateDict, keys: tuple[str
         for index, p in zip(saved["params"], group["params"], strict=False):
             here, there = optimizer.state.get(p, {}), state_dict["state"].get(index, {})
             for key in keys:
-                if isinstance(there.get(key), Tensor):
+                if isinstance(there.get(key), Tensor) and here[key] is not there[key]:
                     dtype = torch.promote_types(there[key].dtype, torch.float32)
                     here[key] = there[key].detach().to(device=here[key].device, dtype=dtype, copy=True)
 

@@ -136,9 +136,9 @@ class RuleOptimizer(Optimizer):
     def new_step(self, p: Tensor, group: Group) -> Tensor:
         """A step count of 0 where PyTorch keeps it: beside the parameter if captured or fused, else on the CPU."""
         fused = group.get("fused")
-        if group.get("capturable") or fused:
+        if (group.get("capturable") or fused) and not p.is_cpu:
             return torch.zeros((), dtype=step_dtype(is_fused=fused), device=p.device)
-        return torch.tensor(0.0, dtype=step_dtype(), device="cpu")
+        return torch.tensor(0.0, dtype=step_dtype(is_fused=fused), device="cpu")
 
     @staticmethod
     def like(p: Tensor) -> Tensor:

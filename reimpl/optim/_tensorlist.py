@@ -177,8 +177,10 @@ class TensorList(Sequence[Tensor]):
 
     __rmul__ = __mul__
 
-    def __radd__(self, other: Scalar) -> TensorList:
+    def __add__(self, other: TensorList | Scalar) -> TensorList:
         return self.add(other)
+
+    __radd__ = __add__
 
     def __sub__(self, other: TensorList | Scalar) -> TensorList:
         if isinstance(other, TensorList):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import profiler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import (
@@ -29,6 +30,7 @@ from torch.optim.optimizer import (
 )
 
 __all__ = [
+    "FakeTensor",
     "LRScheduler",
     "Optimizer",
     "ParamsT",

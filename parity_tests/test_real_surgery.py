@@ -183,6 +183,16 @@ def parameters_of_inference_mode(build: Build) -> list[Tensor]:
     return [p]
 
 
+def gradients_in_the_parameters_memory(build: Build) -> list[Tensor]:
+    """A for-loop that shrinks the parameter first shrinks its gradient too."""
+    model, optimizer = _trained(build)
+    for p in model.parameters():
+        p.grad = p.detach()
+    optimizer.step()
+    optimizer.step()
+    return _values((model, optimizer))
+
+
 def steps_in_threads(build: Build) -> list[Tensor]:
     pairs = [_trained(build) for _ in range(3)]
     threads = [threading.Thread(target=_train, args=(*pair, 8)) for pair in pairs]
@@ -197,7 +207,8 @@ SURGERY = [
     frozen_and_thawed, gradients_zeroed_in_place, another_dtype, another_dtype_in_the_middle,
     weights_exchanged_with_their_means, weights_tied_in_the_middle, a_parameter_replaced_by_a_longer_one,
     tensors_swapped, assigned_from_a_state_dict, two_that_share_the_loaded_state, a_shallow_copy,
-    layers_made_at_the_first_batch, state_of_inference_mode, parameters_of_inference_mode, steps_in_threads,
+    layers_made_at_the_first_batch, state_of_inference_mode, parameters_of_inference_mode,
+    gradients_in_the_parameters_memory, steps_in_threads,
 ]  # fmt: skip
 
 

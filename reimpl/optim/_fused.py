@@ -79,23 +79,21 @@ def _dense(t: Tensor) -> bool:
 
 
 def _overlap(params: list[Tensor], grads: list[Tensor]) -> bool:
-    """Whether a parameter shares memory with another, or with a gradient but for element by element its own.
+    """Whether a parameter shares memory with another, or with a gradient, which some rules read after they changed it.
 
     Then the steps must come one after the other, as in the for-loop.
     """
-    own = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in enumerate(params) if _has_memory(p))
-    if any(end > after for (_, end, _), (after, _, _) in pairwise(own)):
+    own = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in params if _has_memory(p))
+    if any(end > after for (_, end), (after, _) in pairwise(own)):
         return True
-    for i, g in enumerate(grads):
+    for g in grads:
         if not _has_memory(g):
             continue
         start = g.data_ptr()
         end = start + g.element_size() * (1 + sum((n - 1) * s for n, s in zip(g.shape, g.stride(), strict=True)))
         last = bisect_left(own, (end,)) - 1  # of the parameters that begin before the gradient's end
         if last >= 0 and own[last][1] > start:
-            is_itself = own[last][0] == start and own[last][2] == i
-            if not (is_itself and g.stride() == params[i].stride() and g.dtype == params[i].dtype):
-                return True
+            return True
     return False
 
 

@@ -278,16 +278,19 @@ class RuleOptimizer(Optimizer):
         counts = prologue is not RuleOptimizer.prologue  # else nobody asks for the step count
         c = prologue(h, None) if not self._has_steps(states) else None
         last = None
+        traced = torch.compiler.is_compiling()
         for p, g, s in zip(params, grads, states, strict=True):
             if h.maximize:
                 g = -g
             if "step" in s:
-                s["step"] += 1
                 step = s["step"]
+                step += 1
+                s["step"] = step
                 if counts:
-                    t = step if on_device else step_value(step)
+                    # step_value says the same, in three more calls a tensor
+                    t = step if on_device else step.item() if type(step) is Tensor and not traced else step_value(step)
                     if on_device or t != last or kept:
-                        c, last = prologue(h, t, *(s[key] for key in kept)), t
+                        c, last = prologue(h, t, *[s[key] for key in kept]), t
             update(p, g, s, h, c)
 
     def _foreach(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:

@@ -83,11 +83,36 @@ def _locals(model: nn.Module) -> list[torch.Tensor]:
     return [_local(p) for p in model.parameters()]
 
 
+class _Tables(nn.Module):
+    """Two tables, whose gradients are sparse: of some rows, one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.tables = nn.ModuleList([nn.Embedding(rows, 3, sparse=True) for rows in (9, 5)])
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.tables[0](rows) * self.tables[1](rows % 5)
+        return product
+
+
+def _replicated(make: Make) -> DistributedDataParallel:
+    """The model of an optimizer, whole in each process."""
+    return DistributedDataParallel(_Tables() if make.func.__name__ in SPARSE else small_model())
+
+
+def _loss(model: nn.Module, step: int) -> torch.Tensor:
+    if isinstance(getattr(model, "module", None), _Tables):
+        loss: torch.Tensor = model(torch.tensor([step, 2, 2])).square().sum()
+        return loss
+    return loss_of(model, step)
+
+
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """A few steps, each process with batches of its own."""
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss_of(model, WORLD * step + dist.get_rank()).backward()
+        _loss(model, WORLD * step + dist.get_rank()).backward()
         optimizer.step()
 
 
@@ -100,14 +125,14 @@ def _everybodys(values: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _ddp(make: Make, folder: Path) -> list[torch.Tensor]:
     """Each process the whole model, gradients averaged."""
-    model = DistributedDataParallel(small_model())
+    model = _replicated(make)
     _train(model, make(chosen(make, model)))
     return _everybodys(_locals(model))
 
 
 def _zero(make: Make, folder: Path) -> list[torch.Tensor]:
     """Each process the state of some parameters, and the whole of it on request."""
-    model = DistributedDataParallel(small_model())
+    model = _replicated(make)
     optimizer = ZeroRedundancyOptimizer(chosen(make, model), optimizer_class=make.func, **make.keywords)  # type: ignore[arg-type]
     _train(model, optimizer)
     assert type(optimizer.optim) is make.func
@@ -187,10 +212,14 @@ def _checkpoint(make: Make, folder: Path) -> list[torch.Tensor]:
 CHECKS = {"ddp": _ddp, "zero": _zero, "fsdp": _fsdp, "moved": _moved, "checkpoint": _checkpoint}
 #: PyTorch's own Adafactor takes no parts of parameters: ours is held to what that does to the whole ones.
 SHARDED_BY_OURS_ALONE = ("Adafactor",)
+#: Which want sparse gradients: no parameter that is cut up has one.
+SPARSE = ("SparseAdam",)
 
 
 def checks_of(name: str) -> list[str]:
     """The checks that can be made of a name."""
+    if name in SPARSE:
+        return ["ddp", "zero"]
     return [kind for kind in CHECKS if name not in SHARDED_BY_OURS_ALONE or kind not in ("fsdp", "moved")]
 
 

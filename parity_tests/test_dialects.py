@@ -76,7 +76,7 @@ def test_every_dialect_has_a_parity_case(name: str) -> None:
 CAPTURED = [
     pytest.param(technique, config, id=f"{technique.name}, {config.desc}")
     for technique in OPTIMIZERS
-    for config in dialect_configs(technique)
+    for config in technique.configs
     if technique.supports_capturable
 ]
 
@@ -98,9 +98,12 @@ def test_a_captured_steps_arithmetic(
     for step in range(4):
         for optimizer in (plain, captured):
             step_with(optimizer, make_grads(DENSE_LAYOUTS, torch.float64, device, step=step))
+    options = plain.param_groups[0]
+    # powers and roots of the step count are taken in float32, the dtype that it has: of 1 - 0.999, from whose root a
+    # step's size comes, that leaves 2^-24 / 0.001, of the root half of it, and a step is about lr
+    atol = 4 * options["lr"] * 3e-5 if "betas" in options else 1e-6
     for p, q in zip(parameters(captured), parameters(plain), strict=True):
-        # powers and roots of the step count are taken in float32, the dtype that it has
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=atol)
 
 
 def _algorithm_8_6(theta: float, rates: Sequence[float], rho: float, alpha: float) -> list[float]:

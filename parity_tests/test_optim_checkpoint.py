@@ -142,24 +142,6 @@ def test_checkpoints_of_old_versions(technique: OptimizerTechnique, kept: tuple[
     }
 
 
-@pytest.mark.quick
-def test_a_state_dict_of_another_class_is_refused(technique: OptimizerTechnique) -> None:
-    """Which PyTorch takes, to fail in the next step; ours stays as it was."""
-
-    def check(other: str) -> None:
-        saved = getattr(torch.optim, other)(make_params(LAYOUTS[:1], torch.float32)).state_dict()
-        optimizer = technique.ours(make_params(LAYOUTS[:1], torch.float32))
-        before = str(optimizer.state_dict())
-        text = rf"has no .* in parameter group 0: it is not one of {technique.name}$"
-        with pytest.raises(ValueError, match=text):
-            optimizer.load_state_dict(saved)
-        assert str(optimizer.state_dict()) == before
-        optimizer.register_load_state_dict_pre_hook(lambda *_: copy.deepcopy(optimizer.state_dict()))
-        optimizer.load_state_dict(saved)  # the hook makes it right
-
-    for_each({"SGD", "Rprop", "Adadelta"} - {technique.name}, check)
-
-
 OLD_FILES = sorted((Path(__file__).parent / "data").glob("torch-*.pt"))
 
 

@@ -259,5 +259,5 @@ def test_state_of_another_class_is_refused_before_the_step_that_pytorch_fails_in
     theirs.load_state_dict(saved)
     with pytest.raises(KeyError, match="momentum"):
         theirs.step()
-    with pytest.raises(ValueError, match="no momentum, dampening in parameter group 0: it is not one of SGD"):
+    with pytest.raises(ValueError, match="no momentum, dampening, nesterov in parameter group 0: it is not one of SGD"):
         reimpl.optim.SGD([p], lr=0.1).load_state_dict(saved)

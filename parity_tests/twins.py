@@ -32,6 +32,7 @@ RICH: dict[str, dict[str, Any]] = {
     "RAdam": {"lr": 0.01, "weight_decay": 0.1, "betas": (0.5, 0.75)},
     "ASGD": {"lr": 0.05, "lambd": 0.1, "t0": 1, "weight_decay": 0.1},
     "Rprop": {"lr": 0.01},
+    "SparseAdam": {"lr": 0.01, "betas": (0.5, 0.75)},
     "Adafactor": {"lr": 0.1, "weight_decay": 0.1, "d": 1.5},
     "Muon": {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.8},
 }

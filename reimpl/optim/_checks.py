@@ -9,6 +9,7 @@ from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def learning_rate(lr: Any, text: str = "Invalid learning rate:") -> None:
@@ -92,14 +93,19 @@ class _Looked:
 _LOOKED: dict[type, _Looked] = {}
 
 
+def look(optimizer: Any) -> None:
+    """Prepare for :func:`written`, which ``torch.compile`` may trace."""
+    if type(optimizer) not in _LOOKED:
+        _LOOKED[type(optimizer)] = _Looked(optimizer)
+
+
 def written(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
     """Raise for a number that the constructor would refuse, written into a parameter group of ``optimizer`` since.
 
     PyTorch steps by it. It is asked at every step, so a tensor's value is not looked at: that could wait for a GPU.
+    A compiled step is traced anew, and so asked again, when an option has changed.
     """
-    looked = _LOOKED.get(type(optimizer))
-    if looked is None:
-        looked = _LOOKED[type(optimizer)] = _Looked(optimizer)
+    looked = _LOOKED[type(optimizer)]
     for key, limit in looked.limits:
         value = options.get(key)
         if isinstance(value, _NUMBERS) and not 0.0 <= value <= limit:
@@ -108,6 +114,9 @@ def written(optimizer: Any, options: Mapping[str, Any], index: int) -> None:
         pair = options.get(key)
         if isinstance(pair, tuple | list) and all(isinstance(value, _NUMBERS) for value in pair):
             _PAIRS[key](pair)
+    if is_compiling():
+        optimizer.check_dialects(options)  # what was accepted would be guarded, and the step compiled twice for it
+        return
     for key, way in looked.ways:
         if options[key] is not way:
             dialect = looked.dialect(options)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checkpoints, _checks, _fused
-from ._tensorlist import TensorList, equal_rows
+from ._tensorlist import TensorList, equal_rows, increment
 from ._torch import (
     Optimizer,
     ParamsT,
@@ -88,6 +88,7 @@ class RuleOptimizer(Optimizer):
             if defaults.get("foreach"):
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         super().__init__(params, defaults)
+        _checks.look(self)
         if defaults.get("fused"):
             self._step_supports_amp_scaling = True
 
@@ -135,9 +136,9 @@ class RuleOptimizer(Optimizer):
     def new_step(self, p: Tensor, group: Group) -> Tensor:
         """A step count of 0 where PyTorch keeps it: beside the parameter if captured or fused, else on the CPU."""
         fused = group.get("fused")
-        if group.get("capturable") or fused:
+        if (group.get("capturable") or fused) and not p.is_cpu:
             return torch.zeros((), dtype=step_dtype(is_fused=fused), device=p.device)
-        return torch.tensor(0.0, dtype=step_dtype(), device="cpu")
+        return torch.tensor(0.0, dtype=step_dtype(is_fused=fused), device="cpu")
 
     @staticmethod
     def like(p: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class RuleOptimizer(Optimizer):
         return self._step_all(closure)
 
     def _step_all(self, closure: Callable[[], Any] | None) -> Any:
-        if "capturable" in self.defaults and has_accelerator():
+        if "capturable" in self.defaults and not torch.compiler.is_compiling() and has_accelerator():
             self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
@@ -233,6 +234,7 @@ class RuleOptimizer(Optimizer):
 
     def _step_group(self, index: int, group: Group) -> None:
         if torch.compiler.is_compiling():
+            _checks.written(self, group, index)  # while it is traced: Dynamo guards what it has looked at
             self._compiled_group(group)
             return
         fused = group.get("fused")
@@ -276,16 +278,19 @@ class RuleOptimizer(Optimizer):
         counts = prologue is not RuleOptimizer.prologue  # else nobody asks for the step count
         c = prologue(h, None) if not self._has_steps(states) else None
         last = None
+        traced = torch.compiler.is_compiling()
         for p, g, s in zip(params, grads, states, strict=True):
             if h.maximize:
                 g = -g
             if "step" in s:
-                s["step"] += 1
                 step = s["step"]
+                step += 1
+                s["step"] = step
                 if counts:
-                    t = step if on_device else step_value(step)
+                    # step_value says the same, in three more calls a tensor
+                    t = step if on_device else step.item() if type(step) is Tensor and not traced else step_value(step)
                     if on_device or t != last or kept:
-                        c, last = prologue(h, t, *(s[key] for key in kept)), t
+                        c, last = prologue(h, t, *[s[key] for key in kept]), t
             update(p, g, s, h, c)
 
     def _foreach(self, h: Any, params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
@@ -298,7 +303,7 @@ class RuleOptimizer(Optimizer):
                 self._for_loop(h, list(p), list(g), part)  # foreach functions take no sparse tensors
                 continue
             if "step" in part[0]:
-                _increment([state["step"] for state in part])
+                increment([state["step"] for state in part])
             s = {key: TensorList([state[key] for state in part]) for key in part[0] if part[0][key] is not None}
             t: Any = None
             if "step" in s:
@@ -351,16 +356,9 @@ class RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
+        _checks.look(self)
         self.forget_plans()
-        for group in self.param_groups:
-            for key, value in {**self.dialects, **_checkpoints.LATE_OPTIONS, **self.late_options}.items():
-                if key in self.defaults:
-                    group.setdefault(key, value)
-            for p in group["params"]:
-                entry = self.state.get(p, {})
-                for key in ("step", *self.scalar_state):
-                    if key in entry and not torch.is_tensor(entry[key]):
-                        entry[key] = self.new_step(p, group).fill_(float(entry[key]))
+        _checkpoints.complete(self)
 
     def forget_plans(self) -> None:
         """Let the next fused step look at all tensors anew."""
@@ -380,15 +378,8 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: the checkpoint is of another dialect, class or shape.
         """
-        for i, group in enumerate(state_dict["param_groups"]):
-            _checks.group(self, group, i)
-        here = _checkpoints.dialects_to_keep(self, state_dict["param_groups"])
-        _checkpoints.require_options(self, state_dict)
-        _checkpoints.require_shapes(self, state_dict)
-        super().load_state_dict(state_dict)
-        _checkpoints.restore_numbers(self, state_dict, self.scalar_state)
-        for group, kept in zip(self.param_groups, here, strict=False):
-            group.update(kept)
+        with _checkpoints.checked(self):
+            super().load_state_dict(state_dict)
 
     def to_torch(self) -> Optimizer:
         """PyTorch's optimizer of the same name over the same parameters, with a copy of the state.
@@ -409,11 +400,3 @@ def _hyperparameters(group: Group, differentiates_step: bool) -> Any:
     # PyTorch keeps the step count a tensor where a graph, or autograd, is to follow it
     h.on_device = h.capturable or (differentiates_step and h.differentiable)
     return h
-
-
-def _increment(steps: list[Tensor]) -> None:
-    if steps[0].is_cpu and not torch.compiler.is_compiling():
-        # a number would be wrapped into a tensor again for each step
-        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
-    else:
-        torch._foreach_add_(steps, 1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._shards import is_cut_up, local, local_parts
-from ._torch import check_fused_support
+from ._torch import FakeTensor, check_fused_support
 from ._trace import Program, split_options, trace
 from ._walk import Question
 from ._warnings import warn
@@ -79,23 +79,21 @@ def _dense(t: Tensor) -> bool:
 
 
 def _overlap(params: list[Tensor], grads: list[Tensor]) -> bool:
-    """Whether a parameter shares memory with another, or with a gradient but for element by element its own.
+    """Whether a parameter shares memory with another, or with a gradient, which some rules read after they changed it.
 
     Then the steps must come one after the other, as in the for-loop.
     """
-    own = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in enumerate(params) if _has_memory(p))
-    if any(end > after for (_, end, _), (after, _, _) in pairwise(own)):
+    own = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in params if _has_memory(p))
+    if any(end > after for (_, end), (after, _) in pairwise(own)):
         return True
-    for i, g in enumerate(grads):
+    for g in grads:
         if not _has_memory(g):
             continue
         start = g.data_ptr()
         end = start + g.element_size() * (1 + sum((n - 1) * s for n, s in zip(g.shape, g.stride(), strict=True)))
         last = bisect_left(own, (end,)) - 1  # of the parameters that begin before the gradient's end
         if last >= 0 and own[last][1] > start:
-            is_itself = own[last][0] == start and own[last][2] == i
-            if not (is_itself and g.stride() == params[i].stride() and g.dtype == params[i].dtype):
-                return True
+            return True
     return False
 
 
@@ -109,6 +107,8 @@ def _fusible(p: Tensor, g: Tensor, s: State, numbers: tuple[str, ...]) -> bool:
     tensors = local_parts(p, [g, *(v for k, v in s.items() if v is not None and k not in numbers)])
     if tensors is None or (is_cut_up(p) and any(t.stride() != tensors[0].stride() for t in tensors[2:])):
         return False
+    if any(t.is_inference() for t in (tensors[0], *tensors[2:])):
+        return False  # may be changed in inference mode alone, which an operator of PyTorch's sees to
     first = tensors[0]
     return all(
         type(t) in PLAIN and _FORM(t) == _FORM(first) and t.shape == first.shape and not (t.is_neg() or t.is_conj())
@@ -313,6 +313,7 @@ def step(
     options = _options(optimizer, group)
     structure, numbers = split_options(options)
     overlapping = _overlap(list(map(local, params)), list(map(local, grads)))
+    h.on_device = h.on_device or any(type(p) is FakeTensor for p in params)  # whose step count has no value to read
     numbers_of_state = ("step", *optimizer.scalar_state)
     parts: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (p, g, s) in enumerate(zip(params, grads, states, strict=True)):

@@ -101,7 +101,7 @@ def matching(x: Any, p: Any) -> Any:
 def moments_(p: Any, g: Any, s: dict[str, Any], betas: Any) -> tuple[Any, Any]:
     """m ← β₁m + (1 − β₁)g and v ← β₂v + (1 − β₂)g², in place: the state's ``exp_avg`` and ``exp_avg_sq``."""
     beta1, beta2 = betas
-    exp_avg = s["exp_avg"].lerp_(g, 1 - matching(beta1, p))
+    exp_avg = s["exp_avg"].lerp_(g, 1 - (beta1 if isinstance(beta1, float) else matching(beta1, p)))
     return exp_avg, s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
 

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_cut_up(t: Tensor) -> bool:
     """Whether ``t`` is a ``DTensor``; there is none unless somebody has imported its module, which takes a second."""
-    return type(t) is getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    kind = type(t)
+    if kind is Tensor or kind is Parameter:
+        return False
+    return kind is getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def local(t: Any) -> Tensor:

@@ -53,20 +53,29 @@ class TensorList(Sequence[Tensor]):
     def neg(self) -> TensorList:
         return TensorList(torch._foreach_neg(self.tensors))
 
+    def abs(self) -> TensorList:
+        return TensorList(torch._foreach_abs(self.tensors))
+
+    # DTensor knows every other foreach function that is called here; of the next three not the first, nor, in torch
+    # 2.11, the others
+
+    def _are_plain(self) -> bool:
+        return all(type(tensor) in (Tensor, Parameter) for tensor in self.tensors)
+
     def copy_(self, other: TensorList | Tensor) -> TensorList:
         source = other.tensors if isinstance(other, TensorList) else [other] * len(self.tensors)
-        if all(type(tensor) in (Tensor, Parameter) for tensor in self.tensors):
+        if self._are_plain():
             torch._foreach_copy_(self.tensors, source)
-        else:  # DTensor knows every other foreach function that is called here
+        else:
             for tensor, new in zip(self.tensors, source, strict=True):
                 tensor.copy_(new)
         return self
 
-    def abs(self) -> TensorList:
-        return TensorList(torch._foreach_abs(self.tensors))
-
     def sign(self) -> TensorList:
-        return TensorList(torch._foreach_sign(self.tensors))
+        return TensorList(torch._foreach_sign(self.tensors)) if self._are_plain() else self._map(torch.sign)
+
+    def reciprocal(self) -> TensorList:
+        return TensorList(torch._foreach_reciprocal(self.tensors)) if self._are_plain() else self._map(torch.reciprocal)
 
     # torch has no foreach function for the next five
 
@@ -161,15 +170,17 @@ class TensorList(Sequence[Tensor]):
 
     def __rtruediv__(self, other: Scalar) -> TensorList:
         # _foreach_div takes no number on the left
-        return TensorList(torch._foreach_mul(torch._foreach_reciprocal(self.tensors), other))
+        return TensorList(torch._foreach_mul(self.reciprocal().tensors, other))
 
     def __mul__(self, other: TensorList | Scalar) -> TensorList:
         return TensorList(torch._foreach_mul(self.tensors, _operand(other)))
 
     __rmul__ = __mul__
 
-    def __radd__(self, other: Scalar) -> TensorList:
+    def __add__(self, other: TensorList | Scalar) -> TensorList:
         return self.add(other)
+
+    __radd__ = __add__
 
     def __sub__(self, other: TensorList | Scalar) -> TensorList:
         if isinstance(other, TensorList):
@@ -201,3 +212,12 @@ def equal_rows(columns: Sequence[Sequence[Any]]) -> list[list[int]]:
     for i, row in enumerate(zip(*columns, strict=True)):
         parts[row].append(i)
     return list(parts.values())
+
+
+def increment(steps: list[Tensor]) -> None:
+    """Add one to each step count."""
+    if steps[0].is_cpu and not torch.compiler.is_compiling():
+        # a number would be wrapped into a tensor again for each step
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)

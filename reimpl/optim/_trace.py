@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partialmethod
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
@@ -83,17 +84,10 @@ class Scalar:
     def __ne__(self, other: object) -> Any:
         return self._compare("!=", operator.ne, other)
 
-    def __gt__(self, other: Any) -> Any:
-        return self._compare(">", operator.gt, other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self._compare("<", operator.lt, other)
-
-    def __ge__(self, other: Any) -> Any:
-        return self._compare(">=", operator.ge, other)
-
-    def __le__(self, other: Any) -> Any:
-        return self._compare("<=", operator.le, other)
+    __gt__ = partialmethod(_compare, ">", operator.gt)
+    __lt__ = partialmethod(_compare, "<", operator.lt)
+    __ge__ = partialmethod(_compare, ">=", operator.ge)
+    __le__ = partialmethod(_compare, "<=", operator.le)
 
     __hash__ = None  # type: ignore[assignment]
 

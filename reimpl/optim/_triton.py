@@ -206,15 +206,7 @@ class Kernel:
     def bind(
         self, addresses: Any, sizes: list[int], device: torch.device
     ) -> Callable[[list[Any], Tensor | None], None]:
-        """A function of the group's numbers and of ``GradScaler``'s flag that steps every tensor with a gradient.
-
-        Args:
-            addresses: int64 (inputs + 1 + kept, tensors), read at each call: a row for each input of the program
-                (parameter, gradient, state), one for the step counts, and one for each of the state's other numbers; 0
-                where there is none.
-            sizes: how many elements each tensor has.
-            device: where the tensors lie.
-        """
+        """As ``bind`` of the CPU's kernels; ``GradScaler``'s flag, the function's second argument, is read here."""
         chunks = torch.tensor(
             [(i, at, min(CHUNK, n - at)) for i, n in enumerate(sizes) for at in range(0, n, CHUNK)], dtype=torch.int64
         )

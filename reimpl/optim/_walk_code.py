@@ -142,7 +142,7 @@ def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, k
     Returns:
         ``False`` where a parameter is not where it was, or it or its gradient is of another kind than expected: a
         subclass with operators of its own, a lazy negation, another dtype, other sizes or strides, in the parameter's
-        own memory at a shift.
+        own memory.
     """
     tensors, own, storages, places, lengths = params[0], params[1], params[2], params[3], params[4]
     handles, bodies, versions = room[0], room[1], room[2]
@@ -181,7 +181,7 @@ def read_gradients(api: Any, params: Any, starts: Any, forms: Any, dtype: Any, k
                 for k in range(marks.shape[2]):
                     marks[j, i, k] = word(body + api[FORM] + 8 * k)
         handles[i] = ask(api, DATA_PTR, gradient)
-        if 0 < abs(handles[i] - places[i]) < lengths[i]:
+        if abs(handles[i] - places[i]) < lengths[i]:
             return False
         if handles[i] == 0:  # an empty tensor has no address, and 0 says that there is no gradient
             handles[i] = 1

@@ -103,7 +103,7 @@ class Watch:
         Returns:
             Copies in the parameters' strides, where a gradient has others; they must live until the step is done. Or
             ``None``, where the kernel cannot read a gradient: it is sparse, of another dtype or of another class, or
-            has not the shape that the parameter had, or lies in the parameter's own memory at a shift. (That it lies
+            has not the shape that the parameter had, or lies in the parameter's own memory. (That it lies
             on the parameter's device, ``Tensor.grad`` itself sees to; of the shape, only when it is set.)
         """
         copies: list[Tensor] = []
@@ -114,7 +114,7 @@ class Watch:
             if p.shape != shape or p.stride() != strides or not _plain(g, p):
                 return None
             address, is_turned = g.data_ptr(), g.stride() != strides
-            if abs(address - place) < size and (address != place or is_turned):
+            if abs(address - place) < size:
                 return None
             if is_turned:
                 g = torch.empty_like(p).copy_(g)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ._engine import Group, RuleOptimizer
 from ._shards import is_cut_up, whole
@@ -53,9 +54,9 @@ def each(function: Callable[..., Tensor], *operands: Any) -> Any:
 def root_mean_squares(tensors: list[Tensor], divisor: float = 1.0) -> list[float]:
     """‖x‖/(√n · divisor) of each tensor, read from the device at once; 0 of an empty one."""
     if is_cut_up(tensors[0]):
-        norms = [whole(torch.linalg.vector_norm(x)).item() for x in tensors]
+        norms = [whole(vector_norm(x)).item() for x in tensors]
     elif len(tensors) == 1:
-        norms = [torch.linalg.vector_norm(tensors[0]).item()]
+        return [vector_norm(tensors[0]).item() / ((max(1, tensors[0].numel()) ** 0.5) * divisor)]
     else:
         norms = torch.stack(list(torch._foreach_norm(tensors))).tolist()
     return [norm / ((max(1, x.numel()) ** 0.5) * divisor) for norm, x in zip(norms, tensors, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,7 +83,7 @@ class Adafactor(WholeTensorRule):
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:
         params = [p] if isinstance(p, Tensor) else list(p)
         eps1, eps2 = h.eps
-        eps1 = torch.finfo(params[0].dtype).eps if eps1 is None else eps1
+        eps1 = _epsilon(params[0].dtype) if eps1 is None else eps1
         sizes = root_mean_squares(params)
         if h.weight_decay != 0:
             p.mul_(1 - h.lr * h.weight_decay)
@@ -90,6 +91,11 @@ class Adafactor(WholeTensorRule):
         updates = [u] if isinstance(u, Tensor) else list(u)
         for param, update, size, rms in zip(params, updates, sizes, root_mean_squares(updates, h.d), strict=True):
             param.add_(update, alpha=-max(eps2, size) * c.rho / max(1.0, rms))
+
+
+@cache
+def _epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def _second_moment(g: Any, s: State, weight: float, eps1: float) -> Any:

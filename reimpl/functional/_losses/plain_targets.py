@@ -202,15 +202,20 @@ def picked_loss_gradient(
     divisor: Number,
 ) -> Tensor:
     """The gradient of the log-probabilities, which had the shape given."""
-    samples = _Samples(indices, shape[1], ignore_index, weight)
+    # samples that are ignored for a class write to its numbers, and nobody else does
+    column = ignore_index if 0 <= ignore_index < shape[1] else None
+    samples = _Samples(indices, shape[1], ignore_index if column is None else -1, weight)
 
     def scattered() -> Tensor:
-        share, weights = samples.shares(grad, divisor), samples.weights()
-        minus = -share if weights is None else weights.mul_(share).neg_()
-        result = grad.new_zeros(*shape)
-        if isinstance(minus, Tensor):
-            return result.scatter_(1, samples.indices, minus if minus.dim() else minus.expand_as(samples.indices))
-        return result.scatter_(1, samples.indices, minus)
+        minus, weights, result = -samples.shares(grad, divisor), samples.weights(), grad.new_zeros(*shape)
+        if weights is not None:
+            minus = weights.mul_(minus)
+        if isinstance(minus, Tensor) and not minus.dim():
+            minus = minus.expand_as(samples.indices)
+        result.scatter_(1, samples.indices, minus)
+        if column is not None:
+            result.select(1, column).zero_()
+        return result
 
     return samples.attempt(scattered)
 

@@ -103,7 +103,7 @@ def binary_cross_entropy_with_logits(
     Raises:
         ValueError: the shapes differ, or ``reduction`` is unknown.
         RuntimeError: a weight does not broadcast or wants a gradient, or ``target`` is not floating-point.
-        NotImplementedError: ``input`` is not floating-point.
+        NotImplementedError: ``input`` is not floating-point, or ``target`` is boolean.
 
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
     """
@@ -116,6 +116,11 @@ def binary_cross_entropy_with_logits(
     if not input.is_floating_point():
         kernel = f"log_sigmoid_{input.device.type}"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
+    if target.dtype is torch.bool:
+        raise NotImplementedError(
+            "Subtraction, the `-` operator, with two bool tensors is not supported. Use the `^` or `logical_xor()` "
+            "operator instead."
+        )
     if not target.is_floating_point():
         result = scalar_type_name(torch.promote_types(input.dtype, target.dtype))
         wanted = scalar_type_name(target.dtype)

@@ -50,8 +50,8 @@ def cross_entropy(
 
     Args:
         input: logits, shape :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, \dots)`.
-        target: class indices of shape :math:`()`, :math:`(N)` or :math:`(N, d_1, \dots)` in int64 or uint8, or
-            probabilities of the shape of ``input``.
+        target: class indices of shape :math:`()` (or :math:`(1)`), :math:`(N)` or :math:`(N, d_1, \dots)` in int64 or
+            uint8, or probabilities of the shape of ``input``.
         weight: :math:`w`, shape :math:`(C)`.
         size_average, reduce: deprecated, as in PyTorch.
         ignore_index: a class index that adds nothing to the loss or its gradient.
@@ -91,12 +91,16 @@ def _with_indices(
         loss, _ = _WorkedIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, works)
         key = ("cross_entropy", ignore_index, smoothing, reduction)
         teach(key, works, _through_worked_loss, logits, weight)
-        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
+        return loss.reshape(()) if input.dim() == 1 else loss
     with autocast_disabled(input.device):
         loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
         if reduction == "none":
-            loss = loss.reshape(target.shape)
-        return reduced(loss, reduction, input.dtype, counted(indices, ignore_index, weight, loss.dtype))
+            loss = loss.reshape(() if input.dim() == 1 else target.shape)
+        count = counted(indices, ignore_index, weight, loss.dtype)
+        if smoothing != 0:
+            # PyTorch adds the means of two parts, of which the first has no weights left in its sum either
+            count = count.masked_fill(count == 0, torch.nan)
+        return reduced(loss, reduction, input.dtype, count)
 
 
 def _with_probabilities(

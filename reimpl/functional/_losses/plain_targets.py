@@ -88,15 +88,20 @@ class _Samples:
         return grad.new_full(self.ignored.shape, share).masked_fill_(self.ignored, 0)
 
 
+def _readable(scalar: Tensor) -> bool:
+    """Whether to go on with Python's number: it lies at hand, and nobody records operators, of which the number would
+    become a constant. An operator of two scalars takes ten times as long as Python's."""
+    return scalar.is_cpu and torch._C._len_torch_dispatch_stack() == 0
+
+
 def _number(scalar: Tensor) -> Number:
-    """A scalar as Python's number where it lies at hand: an operator of two scalars takes ten times as long."""
-    return scalar.item() if scalar.is_cpu else scalar
+    return scalar.item() if _readable(scalar) else scalar
 
 
 def _quotient(scalar: Tensor, divisor: Number) -> Number:
     """``scalar / divisor``; rounded to float32, the quotient in float64 is the one in float32."""
     # Python has no quotient by 0
-    return scalar.item() / divisor if scalar.is_cpu and divisor else scalar / divisor
+    return scalar.item() / divisor if _readable(scalar) and divisor else scalar / divisor
 
 
 def index_loss(
@@ -110,9 +115,11 @@ def index_loss(
     weights = samples.weights()
     if weights is not None:
         losses.mul_(weights)
-    if spread is not None:
-        losses.mul_(1 - smoothing).add_(spread, alpha=smoothing / input.shape[1])
     loss, divisor = samples.reduced(losses, weights, reduction)
+    if spread is not None:
+        # each by itself: where the weights' sum is 0, the one mean is NaN and the other infinite
+        rest, _ = samples.reduced(spread, weights, reduction)
+        loss.mul_(1 - smoothing).add_(rest, alpha=smoothing / input.shape[1])
     return loss, probabilities, divisor
 
 

@@ -102,7 +102,7 @@ def softmax_gradient(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tenso
 def exponential(input: Tensor, out: Tensor) -> Tensor:
     """:math:`e^x` where it is not itself the result, written to ``out``, which may be the input.
 
-    On the CPU by way of :math:`2^{x \\log_2 e}`, which takes half the time. It is off by about :math:`|x|/2` units in the
-    last place, as much as the rounding of :math:`x`, a difference, has put it off already.
+    On the CPU by way of :math:`2^{x \\log_2 e}`, which takes half the time. It is off by about :math:`|x|/2` units in
+    the last place, as much as the rounding of :math:`x`, a difference, has put it off already.
     """
     return torch.mul(input, _LOG2_E, out=out).exp2_() if input.is_cpu else torch.exp(input, out=out)

@@ -105,6 +105,40 @@ def test_one_sample(name: str, reduction: str, device: torch.device) -> None:
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_no_classes(reduction: str, device: torch.device) -> None:
+    x, target = torch.randn(2, 0, device=device), torch.full((2,), 1, device=device)
+    for weight in (None, torch.rand(0, device=device)):
+        for name in ("nll_loss", "cross_entropy"):
+            check_alike(name, x, target, weight, ignore_index=1, reduction=reduction)
+        for smoothing in (0.0, 0.1):
+            options = {"reduction": reduction, "label_smoothing": smoothing}
+            check_alike("cross_entropy", x, torch.randn(2, 0, device=device), weight, **options)
+
+
+def test_ignored_byte_is_no_class(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("on CUDA a class that is none is a device assertion")
+    for dtype in (torch.float32, torch.float16):
+        # -100 as a byte
+        target = torch.tensor([156, 3], dtype=torch.uint8)
+        for name in ("nll_loss", "cross_entropy"):
+            refuses_alike(getattr(F, name), getattr(torch_functional, name), (torch.randn(2, 20).to(dtype), target), {})
+
+
+def test_gradient_of_labels_at_infinite_logits(device: torch.device) -> None:
+    x = torch.tensor([-torch.inf, torch.inf, 2.0], device=device)
+    for q in (0.5, 2.0):
+        found = []
+        for namespace in (F, torch_functional):
+            t = torch.tensor([0.25, 0.5, 0.75], device=device, requires_grad=True)
+            weights = torch.full((3,), q, device=device)
+            loss = namespace.binary_cross_entropy_with_logits(x, t, pos_weight=weights, reduction="sum")
+            found += torch.autograd.grad(loss, t)
+        torch.testing.assert_close(*found)
+        assert found[0].isinf().sum() == 2
+
+
 def test_refuses_boolean_labels(device: torch.device) -> None:
     x, target = torch.randn(3, device=device), torch.ones(3, dtype=torch.bool, device=device)
     weights = {"weight": torch.rand(3, device=device), "pos_weight": torch.rand(3, device=device)}

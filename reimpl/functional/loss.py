@@ -61,7 +61,7 @@ def cross_entropy(
     Raises:
         ValueError: batch sizes differ, or ``reduction`` is unknown.
         RuntimeError: shapes or dtypes do not fit, or ``label_smoothing`` exceeds 1.
-        IndexError: a target is no class (checked on the CPU; on CUDA a device assertion).
+        IndexError: a target is no class (checked on the CPU; on CUDA a device assertion), or ``input`` has no dimension.
 
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
@@ -93,7 +93,10 @@ def _with_indices(
         teach(key, works, _through_worked_loss, logits, weight)
         return loss.reshape(()) if input.dim() == 1 else loss
     with autocast_disabled(input.device):
-        loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
+        if logits.shape[1]:
+            loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
+        else:
+            loss, weight = logits.sum(1), None  # of samples that are all ignored
         if reduction == "none":
             loss = loss.reshape(() if input.dim() == 1 else target.shape)
         count = counted(indices, ignore_index, weight, loss.dtype)
@@ -122,7 +125,8 @@ def _with_probabilities(
         dtype = torch.promote_types(input.dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-        return reduced(loss, reduction, dtype)
+        # PyTorch divides by the quotient of the numbers of logits and of classes
+        return reduced(loss, reduction, dtype, None if input.shape[dim] else loss.new_zeros(()))
 
 
 def _fixed_and_alike(input: Tensor, *others: Tensor | None) -> bool:
@@ -139,7 +143,7 @@ def _check_indices(
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     _check_floating(input)
     if input.dim() == 0:
-        raise ValueError("Expected input to have at least 1 dimension, but got 0")
+        raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
     check_class_indices(input, target, weight, ignore_index, values)
 
 
@@ -158,10 +162,10 @@ def _check_probabilities(
         )
     if ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")
-    if smoothing > 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     if input.dim() == 0:
         raise IndexError("Dimension specified as 1 but tensor has no dimensions")
+    if smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     _check_floating(input)
     classes = input.shape[class_dim(input)]
     if weight is not None and (weight.dim() != 1 or weight.numel() != classes):
@@ -326,7 +330,7 @@ def _through_softmax(
 def _smoothed_targets(target: Tensor, weight: Tensor | None, smoothing: float, dim: int, dtype: torch.dtype) -> Tensor:
     q = target.to(dtype)
     if smoothing > 0:
-        q = q * (1 - smoothing) + smoothing / target.shape[dim]
+        q = q * (1 - smoothing) + smoothing / max(1, target.shape[dim])
     return q if weight is None else q * _along(weight.to(dtype), dim, target.dim())
 
 

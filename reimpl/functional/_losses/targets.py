@@ -117,6 +117,7 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
         return
     low, high = map(int, target.aminmax())
     if low < 0 or high >= classes:
+        target = target.long()  # bytes are never negative, though PyTorch would compare them so
         outside = (target != ignore_index) & ((target < 0) | (target >= classes))
         if outside.any():
             raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")

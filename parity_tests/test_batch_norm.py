@@ -335,3 +335,31 @@ def test_block_by_block(
     rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
     for value, exact in zip(*results, strict=True):
         torch.testing.assert_close(value.double(), exact, rtol=rtol if value.dtype == dtype else 1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["as it comes", "kernels"])
+@pytest.mark.parametrize("shape", [(64, 3, 16, 16), (256, 8, 6), (4, 3, 40, 40), (2048, 3)], ids=str)
+def test_sums_beyond_float32(shape: tuple[int, ...], kernels: bool) -> None:
+    """On the CPU PyTorch sums planes in float64, so that a mean is finite where its sum would not be."""
+    if kernels:
+        pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    # a power of 2, whose multiples are exact; PyTorch gets the same as planes, which it sums otherwise than rows
+    base, grad, planes = torch.full(shape, 2.0**120), torch.randn(shape), (shape[1], shape[0], *shape[2:])
+    for x in (base, base * (1 + torch.randn(shape) / 64)):
+        averages = [(torch.zeros(shape[1]), torch.ones(shape[1])) for _ in range(2)]
+        leaf, leaf_in_planes = (x.clone().requires_grad_() for _ in range(2))
+        with F.use_kernels(kernels):
+            y = F.batch_norm(leaf, *averages[0], training=True)
+            (ours,) = torch.autograd.grad(y, leaf, grad)
+        in_planes = leaf_in_planes.transpose(0, 1).reshape(1, shape[1], -1).contiguous()
+        z = torch_functional.batch_norm(in_planes, *averages[1], training=True)
+        (theirs,) = torch.autograd.grad(z.view(planes).transpose(0, 1), leaf_in_planes, grad)
+        torch.testing.assert_close((averages[0][0], ours), (averages[1][0], theirs))
+        # PyTorch takes `x scale - mean scale`, which leaves the roundings of numbers of 1e38
+        assert not y.any()
+    for bad in (torch.nan, torch.inf):
+        x = torch.randn(shape)
+        x[1, 2] = bad
+        with F.use_kernels(kernels):
+            y = F.batch_norm(x, None, None, training=True)
+        assert y[:, 2].isnan().all() and y[:, :2].isfinite().all()

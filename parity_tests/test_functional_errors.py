@@ -73,6 +73,8 @@ def bad_calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "conv2d", (image, kernel), {"stride": -1}
     yield "conv2d", (image, kernel), {"padding": -1}
     yield "conv2d", (image, kernel), {"dilation": 0}
+    for options in ({}, {"padding": "same"}, {"padding": -1}, {"stride": 0}, {"padding": "same", "stride": 2}):
+        yield "conv2d", (image, kernel), {"dilation": -1, **options}
     yield "conv2d", (image, kernel), {"padding": "full"}
     yield "conv2d", (image, kernel), {"padding": "same", "stride": 2}
     yield "conv2d", (image, kernel), {"stride": (1, 2, 3)}
@@ -88,6 +90,7 @@ def bad_calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "conv1d", (sequence, taps, randn(5)), {}
     yield "conv1d", (sequence, taps), {"stride": (1, 2)}
     yield "conv1d", (sequence, taps), {"padding": -1}
+    yield "conv1d", (sequence, taps), {"dilation": -1}
     yield "conv1d", (sequence, taps), {"padding": "same", "stride": 2}
     yield "conv1d", (randn(2, 3, 0), randn(4, 3, 1)), {"padding": 1}
     yield "conv1d", (randn(2, 6, 8), randn(4, 2, 3)), {"groups": 3}

@@ -44,6 +44,7 @@ def _regression_and_binary() -> Iterator[Call]:
     yield "mse_loss", (long(3), long(3)), {}
     yield "mse_loss", (x.to(torch.complex64), x.to(torch.complex64)), {}
     yield "mse_loss", (x, x), {"reduction": "some"}
+    yield "mse_loss", (x, x), {"reduction": "some", "weight": x}
     yield "mse_loss", (x, x), {"weight": rand(2)}
     yield "binary_cross_entropy", (p, rand(4)), {}
     yield "binary_cross_entropy", (p + 1, p), {}
@@ -62,6 +63,10 @@ def _regression_and_binary() -> Iterator[Call]:
     yield "binary_cross_entropy_with_logits", (x.to(torch.complex64), p.to(torch.complex64)), {}
     yield "binary_cross_entropy_with_logits", (x, p, rand(2)), {}
     yield "binary_cross_entropy_with_logits", (x, p), {"pos_weight": rand(2)}
+    for weight in (rand(2, 3), rand(2, 1)):
+        yield "binary_cross_entropy", (p, p, weight), {}
+        yield "binary_cross_entropy_with_logits", (x, p, weight), {}
+        yield "binary_cross_entropy_with_logits", (x, p), {"pos_weight": weight}
     yield "binary_cross_entropy_with_logits", (x, p, rand(3).requires_grad_()), {}
     yield "binary_cross_entropy_with_logits", (x, p), {"pos_weight": rand(3).requires_grad_()}
     yield "binary_cross_entropy_with_logits", (x, p), {"reduction": "some"}

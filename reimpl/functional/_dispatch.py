@@ -100,6 +100,9 @@ def scalar_type_name(dtype: torch.dtype) -> str:
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for tensors of ``device``."""
+    # asked of all devices first, which takes a tenth of the time
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 

@@ -51,7 +51,10 @@ def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether all are :func:`ordinary` tensors of one of the wide types."""
-    return ordinary(*tensors) and all(t is None or t.dtype in _BITS for t in tensors)
+    for t in tensors:
+        if t is not None and t.dtype not in _BITS:
+            return False
+    return ordinary(*tensors)
 
 
 def masked(grad: Tensor, rectified: Tensor) -> Tensor:

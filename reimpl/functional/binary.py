@@ -71,6 +71,7 @@ def binary_cross_entropy(
     if not input.is_floating_point():
         raise NotImplementedError(f"\"binary_cross_entropy\" not implemented for '{scalar_type_name(input.dtype)}'")
     check_constant(weight, "weight", "binary_cross_entropy")
+    _check_broadcast(input, weight, input.shape)
     check_unit_interval(input, "input")
     check_unit_interval(target, "target")
     return reduced(call(_OfProbabilities, _of_probabilities, input, target, weight), reduction, input.dtype)
@@ -103,7 +104,7 @@ def binary_cross_entropy_with_logits(
     Raises:
         ValueError: the shapes differ, or ``reduction`` is unknown.
         RuntimeError: a weight does not broadcast or wants a gradient, or ``target`` is not floating-point.
-        NotImplementedError: ``input`` is not floating-point.
+        NotImplementedError: ``input`` is not floating-point, or ``target`` is boolean.
 
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
     """
@@ -116,13 +117,28 @@ def binary_cross_entropy_with_logits(
     if not input.is_floating_point():
         kernel = f"log_sigmoid_{input.device.type}"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
+    if target.dtype is torch.bool:
+        raise NotImplementedError(
+            "Subtraction, the `-` operator, with two bool tensors is not supported. Use the `^` or `logical_xor()` "
+            "operator instead."
+        )
     if not target.is_floating_point():
         result = scalar_type_name(torch.promote_types(input.dtype, target.dtype))
         wanted = scalar_type_name(target.dtype)
         raise RuntimeError(f"result type {result} can't be cast to the desired output type {wanted}")
+    _check_broadcast(pos_weight, target, input.shape)
+    _check_broadcast(target, weight, input.shape)
     check_constant(weight, "weight", "binary_cross_entropy_with_logits")
     check_constant(pos_weight, "pos_weight", "binary_cross_entropy_with_logits")
     return reduced(call(_OfLogits, _of_logits, input, target, weight, pos_weight), reduction, target.dtype)
+
+
+def _check_broadcast(first: Tensor | None, second: Tensor | None, shape: torch.Size) -> None:
+    """Raise PyTorch's ``RuntimeError`` where weights, one of the two, do not broadcast to the shape of the other."""
+    if first is not None and second is not None:
+        together = torch.broadcast_tensors(first.detach(), second.detach())[0].shape
+        if together != shape:
+            raise RuntimeError(f"output with shape {list(shape)} doesn't match the broadcast shape {list(together)}")
 
 
 def masked_multilabel_loss(
@@ -249,7 +265,10 @@ class _OfLogits(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = (grad * (1 - t - _positive_weight(t, pos_weight) * logistic(-x))).to(input.dtype)
         if ctx.needs_input_grad[1]:
-            slope = -x if pos_weight is None else (pos_weight.to(x.dtype) - 1) * minus_log_sigmoid(x) - x
+            slope = -x
+            if pos_weight is not None:
+                # of an infinite x no difference of infinities
+                slope = pos_weight.to(x.dtype) * minus_log_sigmoid(x) - minus_log_sigmoid(-x)
             grad_target = (grad * slope).to(target.dtype)
         return grad_input, grad_target, None, None
 

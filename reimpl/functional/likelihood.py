@@ -73,13 +73,16 @@ def nll_loss(
     if works:
         loss: Tensor = _WorkedPickedNegative.apply(batch, indices, ignore_index, weight, reduction, works)
         teach(key, works, _through_picks, batch, weight)
-        return loss.reshape(target.shape).contiguous() if reduction == "none" else loss
+        return loss.reshape(()) if input.dim() == 1 else loss
     if not input.is_floating_point():
         kernel = "nll_loss2d_forward_out_frame" if input.dim() > 2 else "nll_loss_out_frame"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
-    losses = call(_PickedNegative, _picked_negative, batch, indices, ignore_index, weight)
+    if batch.shape[1]:
+        losses = call(_PickedNegative, _picked_negative, batch, indices, ignore_index, weight)
+    else:
+        losses, weight = batch.sum(1), None  # of samples that are all ignored
     if reduction == "none":
-        return (losses.squeeze(0) if input.dim() == 1 else losses).contiguous()  # type: ignore[no-any-return]
+        return (losses.reshape(()) if input.dim() == 1 else losses).contiguous()  # type: ignore[no-any-return]
     losses = losses.to(opmath_dtype(input.dtype))
     return reduced(losses, reduction, input.dtype, counted(indices, ignore_index, weight, losses.dtype))
 

@@ -1,30 +1,27 @@
-"""Classification losses."""
+"""Cross-entropy of logits: its arguments, and who does the work."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import autocast_disabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses import plain_targets as _losses_plain_targets
-from reimpl.functional._losses.plain import final_worker, worker
-from reimpl.functional._losses.reduction import reduced, resolve
-from reimpl.functional._losses.targets import (
-    as_batch,
-    check_class_indices,
-    check_range,
-    class_dim,
-    classes_that_count,
-    counted,
+from reimpl.functional._dispatch import autocast_disabled, autocast_to_float32, call, scalar_type_name
+from reimpl.functional._losses.cross_entropy import (
+    OF_INDICES,
+    OF_PROBABILITIES,
+    IndexLoss,
+    ProbabilityLoss,
+    WorkedIndexLoss,
+    WorkedProbabilityLoss,
+    index_loss,
+    probability_loss,
+    through_worked_loss,
 )
+from reimpl.functional._losses.plain import worker
+from reimpl.functional._losses.reduction import reduced, resolve
+from reimpl.functional._losses.targets import as_batch, check_class_indices, class_dim, counted
 from reimpl.functional._plain import ordinary
 from reimpl.functional.kernels import attempt, teach
-from reimpl.functional.softmax import log_softmax_composition
-
-_OF_INDICES = ("_losses.numba", _losses_plain_targets)
-_OF_PROBABILITIES = ("_losses.numba_targets", _losses_plain_targets)
 
 
 def cross_entropy(
@@ -50,8 +47,8 @@ def cross_entropy(
 
     Args:
         input: logits, shape :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, \dots)`.
-        target: class indices of shape :math:`()`, :math:`(N)` or :math:`(N, d_1, \dots)` in int64 or uint8, or
-            probabilities of the shape of ``input``.
+        target: class indices of shape :math:`()` (or :math:`(1)`), :math:`(N)` or :math:`(N, d_1, \dots)` in int64 or
+            uint8, or probabilities of the shape of ``input``.
         weight: :math:`w`, shape :math:`(C)`.
         size_average, reduce: deprecated, as in PyTorch.
         ignore_index: a class index that adds nothing to the loss or its gradient.
@@ -61,7 +58,7 @@ def cross_entropy(
     Raises:
         ValueError: batch sizes differ, or ``reduction`` is unknown.
         RuntimeError: shapes or dtypes do not fit, or ``label_smoothing`` exceeds 1.
-        IndexError: a target is no class (checked on the CPU; on CUDA a device assertion).
+        IndexError: a target is no class (checked on the CPU; on CUDA a device assertion), or ``input`` is a scalar.
 
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
@@ -82,21 +79,28 @@ def _with_indices(
 ) -> Tensor:
     works = None
     if input.numel() and ordinary(target) and target.device == input.device:
-        works = worker(*_OF_INDICES, input, weight)
+        works = worker(*OF_INDICES, input, weight)
     _check_indices(input, target, weight, ignore_index, smoothing, values=works is None)
     logits, indices = as_batch(input, target)
     weight = None if weight is None else weight.reshape(-1)
     loss: Tensor
     if works:
-        loss, _ = _WorkedIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, works)
+        loss, _ = WorkedIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, works)
         key = ("cross_entropy", ignore_index, smoothing, reduction)
-        teach(key, works, _through_worked_loss, logits, weight)
-        return loss.reshape(target.shape) if input.dim() == 1 and reduction == "none" else loss
+        teach(key, works, through_worked_loss, logits, weight)
+        return loss.reshape(()) if input.dim() == 1 else loss
     with autocast_disabled(input.device):
-        loss, _ = call(_IndexLoss, _index_loss, logits, indices, ignore_index, weight, smoothing)
+        if logits.shape[1]:
+            loss, _ = call(IndexLoss, index_loss, logits, indices, ignore_index, weight, smoothing)
+        else:
+            loss, weight = logits.sum(1), None  # of samples that are all ignored
         if reduction == "none":
-            loss = loss.reshape(target.shape)
-        return reduced(loss, reduction, input.dtype, counted(indices, ignore_index, weight, loss.dtype))
+            loss = loss.reshape(() if input.dim() == 1 else target.shape)
+        count = counted(indices, ignore_index, weight, loss.dtype)
+        if smoothing != 0:
+            # PyTorch adds the means of two parts, of which the first has no weights left in its sum either
+            count = count.masked_fill(count == 0, torch.nan)
+        return reduced(loss, reduction, input.dtype, count)
 
 
 def _with_probabilities(
@@ -105,20 +109,21 @@ def _with_probabilities(
     _check_probabilities(input, target, weight, ignore_index, smoothing)
     loss: Tensor
     if input.numel() and _fixed_and_alike(input, target, weight):
-        works = worker(*_OF_PROBABILITIES, input, target, weight)
+        works = worker(*OF_PROBABILITIES, input, target, weight)
         if works:
             logits, probabilities = (input, target) if input.dim() > 1 else (input.unsqueeze(0), target.unsqueeze(0))
-            loss, _ = _WorkedProbabilityLoss.apply(logits, probabilities, weight, smoothing, reduction, works)
+            loss, _ = WorkedProbabilityLoss.apply(logits, probabilities, weight, smoothing, reduction, works)
             key = ("cross_entropy", ignore_index, smoothing, reduction)
-            teach(key, works, _through_worked_loss, logits, weight)
+            teach(key, works, through_worked_loss, logits, weight)
             return loss.reshape(()) if input.dim() == 1 else loss
     dim = class_dim(input)
     with autocast_disabled(input.device):
-        loss, _ = call(_ProbabilityLoss, _probability_loss, input, target, weight, smoothing, dim)
+        loss, _ = call(ProbabilityLoss, probability_loss, input, target, weight, smoothing, dim)
         dtype = torch.promote_types(input.dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-        return reduced(loss, reduction, dtype)
+        # PyTorch divides by the quotient of the numbers of logits and of classes
+        return reduced(loss, reduction, dtype, None if input.shape[dim] else loss.new_zeros(()))
 
 
 def _fixed_and_alike(input: Tensor, *others: Tensor | None) -> bool:
@@ -135,7 +140,7 @@ def _check_indices(
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     _check_floating(input)
     if input.dim() == 0:
-        raise ValueError("Expected input to have at least 1 dimension, but got 0")
+        raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
     check_class_indices(input, target, weight, ignore_index, values)
 
 
@@ -154,10 +159,10 @@ def _check_probabilities(
         )
     if ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")
-    if smoothing > 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     if input.dim() == 0:
         raise IndexError("Dimension specified as 1 but tensor has no dimensions")
+    if smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing:g}")
     _check_floating(input)
     classes = input.shape[class_dim(input)]
     if weight is not None and (weight.dim() != 1 or weight.numel() != classes):
@@ -165,243 +170,3 @@ def _check_probabilities(
             f"cross_entropy: weight tensor should be defined either for all {classes} classes or no classes"
             f" but got weight tensor of shape: {list(weight.shape)}"
         )
-
-
-def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:
-    """A vector laid along dimension ``dim`` of ``ndim``."""
-    return vector.reshape(*(1,) * dim, -1, *(1,) * (ndim - dim - 1))
-
-
-def _class_weights(weight: Tensor | None, like: Tensor) -> Tensor:
-    ones = like.new_ones(like.shape[1])
-    return ones if weight is None else weight.to(like.dtype)
-
-
-def _index_loss(
-    input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Loss of each sample, and the log-probabilities; dimension 1 holds the classes."""
-    log_probs = log_softmax_composition(input.to(opmath_dtype(input.dtype)), 1)
-    classes, kept = classes_that_count(indices, ignore_index)
-    w = _class_weights(weight, log_probs)
-    picked = log_probs.gather(1, classes.unsqueeze(1)).squeeze(1) * w[classes]
-    loss = -picked
-    if smoothing != 0:
-        spread = (log_probs * _along(w, 1, input.dim())).sum(1)
-        loss = (1 - smoothing) * loss - (smoothing / input.shape[1]) * spread
-    return torch.where(kept, loss, 0), log_probs
-
-
-class _IndexLoss(torch.autograd.Function):
-    """The log-probabilities are a differentiable output, so that the gradient, which is made from them, can itself be
-    differentiated."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
-    ) -> tuple[Tensor, Tensor]:
-        return _index_loss(input, indices, ignore_index, weight, smoothing)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, indices, ctx.ignore_index, weight, ctx.smoothing = inputs
-        ctx.dtype, ctx.wide = input.dtype, output[1].dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(_to_keep(input, output[1]), indices, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept, indices, weight = ctx.saved_tensors
-        log_probs, total = _log_probabilities(kept, ctx.wide, 1), grad_log_probs
-        if grad is not None:
-            errors = _index_errors(grad, log_probs, indices, ctx.ignore_index, weight, ctx.smoothing)
-            total = errors if total is None else total + errors
-        return _through_softmax(torch.exp(log_probs), total, None, 1, ctx.dtype), None, None, None, None
-
-
-def _to_keep(input: Tensor, log_probs: Tensor) -> Tensor:
-    """Which of the two the backward pass is to read: scores of half the width take half the room."""
-    return log_probs if log_probs.dtype == input.dtype else input
-
-
-def _log_probabilities(kept: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
-    """The log-probabilities, of the dtype that they had, from what :func:`_to_keep` chose."""
-    return kept if kept.dtype == dtype else log_softmax_composition(kept.to(dtype), dim)
-
-
-def _index_errors(
-    grad: Tensor, like: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float
-) -> Tensor:
-    """The gradient of the log-probabilities (shaped ``like`` them) from that of each sample's loss."""
-    classes, kept = classes_that_count(indices, ignore_index)
-    sample = torch.where(kept, grad, 0).unsqueeze(1)
-    total = torch.zeros_like(like).scatter(1, classes.unsqueeze(1), 1)
-    total = total * ((1 - smoothing) * -sample)
-    if smoothing != 0:
-        total = total - (smoothing / like.shape[1]) * sample
-    return total * _along(_class_weights(weight, like), 1, like.dim())
-
-
-class _WorkedIndexLoss(torch.autograd.Function):
-    """:class:`_IndexLoss` with the sum or mean, in place or by a kernel, which also checks the targets."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        indices: Tensor,
-        ignore_index: int,
-        weight: Tensor | None,
-        smoothing: float,
-        reduction: str,
-        worker: Any,
-    ) -> tuple[Tensor, Tensor]:
-        results = worker.index_loss(input, indices, ignore_index, weight, smoothing, reduction)
-        if results is None:
-            check_range(indices, input.shape[1], ignore_index)
-        loss, probabilities, ctx.divisor = results
-        ctx.options, ctx.dtype = (ignore_index, smoothing), input.dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(probabilities, indices, weight)
-        return loss, probabilities
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
-        probabilities, indices, weight = ctx.saved_tensors
-        ignore_index, smoothing = ctx.options
-        if grad is not None and grad_probabilities is None:
-            worker = final_worker(*_OF_INDICES, grad, probabilities, weight)
-            if worker:
-                options = (ignore_index, weight, smoothing, ctx.divisor)
-                return worker.index_loss_gradient(grad, probabilities, indices, *options), *(None,) * 6
-        grads, saved = (grad, grad_probabilities), ctx.saved_tensors
-        return _through_index_loss(ctx.options, grads, saved, ctx.divisor, ctx.dtype), *(None,) * 6
-
-
-def _through_index_loss(options: Any, grads: Any, saved: Any, divisor: Any, dtype: torch.dtype) -> Tensor | None:
-    (ignore_index, smoothing), (grad, grad_probabilities), (probabilities, indices, weight) = options, grads, saved
-    total = None
-    if grad is not None:
-        each = (grad / divisor).expand(indices.shape)
-        total = _index_errors(each, probabilities, indices, ignore_index, weight, smoothing)
-    return _through_softmax(probabilities, total, grad_probabilities, 1, dtype)
-
-
-def _through_probability_loss(smoothing: float, grads: Any, saved: Any, divisor: int) -> Tensor | None:
-    (grad, grad_probabilities), (probabilities, target, weight) = grads, saved
-    total = None
-    if grad is not None:
-        each = (grad / divisor).expand(target.select(1, 0).shape).unsqueeze(1)
-        total = -each * _smoothed_targets(target, weight, smoothing, 1, probabilities.dtype)
-    return _through_softmax(probabilities, total, grad_probabilities, 1, probabilities.dtype)
-
-
-def _through_worked_loss(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> Tensor | None:
-    """The gradient of the logits by differentiable operators, for the compiled node."""
-    (ignore_index, smoothing, reduction), (probabilities, target) = options, saved[:2]
-    saved = (*saved, None)[:3]
-    if target.is_floating_point():
-        divisor = probabilities.numel() // shape[1] if reduction == "mean" else 1
-        return _through_probability_loss(smoothing, grads, saved, divisor)
-    divisor = numbers[0] if numbers else 1.0
-    return _through_index_loss((ignore_index, smoothing), grads, saved, divisor, probabilities.dtype)
-
-
-def _through_softmax(
-    probabilities: Tensor, total: Tensor | None, grad_probabilities: Tensor | None, dim: int, dtype: torch.dtype
-) -> Tensor | None:
-    """Gradient of the logits from that of the log-probabilities and that of the probabilities."""
-    if grad_probabilities is not None:
-        through = grad_probabilities * probabilities
-        total = through if total is None else total + through
-    return None if total is None else (total - probabilities * total.sum(dim, keepdim=True)).to(dtype)
-
-
-def _smoothed_targets(target: Tensor, weight: Tensor | None, smoothing: float, dim: int, dtype: torch.dtype) -> Tensor:
-    q = target.to(dtype)
-    if smoothing > 0:
-        q = q * (1 - smoothing) + smoothing / target.shape[dim]
-    return q if weight is None else q * _along(weight.to(dtype), dim, target.dim())
-
-
-def _probability_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, dim: int
-) -> tuple[Tensor, Tensor]:
-    """Loss of each sample, and the log-probabilities; dimension ``dim`` holds the classes."""
-    dtype = opmath_dtype(torch.promote_types(input.dtype, target.dtype))
-    log_probs = log_softmax_composition(input.to(dtype), dim)
-    return -(log_probs * _smoothed_targets(target, weight, smoothing, dim, dtype)).sum(dim), log_probs
-
-
-class _ProbabilityLoss(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, dim: int
-    ) -> tuple[Tensor, Tensor]:
-        return _probability_loss(input, target, weight, smoothing, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, target, weight, ctx.smoothing, ctx.dim = inputs
-        ctx.dtype, ctx.wide = input.dtype, output[1].dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(_to_keep(input, output[1]), target, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept, target, weight = ctx.saved_tensors
-        dim, dtype = ctx.dim, ctx.wide
-        log_probs = _log_probabilities(kept, dtype, dim)
-        total = grad_target = grad_weight = None
-        if grad is not None:
-            sample = -grad.unsqueeze(dim)
-            total = sample * _smoothed_targets(target, weight, ctx.smoothing, dim, dtype)
-            if ctx.needs_input_grad[1]:
-                grad_target = sample * log_probs * (1 - ctx.smoothing)
-                if weight is not None:
-                    grad_target = grad_target * _along(weight.to(dtype), dim, target.dim())
-                grad_target = grad_target.to(target.dtype)
-            if weight is not None and ctx.needs_input_grad[2]:
-                others = [d for d in range(target.dim()) if d != dim]
-                grad_weight = sample * log_probs * _smoothed_targets(target, None, ctx.smoothing, dim, dtype)
-                grad_weight = (grad_weight.sum(others) if others else grad_weight).to(weight.dtype)
-        if grad_log_probs is not None:
-            total = grad_log_probs if total is None else total + grad_log_probs
-        grad_input = _through_softmax(torch.exp(log_probs), total, None, dim, ctx.dtype)
-        return grad_input, grad_target, grad_weight, None, None
-
-
-class _WorkedProbabilityLoss(torch.autograd.Function):
-    """:class:`_ProbabilityLoss` of fixed targets and weights with the sum or mean, in place or by a kernel."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        smoothing: float,
-        reduction: str,
-        worker: Any,
-    ) -> tuple[Tensor, Tensor]:
-        loss, probabilities = worker.probability_loss(input, target, weight, smoothing, reduction)
-        ctx.divisor = input.numel() // input.shape[1] if reduction == "mean" else 1
-        ctx.smoothing = smoothing
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(probabilities, target, weight)
-        return loss, probabilities
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
-        probabilities, target, weight = ctx.saved_tensors
-        if grad is not None and grad_probabilities is None:
-            worker = final_worker(*_OF_PROBABILITIES, grad, probabilities, target, weight)
-            if worker:
-                options = (weight, ctx.smoothing, ctx.divisor)
-                return worker.probability_loss_gradient(grad, probabilities, target, *options), *(None,) * 5
-        grads, saved = (grad, grad_probabilities), ctx.saved_tensors
-        return _through_probability_loss(ctx.smoothing, grads, saved, ctx.divisor), *(None,) * 5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
 from reimpl.functional._losses.pointwise import Pointwise, pointwise_loss, suits
-from reimpl.functional._losses.reduction import reduced, resolve
+from reimpl.functional._losses.reduction import legacy_reduction, reduced, resolve
 
 
 def mse_loss(
@@ -39,6 +39,8 @@ def mse_loss(
     _warn_of_broadcast(input, target)
     if weight is not None and weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
+    if weight is not None and legacy_reduction(reduction, size_average, reduce) not in ("none", "mean", "sum"):
+        raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
     reduction = resolve(reduction, size_average, reduce)
     if weight is None and suits(input, target):
         return pointwise_loss(input, target, _SQUARED_ERROR, reduction)

@@ -66,10 +66,13 @@ def geometry_of(
     strides, dilations = _each("stride", stride, dims), _each("dilation", dilation, dims)
     if groups <= 0:
         raise RuntimeError("non-positive groups is not supported")
-    for name, values in (("stride", strides), ("dilation", dilations)):
-        if min(values) <= 0:
-            raise RuntimeError(f"non-positive {name} is not supported")
     sides = _sides(padding, weight.shape[2:], strides, dilations)
+    if min(strides) <= 0:
+        raise RuntimeError("non-positive stride is not supported")
+    if min(dilations) < 0:
+        raise RuntimeError("dilation should be greater than zero")
+    if min(dilations) == 0:
+        raise RuntimeError("non-positive dilation is not supported")
     while len(strides) < 2:
         strides, dilations, sides = (1, *strides), (1, *dilations), (0, 0, *sides)
     geometry = Geometry(
@@ -99,6 +102,8 @@ def _sides(
     if max(stride) > 1:
         raise RuntimeError("padding='same' is not supported for strided convolutions")
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if min(totals) < 0:
+        raise RuntimeError("negative padding is not supported")
     return tuple(side for total in totals for side in (total // 2, total - total // 2))
 
 

@@ -112,9 +112,13 @@ def of_samples(shape: tuple[int, ...], reduction: str) -> tuple[Layout, Layout]:
     return dense(*samples, dtype=torch.int64), dense(*samples) if reduction == "none" else dense()
 
 
-def finish_words(loss: int, sums: Scratch, tasks: int, reduction: str) -> tuple[Word, ...]:
-    """The words of the kernel that writes the sum or mean of all losses; the last is what the sum is divided by."""
-    return (sums, tasks, Address(loss), int(reduction == "mean"), 0)
+def finish_words(loss: int, sums: Scratch, tasks: int, reduction: str, in_two: bool = False) -> tuple[Word, ...]:
+    """The words of the kernel that writes the sum or mean of all losses; the last is what the sum is divided by.
+
+    Args:
+        in_two: whether behind the blocks' sums of losses and of weights there are those of the losses' other part.
+    """
+    return (sums, tasks, Address(loss), int(reduction == "mean") + 2 * in_two, 0)
 
 
 @lru_cache(maxsize=256)
@@ -125,13 +129,14 @@ def index_plan(
     probabilities."""
     blocks = shared(shape, 1, threads)
     (indices, loss), whole, separate = of_samples(shape, reduction), dense(*shape), reduction == "none"
-    sums, options = Scratch(2 * blocks.tasks), (ignore_index, bits(smoothing))
+    smooth = smoothing != 0
+    sums, options = Scratch((2 + smooth) * blocks.tasks), (ignore_index, bits(smoothing))
     forward: tuple[Word, ...] = (
         *blocks.words, 0, Address(0), Address(4), blocks.scratch(), blocks.room,
         Address(1), Address(2) if weighted else 0, *options,
         Address(3) if separate else 0, sums, 0,
     )  # fmt: skip
-    last: tuple[Word, ...] = () if separate else finish_words(3, sums, blocks.tasks, reduction)
+    last: tuple[Word, ...] = () if separate else finish_words(3, sums, blocks.tasks, reduction, smooth)
     # probabilities, indices, weights, gradient, result
     given = 2 + weighted
     backward: tuple[Word, ...] = (

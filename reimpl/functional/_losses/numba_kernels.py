@@ -168,7 +168,7 @@ def loss_forward(task: Any) -> None:
     weight, has_weight, ignore = floats(w[14], c), w[14] != 0, w[15]
     smoothing = carray(task, (32,), np.float64)[16]
     losses, write = floats(w[17], outer * inner), w[17] != 0
-    sums = carray(pointer(w[18]), (2 * tasks,), np.float64)
+    sums = carray(pointer(w[18]), (3 * tasks,), np.float64)
     mode = _BARE if smoothing == 0 else _WEIGHTED if has_weight else _EVEN
     all_weights = float(total(weight, c)) if has_weight else float(c)
     # steps in bytes from sample to sample, and from class to class
@@ -186,26 +186,31 @@ def loss_forward(task: Any) -> None:
         normalise(result + at, facts[n : 2 * n], n, c, inner)
         loss_sum: Any = 0.0
         weight_sum: Any = 0.0
+        rest_sum: Any = 0.0
         for j in range(n):
             index = first * inner + column + j
             target = targets[index]
             factor = sample_weight(target, c, weight, has_weight, ignore)
-            loss = np.float32(0.0)
+            loss: Any = 0.0
+            rest: Any = 0.0
             if target != ignore:
                 if target < 0 or target >= c:
                     w[19] = 1
                     continue
                 at_target = floats(source + at + j * sample + target * step, 1)[0]
-                loss = factor * (facts[n + j] - (at_target - facts[j]))
+                loss = float(factor * (facts[n + j] - (at_target - facts[j])))
                 if mode != _BARE:
-                    spread = all_weights * facts[n + j] - facts[2 * n + j]
-                    loss = np.float32((1 - smoothing) * loss + smoothing / c * spread)
+                    loss *= 1 - smoothing
+                    rest = smoothing / c * (all_weights * facts[n + j] - facts[2 * n + j])
             if write:
-                losses[index] = loss
+                losses[index] = loss + rest
             loss_sum += loss
+            rest_sum += rest
             weight_sum += factor
         sums[2 * number] = loss_sum
         sums[2 * number + 1] = weight_sum
+        if smoothing != 0:
+            sums[2 * tasks + number] = rest_sum
 
 
 @njit(error_model="numpy")
@@ -251,15 +256,22 @@ def backward_columns(errors: Any, output: Any, result: Any, sums: Any, n: Any, c
 def finish(task: Any) -> None:
     """The sum of the blocks' losses or, over the sum of their weights, the mean; and what it was divided by."""
     w = carray(task, (5,), np.int64)
-    tasks, mean = w[1], w[3] != 0
-    sums = carray(pointer(w[0]), (2 * tasks,), np.float64)
+    tasks, mean, in_two = w[1], w[3] & 1, w[3] & 2
+    sums = carray(pointer(w[0]), ((3 if in_two else 2) * tasks,), np.float64)
     total: Any = 0.0
     weights: Any = 0.0
+    rest: Any = 0.0
     for i in range(tasks):
         total += sums[2 * i]
         weights += sums[2 * i + 1]
+        if in_two:
+            rest += sums[2 * tasks + i]
     divisor = weights if mean else 1.0
-    carray(pointer(w[2]), (1,), np.float32)[0] = total / divisor
+    loss = total / divisor
+    if in_two:
+        # each by itself: where the weights' sum is 0, the one mean is NaN and the other infinite
+        loss += rest / divisor
+    carray(pointer(w[2]), (1,), np.float32)[0] = loss
     carray(task, (5,), np.float64)[4] = divisor
 
 

@@ -7,7 +7,9 @@ the operators stays in the cache. The modules of kernels have functions of the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
+from itertools import repeat
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +24,7 @@ from reimpl.functional.kernels import kernels_for
 _PART = 1 << 17
 # Reductions along a dimension of a few numbers want more: measured over 5 million, parts of 2^17 take twice as long.
 _PART_ALONG = 1 << 20
+_LOG2_E = math.log2(math.e)
 
 
 def runs_plainly(*tensors: Tensor | None) -> bool:
@@ -53,19 +56,20 @@ def final_worker(kernels: str, otherwise: ModuleType, *tensors: Tensor | None) -
     return kernels_for(kernels, *tensors) or (otherwise if plain(*tensors) else None)
 
 
-def in_parts(first: Tensor, *others: Tensor, part: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors, which have equal shapes, in pieces along dimension 0 of about ``part`` numbers."""
-    numbers, part = first.numel(), part or _PART
+def in_parts(first: Tensor, *others: Any, part: int = _PART) -> Iterable[tuple[Any, ...]]:
+    """The tensors, of as many rows as the first, in pieces along dimension 0, which of the first are of about ``part``
+    numbers; what is a scalar or no tensor comes with every piece."""
+    numbers = first.numel()
     if numbers < 2 * part:
-        yield (first, *others)
-        return
+        return ((first, *others),)
     rows = max(1, first.shape[0] * part // numbers)
-    yield from zip(*(tensor.split(rows) for tensor in (first, *others)), strict=True)
+    pieces = (t.split(rows) if isinstance(t, Tensor) and t.dim() else repeat(t) for t in others)
+    return zip(first.split(rows), *pieces, strict=False)
 
 
-def along(dim: int, first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def along(dim: int, first: Tensor, *others: Any) -> Iterable[tuple[Any, ...]]:
     """:func:`in_parts` that keep dimension ``dim`` whole."""
-    return in_parts(first, *others, part=_PART_ALONG) if dim else iter([(first, *others)])
+    return in_parts(first, *others, part=_PART_ALONG) if dim else ((first, *others),)
 
 
 def softmax(input: Tensor, dim: int, log: bool) -> Tensor:
@@ -76,8 +80,8 @@ def softmax(input: Tensor, dim: int, log: bool) -> Tensor:
     for x, y in along(dim, input, output):
         torch.sub(x, x.amax(dim, True), out=y)
         if log:
-            scratch = torch.exp(y) if scratch is None else torch.exp(y, out=scratch[: y.shape[0]])
-            y.sub_(scratch.sum(dim, True).log_())
+            scratch = torch.empty_like(y) if scratch is None else scratch[: y.shape[0]]
+            y.sub_(exponential(y, scratch).sum(dim, True).log_())
         else:
             y.div_(y.exp_().sum(dim, True))
     return output
@@ -88,9 +92,17 @@ def softmax_gradient(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tenso
     result = torch.empty_like(output)
     for g, y, d in along(dim, grad, output, result):
         if log:
-            torch.exp(y, out=d).mul_(g.sum(dim, True))
-            torch.sub(g, d, out=d)
+            torch.addcmul(g, exponential(y, d), g.sum(dim, True), value=-1, out=d)
         else:
             torch.mul(g, y, out=d)
-            torch.sub(g, d.sum(dim, True), out=d).mul_(y)
+            torch.addcmul(d, y, d.sum(dim, True), value=-1, out=d)
     return result
+
+
+def exponential(input: Tensor, out: Tensor) -> Tensor:
+    """:math:`e^x` where it is not itself the result, written to ``out``, which may be the input.
+
+    On the CPU by way of :math:`2^{x \\log_2 e}`, which takes half the time. It is off by about :math:`|x|/2` units in
+    the last place, as much as the rounding of :math:`x`, a difference, has put it off already.
+    """
+    return torch.mul(input, _LOG2_E, out=out).exp2_() if input.is_cpu else torch.exp(input, out=out)

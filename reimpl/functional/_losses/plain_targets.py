@@ -12,10 +12,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from reimpl.functional._losses.plain import along
+from reimpl.functional._losses.plain import along, exponential
 from reimpl.functional._losses.targets import check_range
 
 _Result = TypeVar("_Result")
+Number = Tensor | float
+"""A tensor that may be a scalar, or a number for all."""
 
 
 class _Samples:
@@ -27,7 +29,7 @@ class _Samples:
         self.ignored: Tensor | None = None
         if 0 <= ignore_index < classes:
             self.ignored = self.indices == ignore_index
-        elif indices.device.type != "cpu":
+        elif not indices.is_cpu:
             self._ignore()
 
     def _ignore(self) -> None:
@@ -50,38 +52,61 @@ class _Samples:
             self._ignore()
             return work()
 
-    def without_ignored(self, numbers: Tensor) -> Tensor:
-        """The numbers, one a sample or one for all, and 0 for the samples that are ignored."""
-        # sooner done than a choice between numbers and 0
-        return numbers if self.ignored is None else numbers.masked_fill(self.ignored, 0)
-
     def weights(self) -> Tensor | None:
-        """The weight of each sample's class, ``None`` without weights."""
-        return None if self.weight is None else self.without_ignored(self.weight.take(self.indices))
+        """The weight of each sample's class, 0 for the samples that are ignored, and ``None`` without weights."""
+        if self.weight is None:
+            return None
+        weights = self.weight.take(self.indices)
+        return weights if self.ignored is None else weights.masked_fill_(self.ignored, 0)
 
-    def reduced(self, losses: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor | int]:
-        """The losses, their sum or mean, and what the sum was divided by."""
-        losses = self.without_ignored(losses)
+    def reduced(self, losses: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Number]:
+        """The losses, which are written over, their sum or mean, and what the sum was divided by."""
+        if self.ignored is not None:
+            # sooner done than a choice between numbers and 0
+            losses.masked_fill_(self.ignored, 0)
         if reduction == "none":
             return losses.squeeze(1), 1
+        total = losses.sum()
         if reduction == "sum":
-            return losses.sum(), 1
-        if weights is not None:
-            count: Tensor | int = weights.sum()
-        else:
-            count = losses.numel() if self.ignored is None else losses.numel() - self.ignored.sum()
-        return losses.sum().div_(count), count
+            return total, 1
+        count = self._count() if weights is None else _number(weights.sum())
+        return total.fill_(_quotient(total, count)), count
 
-    def shares(self, grad: Tensor, divisor: Tensor | int) -> Tensor:
-        """The gradient of each sample's loss; one for all where it is the same."""
-        share = grad if isinstance(divisor, int) and divisor == 1 else grad / divisor
+    def _count(self) -> Number:
+        """How many samples count."""
+        number = self.indices.numel()
+        return number if self.ignored is None else number - _number(self.ignored.count_nonzero())
+
+    def shares(self, grad: Tensor, divisor: Number) -> Number:
+        """The gradient of each sample's loss, 0 for the samples that are ignored; one for all where it is the same."""
+        share = grad.unsqueeze(1) if grad.dim() else _quotient(grad, divisor)
+        if self.ignored is None:
+            return share
         # after the division: where no sample counts, the divisor is 0
-        return self.without_ignored(share.unsqueeze(1) if share.dim() else share)
+        if isinstance(share, Tensor):
+            return share.masked_fill(self.ignored, 0)
+        return grad.new_full(self.ignored.shape, share).masked_fill_(self.ignored, 0)
+
+
+def _readable(scalar: Tensor) -> bool:
+    """Whether to go on with Python's number: it lies at hand, and nobody records operators, of which the number would
+    become a constant. An operator of two scalars takes ten times as long as Python's."""
+    return scalar.is_cpu and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _number(scalar: Tensor) -> Number:
+    return scalar.item() if _readable(scalar) else scalar
+
+
+def _quotient(scalar: Tensor, divisor: Number) -> Number:
+    """``scalar / divisor``; rounded to float32, the quotient in float64 is the one in float32."""
+    # Python has no quotient by 0
+    return scalar.item() / divisor if _readable(scalar) and divisor else scalar / divisor
 
 
 def index_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float, reduction: str
-) -> tuple[Tensor, Tensor, Tensor | int]:
+) -> tuple[Tensor, Tensor, Number]:
     """Cross-entropy, probabilities, and what the sum was divided by."""
     samples = _Samples(indices, input.shape[1], ignore_index, weight)
     input = input.contiguous()
@@ -90,16 +115,18 @@ def index_loss(
     weights = samples.weights()
     if weights is not None:
         losses.mul_(weights)
-    if spread is not None:
-        losses.mul_(1 - smoothing).add_(spread, alpha=smoothing / input.shape[1])
     loss, divisor = samples.reduced(losses, weights, reduction)
+    if spread is not None:
+        # each by itself: where the weights' sum is 0, the one mean is NaN and the other infinite
+        rest, _ = samples.reduced(spread, weights, reduction)
+        loss.mul_(1 - smoothing).add_(rest, alpha=smoothing / input.shape[1])
     return loss, probabilities, divisor
 
 
 def _log_losses(input: Tensor, samples: _Samples, probabilities: Tensor, smooth: bool) -> tuple[Tensor, Tensor | None]:
     r""":math:`-\log \hat y_{n t_n}` and, for smoothing, :math:`-\sum_c w_c \log \hat y_{nc}`; writes :math:`\hat y`."""
     losses, spreads = [], []
-    weight = None if samples.weight is None else _along_classes(samples.weight, input)
+    weight = None if samples.weight is None or not smooth else _along_classes(samples.weight, input)
     parts = input.shape[1] if weight is None else weight.sum()
     for x, t, y in along(1, input, samples.indices, probabilities):
         torch.sub(x, x.amax(1, True), out=y)
@@ -107,7 +134,7 @@ def _log_losses(input: Tensor, samples: _Samples, probabilities: Tensor, smooth:
         spread = None
         if smooth:
             spread = (y if weight is None else y * weight).sum(1, True)
-        total = y.exp_().sum(1, True)
+        total = exponential(y, y).sum(1, True)
         y.div_(total)
         total.log_()
         if spread is not None:
@@ -123,7 +150,7 @@ def index_loss_gradient(
     ignore_index: int,
     weight: Tensor | None,
     smoothing: float,
-    divisor: Tensor | int,
+    divisor: Number,
 ) -> Tensor:
     """The gradient of the logits from that of each loss or of their sum."""
     samples = _Samples(indices, probabilities.shape[1], ignore_index, weight)
@@ -131,7 +158,7 @@ def index_loss_gradient(
 
 
 def _index_gradient(
-    grad: Tensor, probabilities: Tensor, samples: _Samples, smoothing: float, divisor: Tensor | int
+    grad: Tensor, probabilities: Tensor, samples: _Samples, smoothing: float, divisor: Number
 ) -> Tensor:
     share, weights = samples.shares(grad, divisor), samples.weights()
     at_target = share if weights is None else weights.mul_(share)
@@ -140,15 +167,16 @@ def _index_gradient(
         at_target = at_target * (1 - smoothing)
         each = share * (smoothing / samples.classes)
         whole = at_target + each * (samples.classes if samples.weight is None else samples.weight.sum())
-    result, minus = torch.empty_like(probabilities), at_target.neg().expand(samples.indices.shape)
-    columns = [t.expand(samples.indices.shape) for t in (whole, each) if t is not None and t.dim()]
-    weight = None if samples.weight is None else _along_classes(samples.weight, probabilities)
-    for y, d, t, m, *given in along(1, probabilities, result, samples.indices, minus, *columns):
-        torch.mul(y, given[0] if whole.dim() else whole, out=d)
-        if each is not None:
-            every = given[1] if whole.dim() else each
-            d.sub_(every if weight is None else every * weight)
-        d.scatter_add_(1, t, m)
+    result, minus = torch.empty_like(probabilities), -at_target
+    weight = None if each is None or samples.weight is None else _along_classes(samples.weight, probabilities)
+    for y, d, t, w, m, e in along(1, probabilities, result, samples.indices, whole, minus, each):
+        torch.mul(y, w, out=d)
+        if e is not None:
+            d.sub_(e if weight is None else e * weight)
+        if isinstance(m, Tensor):
+            d.scatter_add_(1, t, m if m.dim() else m.expand_as(t))
+        else:
+            d.scatter_(1, t, m, reduce="add")
     return result
 
 
@@ -164,7 +192,7 @@ def _along_classes(weight: Tensor, like: Tensor) -> Tensor:
 
 def picked_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, reduction: str
-) -> tuple[Tensor, Tensor | int]:
+) -> tuple[Tensor, Number]:
     """Negative log-likelihood, and what the sum was divided by."""
     samples = _Samples(indices, input.shape[1], ignore_index, weight)
     losses = samples.attempt(lambda: input.gather(1, samples.indices)).neg_()
@@ -178,15 +206,23 @@ def picked_loss_gradient(
     indices: Tensor,
     ignore_index: int,
     weight: Tensor | None,
-    divisor: Tensor | int,
+    divisor: Number,
 ) -> Tensor:
     """The gradient of the log-probabilities, which had the shape given."""
-    samples = _Samples(indices, shape[1], ignore_index, weight)
+    # samples that are ignored for a class write to its numbers, and nobody else does
+    column = ignore_index if 0 <= ignore_index < shape[1] else None
+    samples = _Samples(indices, shape[1], ignore_index if column is None else -1, weight)
 
     def scattered() -> Tensor:
-        share, weights = samples.shares(grad, divisor), samples.weights()
-        minus = share.neg() if weights is None else weights.mul_(share).neg_()
-        return grad.new_zeros(shape).scatter_(1, samples.indices, minus.expand(samples.indices.shape))
+        minus, weights, result = -samples.shares(grad, divisor), samples.weights(), grad.new_zeros(*shape)
+        if weights is not None:
+            minus = weights.mul_(minus)
+        if isinstance(minus, Tensor) and not minus.dim():
+            minus = minus.expand_as(samples.indices)
+        result.scatter_(1, samples.indices, minus)
+        if column is not None:
+            result.select(1, column).zero_()
+        return result
 
     return samples.attempt(scattered)
 
@@ -201,7 +237,7 @@ def probability_loss(
         torch.sub(x, x.amax(1, True), out=y)
         q = _smoothed(t, weight, smoothing)
         loss = (q * y).sum(1, True).neg_()
-        total = y.exp_().sum(1, True)
+        total = exponential(y, y).sum(1, True)
         y.div_(total)
         losses.append(loss.addcmul_(q.sum(1, True), total.log_()))
     of_each = _joined(losses)

@@ -93,12 +93,8 @@ class PointwiseLoss(torch.autograd.Function):
             return kernels.gradient(ctx.loss.name, grad, input, target, ctx.divisor), None, None, None
         result = torch.empty_like(input)
         factor = grad / ctx.divisor if ctx.divisor != 1 else grad
-        if factor.dim():
-            for x, t, d, g in in_parts(input, target, result, factor):
-                ctx.loss.write_gradient(x, t, d, g)
-        else:
-            for x, t, d in in_parts(input, target, result):
-                ctx.loss.write_gradient(x, t, d, factor)
+        for x, t, d, g in in_parts(input, target, result, factor):
+            ctx.loss.write_gradient(x, t, d, g)
         return result, None, None, None
 
 

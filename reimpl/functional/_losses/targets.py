@@ -67,6 +67,8 @@ def counted(indices: Tensor, ignore_index: int, weight: Tensor | None, dtype: to
 
 def check_target_shape(input: Tensor, target: Tensor) -> None:
     """Raise as PyTorch does where ``target`` is not of the shape of ``input`` without its classes."""
+    if input.dim() == 2 and target.dim() == 1 and len(input) == len(target):
+        return  # most often, and sooner asked than what follows
     if input.dim() == 1:
         if target.dim() > 1:
             raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
@@ -115,6 +117,7 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
         return
     low, high = map(int, target.aminmax())
     if low < 0 or high >= classes:
+        target = target.long()  # bytes are never negative, though PyTorch would compare them so
         outside = (target != ignore_index) & ((target < 0) | (target >= classes))
         if outside.any():
             raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")

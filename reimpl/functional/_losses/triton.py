@@ -223,30 +223,42 @@ def _loss_forward(
     if HAS_WEIGHT:
         share = tl.load(weight + target, mask=target >= 0, other=0.0).to(tl.float32)
         picked *= share
-    value = -picked
+    value = tl.where(target >= 0, -picked, 0.0)
+    rest = tl.zeros_like(value)
     if SMOOTH:
-        value = (1 - smoothing) * value - tl.div_rn(smoothing, classes * 1.0) * spread
-    value = tl.where(target >= 0, value, 0.0)
+        value *= 1 - smoothing
+        rest = tl.where(target >= 0, -tl.div_rn(smoothing, classes * 1.0) * spread, 0.0)
     if REDUCED:
         tl.store(partial + tl.program_id(0), tl.sum(value, 0))
         tl.store(partial + tl.num_programs(0) + tl.program_id(0), tl.sum(share, 0))
+        if SMOOTH:
+            tl.store(partial + 2 * tl.num_programs(0) + tl.program_id(0), tl.sum(rest, 0))
     else:
-        tl.store(loss + sample, value.to(loss.dtype.element_ty), mask=live)
+        tl.store(loss + sample, (value + rest).to(loss.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def _loss_finish(partial, loss, divisor, count, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def _loss_finish(partial, loss, divisor, count, MEAN: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of all programs' losses, divided by that of the weights for a mean; one program."""
     total = tl.zeros([BLOCK], tl.float32)
     shares = tl.zeros([BLOCK], tl.float32)
+    rests = tl.zeros([BLOCK], tl.float32)
     for at in range(0, count, BLOCK):
         k = at + tl.arange(0, BLOCK)
         total += tl.load(partial + k, mask=k < count, other=0.0)
         shares += tl.load(partial + count + k, mask=k < count, other=0.0)
+        if SMOOTH:
+            rests += tl.load(partial + 2 * count + k, mask=k < count, other=0.0)
     value = tl.sum(total, 0)
+    rest = tl.sum(rests, 0)
     share = tl.sum(shares, 0) if MEAN else 1.0
     if MEAN:
+        # each by itself: where the weights' sum is 0, the one mean is NaN and the other infinite
         value = tl.div_rn(value, share)
+        if SMOOTH:
+            rest = tl.div_rn(rest, share)
+    if SMOOTH:
+        value += rest
     tl.store(divisor, share)
     tl.store(loss, value.to(loss.dtype.element_ty))
 
@@ -346,17 +358,19 @@ def index_loss(
     probabilities, reduced = x.new_empty(x.shape, dtype=torch.float32), reduction != "none"
     loss = x.new_empty(() if reduced else indices.shape)
     programs, sizes, tile = _split(x, 1)
-    partial = x.new_empty((2, programs) if reduced else (1,), dtype=torch.float32)
+    smooth = smoothing != 0
+    partial = x.new_empty((2 + smooth, programs) if reduced else (1,), dtype=torch.float32)
     launch(
         _loss_forward, (programs,), x, probabilities, loss, partial, indices,
         loss if weight is None else weight.contiguous(), ignore_index, float(smoothing), *sizes,
-        HAS_WEIGHT=weight is not None, SMOOTH=smoothing != 0, REDUCED=reduced, WHOLE=sizes[1] <= tile["WIDTH"],
+        HAS_WEIGHT=weight is not None, SMOOTH=smooth, REDUCED=reduced, WHOLE=sizes[1] <= tile["WIDTH"],
         **_CHECKED, **tile,
     )  # fmt: skip
     divisor = (x.new_empty if reduced else x.new_ones)((), dtype=torch.float32)
     if reduced:
         block = power_of_two(programs, 1, _TILE)
-        launch(_loss_finish, (1,), partial, loss, divisor, programs, MEAN=reduction == "mean", BLOCK=block)
+        mean = reduction == "mean"
+        launch(_loss_finish, (1,), partial, loss, divisor, programs, MEAN=mean, SMOOTH=smooth, BLOCK=block)
     return loss, probabilities, divisor
 
 

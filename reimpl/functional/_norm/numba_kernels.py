@@ -117,6 +117,19 @@ def plane_squares(x: Any, mean: Any) -> Any:
 
 
 @njit(error_model="numpy")
+def wide_total(w: Any, j: Any, i: Any, c: Any) -> Any:
+    """A channel's sum over a chunk in float64, for one that is too large for the dtype of the sums."""
+    low, high, _ = span(w, i)
+    own, total = min(w[BLOCK], w[CHANNELS] - j * w[BLOCK]), 0.0
+    for s in range(low, high):
+        x = strip(w, w[SOURCE], j, s)
+        for start in range(c * w[SIZE], len(x), own * w[SIZE]):
+            for p in range(start, start + w[SIZE]):
+                total += widen(x[p])
+    return total
+
+
+@njit(error_model="numpy")
 def add_moments(w: Any, sums: Any, mean: Any, moments: Any, j: Any, i: Any) -> None:
     """Mean and squared deviations of a chunk, (4.79) and (4.80)."""
     low, high, count = span(w, i)
@@ -129,6 +142,8 @@ def add_moments(w: Any, sums: Any, mean: Any, moments: Any, j: Any, i: Any) -> N
             for c in range(own):
                 moments[i, 0, first + c] += plane_sum(plane(w, x, c))
         for c in range(own):
+            if not math.isfinite(moments[i, 0, first + c]):
+                moments[i, 0, first + c] = wide_total(w, j, i, c)
             moments[i, 0, first + c] /= count
         for s in range(low, high):
             x = strip(w, w[SOURCE], j, s)
@@ -141,7 +156,8 @@ def add_moments(w: Any, sums: Any, mean: Any, moments: Any, j: Any, i: Any) -> N
         for p in range(len(x)):
             sums[p] += widen(x[p])
     for c in range(own):
-        moments[i, 0, first + c] = total_of(sums, w, own, c) / count
+        total = total_of(sums, w, own, c)
+        moments[i, 0, first + c] = (total if math.isfinite(total) else wide_total(w, j, i, c)) / count
         put(mean, w, own, c, REAL(moments[i, 0, first + c]))
     sums[:] = ZERO
     for s in range(low, high):

@@ -10,7 +10,7 @@ half-width numbers are widened block by block.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import gcd, prod
+from math import gcd, isfinite, prod
 
 import torch
 from torch import Tensor
@@ -64,9 +64,9 @@ class Layout:
         rows = max(1, _BLOCK * len(first) // first.numel())
         return list(zip(*(flat.split(rows) for flat in flats), strict=True))
 
-    def sums(self, flat: Tensor) -> Tensor:
+    def sums(self, flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The sums of a block, to be added to those of the others."""
-        return flat.sum((0, 2)) if self.in_planes else flat.sum(0)
+        return flat.sum((0, 2), dtype=dtype) if self.in_planes else flat.sum(0, dtype=dtype)
 
     def squares(self, flat: Tensor) -> Tensor:
         """The sums of a block's squares."""
@@ -149,6 +149,10 @@ def normalize(
     blocks = layout.blocks(layout.flat(input), layout.flat(output))
     wide = _Wide(blocks, 1)
     mean = layout.joined([layout.sums(wide.read(x, 0)) for x, _ in blocks]).div_(layout.count)
+    if mean.is_cpu and not isfinite(mean.sum()):
+        # PyTorch's sums, on the CPU in float64 from the start, do not overflow
+        sums = layout.joined([layout.sums(wide.read(x, 0), torch.float64) for x, _ in blocks])
+        mean = sums.div_(layout.count).to(mean.dtype)
     (means,) = layout.spread(mean)
     squares = [layout.squares(wide.centred(wide.again(x, 0), means, y)) for x, y in blocks]
     var = layout.joined(squares).div_(layout.count)

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` traces in place of a plain composition: the rectifier that asks its output."""
+"""What ``torch.compile`` traces in place of a plain composition: rectifier and batch normalisation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import aot_module_simplified, min_cut_rematerialization_partition
+from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 
 import reimpl.functional as F
@@ -19,6 +19,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 def compiled(function: Callable[..., Any], backend: Any = "aot_eager") -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def partitioned(
+    forward: Callable[[torch.fx.GraphModule], None] = lambda _: None,
+    backward: Callable[[torch.fx.GraphModule], None] = lambda _: None,
+) -> Callable[..., Any]:
+    """A backend that shows the graphs of both passes, split as Inductor splits them."""
+
+    def noting(note: Callable[[torch.fx.GraphModule], None]) -> Callable[..., Any]:
+        return lambda module, _: note(module) or make_boxed_func(module.forward)
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        compilers = noting(forward), noting(backward)
+        return aot_module_simplified(module, inputs, *compilers, partition_fn=min_cut_rematerialization_partition)
+
+    return backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -38,16 +54,11 @@ def test_relu_keeps_its_output_and_no_mask(device: torch.device) -> None:
     """The partitioner keeps what the product needs in any case, and makes the mask of it anew."""
     kept: list[torch.dtype] = []
 
-    def note(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+    def note(module: torch.fx.GraphModule) -> None:
         (result,) = (node for node in module.graph.nodes if node.op == "output")
         kept.extend(node.meta["val"].dtype for node in result.args[0] if node is not None)
-        return module.forward
 
-    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        return aot_module_simplified(
-            module, inputs, note, lambda m, _: m.forward, partition_fn=min_cut_rematerialization_partition
-        )
-
+    backend = partitioned(note)
     x = torch.randn(4, 8, device=device, requires_grad=True)
     w = torch.randn(8, 8, device=device, requires_grad=True)
     compiled(lambda x, w: F.relu(2 * x + 1) @ w, backend)(x, w)
@@ -70,3 +81,42 @@ def test_relu_under_transforms_inside_the_compiled_function(device: torch.device
         lambda x: torch.func.jvp(F.relu, (x,), (x,))[1],
     ):
         torch.testing.assert_close(compiled(lambda x, function=function: function(x))(x), function(x))
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("affine", [False, True], ids=["bare", "affine"])
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5, 7)], ids=["features", "planes"])
+def test_compiled_batch_norm_is_pytorchs(
+    shape: tuple[int, ...], affine: bool, relu: bool, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, shape[1:2], shape[1:2]) if affine else (shape,)
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64).to(device).requires_grad_() for s in sizes]
+    averages = [torch.zeros(3, dtype=torch.float64, device=device) for _ in range(4)]
+    ours = compiled(lambda x, *a: (F.batch_norm_relu if relu else F.batch_norm)(x, *averages[:2], *a, training=True))(
+        *leaves
+    )
+    theirs = torch.nn.functional.batch_norm(leaves[0], *averages[2:], *leaves[1:], training=True)
+    theirs = theirs.relu() if relu else theirs
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+    got, expected = (torch.autograd.grad(y, leaves, grad) for y in (ours, theirs))
+    torch.testing.assert_close((ours, *got, *averages[:2]), (theirs, *expected, *averages[2:]))
+
+
+def test_derivative_of_batch_norm_adds_up_once(device: torch.device) -> None:
+    """Two sums over each channel, side by side, and no sum over what depends on another."""
+    sums: list[int] = []
+
+    def note(module: torch.fx.GraphModule) -> None:
+        depth: dict[torch.fx.Node, int] = {}
+        for node in module.graph.nodes:
+            depth[node] = max(map(depth.__getitem__, node.all_input_nodes), default=0)
+            if "sum" in str(node.target) or "mean" in str(node.target):
+                depth[node] += 1
+                sums.append(depth[node])
+
+    x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
+    weight = torch.randn(3, device=device, requires_grad=True)
+    function = compiled(lambda x, w: F.batch_norm(x, None, None, w, training=True), partitioned(backward=note))
+    torch.autograd.grad(function(x, weight).pow(3).sum(), (x, weight))
+    assert sums == [1, 1]

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reimpl.functional._norm.chain import like
+from reimpl.functional._norm.functions import composed_gradients, normalize_by_batch
+
 
 class TracedReLU(torch.autograd.Function):
     """The rectifier whose derivative asks its output, which the next layer keeps in any case.
@@ -30,3 +33,34 @@ class TracedReLU(torch.autograd.Function):
 def rectify(input: Tensor) -> Tensor:
     """``max(x, 0)``"""
     return TracedReLU.apply(input)  # type: ignore[no-any-return]
+
+
+class TracedBatchNorm(torch.autograd.Function):
+    """Batch normalisation by the batch, whose derivative passes over its numbers twice.
+
+    The composition's derivative takes four passes: the mean's part adds up what the variance's part has written out,
+    though it adds up to zero. Mean and variance are for the running averages, and not differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output, mean, var = normalize_by_batch(input, weight, bias, eps, relu)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(input, weight, mean, var, output if relu else None)
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[0]
+        grad_input, to_weight, to_bias = composed_gradients(grad, None, None, saved, ctx.eps, wanted)
+        return grad_input, like(to_weight, saved[1]), like(to_bias, ctx.bias_dtype), None, None
+
+
+def traced_batch_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and variance of the batch."""
+    return TracedBatchNorm.apply(input, weight, bias, eps, relu)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._conv.arguments import Geometry
+from reimpl.functional._conv.inductor import prefer_channels_last
 from reimpl.functional._conv.kernels import convolve, convolve_input, convolve_weight
 from reimpl.functional._dispatch import autocast_disabled, memory_format_of
 from reimpl.functional.kernels import in_compiled_code
@@ -78,6 +79,7 @@ def _convolution_weight(grad: Tensor, input: Tensor, size: Sequence[int], *words
 
 @_convolution.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *words: Any) -> Tensor:
+    _prefer()
     sizes = (input.shape[2], input.shape[3], weight.shape[2], weight.shape[3])
     return _empty(input, weight, weight.shape[0], _geometry(*words).output(*sizes))
 
@@ -90,6 +92,12 @@ def _(grad: Tensor, weight: Tensor, size: Sequence[int], *words: Any) -> Tensor:
 @_convolution_weight.register_fake
 def _(grad: Tensor, input: Tensor, size: Sequence[int], *words: Any) -> Tensor:
     return grad.new_empty(grad.shape[1], input.shape[1] // _geometry(*words).groups, *size)
+
+
+def _prefer():
+    prefer_channels_last(_convolution._opoverload, 1)
+    prefer_channels_last(_convolution_input._opoverload, 1)
+    prefer_channels_last(_convolution_weight._opoverload, 2)
 
 
 def _empty(planes: Tensor, weight: Tensor, channels: int, size: Sequence[int]) -> Tensor:

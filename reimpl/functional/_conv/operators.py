@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._conv.arguments import Geometry
-from reimpl.functional._conv.inductor import prefer_channels_last
 from reimpl.functional._conv.kernels import convolve, convolve_input, convolve_weight
 from reimpl.functional._dispatch import autocast_disabled, memory_format_of
+from reimpl.functional._inductor import best_channels_last, tell_inductor
 from reimpl.functional.kernels import in_compiled_code
 
 # Geometry as a schema can say it: stride, padding, dilation, groups, algorithm.
@@ -42,6 +42,7 @@ def _geometry(stride: Any, padding: Any, dilation: Any, groups: int, algorithm: 
     return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups, algorithm)
 
 
+@best_channels_last(0, filter=1)
 @torch.library.custom_op(
     "reimpl::convolution",
     mutates_args=(),
@@ -54,6 +55,7 @@ def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *words: Any
     return output.contiguous(memory_format=memory_format_of(input, weight))
 
 
+@best_channels_last(0)
 @torch.library.custom_op(
     "reimpl::convolution_input",
     mutates_args=(),
@@ -66,6 +68,7 @@ def _convolution_input(grad: Tensor, weight: Tensor, size: Sequence[int], *words
     return output.contiguous(memory_format=memory_format_of(grad, weight))
 
 
+@best_channels_last(0, 1)
 @torch.library.custom_op(
     "reimpl::convolution_weight",
     mutates_args=(),
@@ -79,7 +82,6 @@ def _convolution_weight(grad: Tensor, input: Tensor, size: Sequence[int], *words
 
 @_convolution.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *words: Any) -> Tensor:
-    _prefer()
     sizes = (input.shape[2], input.shape[3], weight.shape[2], weight.shape[3])
     return _empty(input, weight, weight.shape[0], _geometry(*words).output(*sizes))
 
@@ -94,13 +96,8 @@ def _(grad: Tensor, input: Tensor, size: Sequence[int], *words: Any) -> Tensor:
     return grad.new_empty(grad.shape[1], input.shape[1] // _geometry(*words).groups, *size)
 
 
-def _prefer():
-    prefer_channels_last(_convolution._opoverload, 1)
-    prefer_channels_last(_convolution_input._opoverload, 1)
-    prefer_channels_last(_convolution_weight._opoverload, 2)
-
-
 def _empty(planes: Tensor, weight: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    tell_inductor()
     shape, layout = (planes.shape[0], channels, *size), memory_format_of(planes, weight)
     return torch.empty(shape, dtype=planes.dtype, device=planes.device, memory_format=layout)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch.fx import Graph, Node
 
-_Operator = Any
+Operator = TypeVar("Operator")
 # Of each operator the arguments that are images; of a convolution the one that is its filter.
 _IMAGES: dict[Any, tuple[int, ...]] = {}
 _FILTERS: dict[Any, int] = {}
@@ -22,7 +22,7 @@ _LEAST_CONVOLUTIONS = 2
 _told: set[Any] = set()
 
 
-def best_channels_last(*images: int, filter: int | None = None) -> Callable[[_Operator], _Operator]:
+def best_channels_last(*images: int, filter: int | None = None) -> Callable[[Operator], Operator]:
     """Declare an operator that does its arguments of these numbers best with the channels last.
 
     Args:
@@ -30,7 +30,7 @@ def best_channels_last(*images: int, filter: int | None = None) -> Callable[[_Op
         filter: the filter, for a convolution; its result is laid out as one of the two.
     """
 
-    def declare(operator: _Operator) -> _Operator:
+    def declare(operator: Operator) -> Operator:
         _IMAGES[operator._opoverload] = images
         if filter is not None:
             _FILTERS[operator._opoverload] = filter

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
+from torch._library.custom_ops import CustomOpDef
 from torch.fx import Graph, Node
 
-Operator = TypeVar("Operator")
 # Of each operator the arguments that are images; of a convolution the one that is its filter.
 _IMAGES: dict[Any, tuple[int, ...]] = {}
 _FILTERS: dict[Any, int] = {}
@@ -22,7 +22,7 @@ _LEAST_CONVOLUTIONS = 2
 _told: set[Any] = set()
 
 
-def best_channels_last(*images: int, filter: int | None = None) -> Callable[[Operator], Operator]:
+def best_channels_last(*images: int, filter: int | None = None) -> Callable[[CustomOpDef], CustomOpDef]:
     """Declare an operator that does its arguments of these numbers best with the channels last.
 
     Args:
@@ -30,7 +30,7 @@ def best_channels_last(*images: int, filter: int | None = None) -> Callable[[Ope
         filter: the filter, for a convolution; its result is laid out as one of the two.
     """
 
-    def declare(operator: Operator) -> Operator:
+    def declare(operator: CustomOpDef) -> CustomOpDef:
         _IMAGES[operator._opoverload] = images
         if filter is not None:
             _FILTERS[operator._opoverload] = filter
@@ -80,19 +80,29 @@ def _laid_out(node: Node, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], d
 
 def _wanted(node: Node, images: Sequence[Node]) -> bool:
     """Whether a call of an operator is to have these of its arguments with the channels last."""
-    from torch._inductor import config, ir
+    from torch._inductor import config
     from torch._inductor.virtualized import V
 
     values, graph = [image.meta["val"] for image in images], V.graph
     if not config.layout_optimization or any(value.dim() != 4 or not value.is_cpu for value in values):
         return False
     if graph.is_backward:
-        # as the forward pass decided, which saved them
-        orders = (ir.get_stride_order(value.stride(), graph.sizevars.shape_env) for value in values)
-        return ir.NHWC_STRIDE_ORDER in orders
+        return _saved_channels_last(node.graph, graph.sizevars.shape_env)
     if node not in graph.nodes_prefer_channels_last:
         graph.nodes_prefer_channels_last |= _around_convolutions(node.graph)
     return node in graph.nodes_prefer_channels_last
+
+
+def _saved_channels_last(graph: Graph, shapes: Any) -> bool:
+    """Whether the forward pass has decided so for a graph of the backward pass."""
+    from torch._inductor import ir
+
+    calls = (node for node in graph.nodes if node.target in _IMAGES)
+    images = (cast(Node, node.args[i]) for node in calls for i in _IMAGES[node.target])
+    saved = (image.meta["val"] for image in images if image.op == "placeholder")
+    return any(
+        value.dim() == 4 and ir.get_stride_order(value.stride(), shapes) == ir.NHWC_STRIDE_ORDER for value in saved
+    )
 
 
 def _around_convolutions(graph: Graph) -> set[Node]:

@@ -55,7 +55,7 @@ def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *words: Any
     return output.contiguous(memory_format=memory_format_of(input, weight))
 
 
-@best_channels_last(0)
+@best_channels_last(0, filter=1)
 @torch.library.custom_op(
     "reimpl::convolution_input",
     mutates_args=(),

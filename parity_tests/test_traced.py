@@ -120,3 +120,27 @@ def test_derivative_of_batch_norm_adds_up_once(device: torch.device) -> None:
     function = compiled(lambda x, w: F.batch_norm(x, None, None, w, training=True), partitioned(backward=note))
     torch.autograd.grad(function(x, weight).pow(3).sum(), (x, weight))
     assert sums == [1, 1]
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_compiled_variance_of_numbers_far_from_zero(batch: int, device: torch.device) -> None:
+    """Mean 1,000 and deviation 1: of the mean square, float32 would keep nothing of the variance."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1000 + torch.randn(batch, 3, 8, 8, generator=generator)).to(device)
+    # the part that is looked at first lies apart from the rest
+    x[0, 1] += 40
+    mean, var = torch.zeros(2, 3, device=device)
+    compiled(lambda x: F.batch_norm(x, mean, var, training=True, momentum=1.0))(x)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3))
+    # The mean is rounded once or twice. Of the squares' sum an eighth may remain, with the roundings of a blockwise sum.
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=2**-23, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=2**-18, atol=0)
+
+
+def test_compiled_variance_of_equal_numbers(device: torch.device) -> None:
+    x = torch.full((16, 3, 5, 5), 0.1, device=device)
+    mean, var = torch.zeros(2, 3, device=device)
+    output = compiled(lambda x: F.batch_norm(x, mean, var, training=True, momentum=1.0))(x)
+    assert (var >= 0).all() and (var < 1e-12).all()
+    # what remains of the mean's rounding, times 1/sqrt(eps)
+    assert output.abs().max() <= 0.1 * 2**-22 / 1e-5**0.5

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._norm.chain import like
-from reimpl.functional._norm.functions import composed_gradients, normalize_by_batch
+from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._norm.chain import like, other_dims, per_channel
+from reimpl.functional._norm.functions import composed_gradients, scaled
 
 
 class TracedReLU(torch.autograd.Function):
@@ -35,6 +36,25 @@ def rectify(input: Tensor) -> Tensor:
     return TracedReLU.apply(input)  # type: ignore[no-any-return]
 
 
+# The part of a batch that is looked at first.
+_PART = 8
+
+
+def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Of each channel, in a pass over the whole and one over a part of it.
+
+    With deviations from the mean :math:`s` of the part, :math:`\sigma^2 = \frac1m \sum (x - s)^2 - (\mu - s)^2`. Little
+    cancels: a part of the batch that lies apart from the rest widens the whole, :math:`(\mu - s)^2 \le 7 \sigma^2` for
+    an eighth.
+    """
+    dims = other_dims(x)
+    near = x[: -(-x.shape[0] // _PART)].mean(dims)
+    deviations = x - per_channel(near, x)
+    offset, squares = deviations.mean(dims), (deviations * deviations).mean(dims)
+    var = squares - offset * offset
+    return near + offset, torch.where(var < 0, 0, var)
+
+
 class TracedBatchNorm(torch.autograd.Function):
     """Batch normalisation by the batch, whose derivative passes over its numbers twice.
 
@@ -46,7 +66,9 @@ class TracedBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        output, mean, var = normalize_by_batch(input, weight, bias, eps, relu)
+        x = input.to(opmath_dtype(input.dtype))
+        mean, var = _mean_and_variance(x)
+        output = scaled(x - per_channel(mean, x), var, weight, bias, eps, relu).to(input.dtype)
         ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(input, weight, mean, var, output if relu else None)
         ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype

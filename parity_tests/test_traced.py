@@ -132,7 +132,7 @@ def test_compiled_variance_of_numbers_far_from_zero(batch: int, device: torch.de
     mean, var = torch.zeros(2, 3, device=device)
     compiled(lambda x: F.batch_norm(x, mean, var, training=True, momentum=1.0))(x)
     exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3))
-    # The mean is rounded once or twice. Of the squares' sum an eighth may remain, with the roundings of a blockwise sum.
+    # The mean is rounded twice at most. Of the squares' sum an eighth may remain, with a blockwise sum's roundings.
     torch.testing.assert_close(mean.double(), exact_mean, rtol=2**-23, atol=0)
     torch.testing.assert_close(var.double(), exact_var, rtol=2**-18, atol=0)
 

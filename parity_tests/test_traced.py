@@ -51,7 +51,7 @@ def test_relu_at_zero_and_beyond_numbers(dtype: torch.dtype, device: torch.devic
 
 
 def test_relu_keeps_its_output_and_no_mask(device: torch.device) -> None:
-    """The partitioner keeps what the product needs in any case, and makes the mask of it anew."""
+    """The partitioner keeps what the product needs in any case (on the CPU, without one too), and masks by it anew."""
     kept: list[torch.dtype] = []
 
     def note(module: torch.fx.GraphModule) -> None:
@@ -66,6 +66,10 @@ def test_relu_keeps_its_output_and_no_mask(device: torch.device) -> None:
     kept.clear()
     compiled(lambda x, w: torch.where((y := 2 * x + 1) <= 0, 0, y) @ w, backend)(x, w)
     assert torch.bool in kept, "the partitioner keeps no mask of a choice any more"
+    if device.type == "cpu":
+        kept.clear()
+        compiled(lambda x: F.relu(2 * x + 1).sum(), backend)(x)
+        assert kept and torch.bool not in kept
 
 
 def test_relu_under_transforms_inside_the_compiled_function(device: torch.device) -> None:

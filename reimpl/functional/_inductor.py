@@ -40,7 +40,7 @@ def best_channels_last(*images: int, filter: int | None = None) -> Callable[[Cus
 
 
 def tell_inductor() -> None:
-    """Pass on what was declared, if Inductor is imported by now: to be called by what every compiler calls."""
+    """Pass on what was declared, if Inductor is imported by now: for fake implementations, which it calls in time."""
     lowering = sys.modules.get("torch._inductor.lowering")
     if lowering is None or len(_told) == len(_IMAGES):
         return

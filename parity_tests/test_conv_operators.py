@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
+from reimpl.functional import _inductor
 from reimpl.functional._conv import operators as _conv_operators
 from reimpl.functional._conv.arguments import geometry_of
+from reimpl.functional._conv.kernels import convolve, convolve_input, convolve_weight
 from reimpl.functional._pooling import operators as _pooling_operators
 
 # PyTorch's word about what its gradcheck imports.
@@ -246,3 +248,97 @@ def test_autocast_around_compiled_code(device: torch.device) -> None:
     assert grad.dtype is torch.float32
     # bfloat16 keeps 8 bits; each gradient is a sum of 18 such numbers of size 1.
     torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), w)[0], rtol=2**-6, atol=18 * 2**-7)
+
+
+@pytest.fixture
+def laid_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, str]]]:
+    """Each product that runs, and the layouts of its two factors; Inductor keeps no code from before."""
+    import torch._inductor.config
+
+    seen: list[tuple[str, str, str]] = []
+    for function in (convolve, convolve_input, convolve_weight):
+
+        def noting(first: Tensor, second: Tensor, *args: Any, function: Callable[..., Tensor] = function) -> Tensor:
+            first_layout, second_layout = ("planes" if t.is_contiguous() else "last" for t in (first, second))
+            seen.append((function.__name__, first_layout, second_layout))
+            return function(first, second, *args)
+
+        monkeypatch.setattr(_conv_operators, function.__name__, noting)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield seen
+
+
+def two_layers(namespace: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Two convolutions, and what may lie between them."""
+
+    def run(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        y = namespace.max_pool2d(namespace.relu(namespace.conv2d(x, first, padding=1)), 2)
+        z = namespace.conv2d(y, second, stride=2)
+        return z, (z.sum((2, 3)) + y[:, :, ::2].sum()).square()
+
+    return run
+
+
+def leaves_of(layout: torch.memory_format, device: torch.device | None = None) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(s, generator=generator) for s in ((2, 3, 8, 10), (4, 3, 3, 3), (5, 4, 2, 2)))
+    return [t.to(device, memory_format=layout).requires_grad_() for t in drawn]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels_last"])
+def test_the_caller_sees_eager_layouts(
+    layout: torch.memory_format, dynamic: bool, laid_out: list[tuple[str, str, str]], device: torch.device
+) -> None:
+    """Those of the results, and of the leaves' gradients."""
+    results = []
+    for function in (torch.compile(two_layers(F), fullgraph=True, dynamic=dynamic), two_layers(torch_functional)):
+        leaves = leaves_of(layout, device)
+        outputs = function(*leaves)
+        outputs[1].sum().backward()
+        results.append([*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves)])
+    assert [t.stride() for t in results[0]] == [t.stride() for t in results[1]]
+    # Squares of sums of at most 1,000 products of size 1, in two orders.
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-2)
+    if device.type == "cpu" and layout is torch.contiguous_format:
+        # an image from outside stays as it is, and the filter says how the result is to be laid out
+        assert laid_out[:2] == [("convolve", "planes", "last"), ("convolve", "last", "planes")]
+        assert sorted(laid_out[2:]) == [
+            ("convolve_input", "last", "planes"),
+            ("convolve_input", "last", "planes"),
+            ("convolve_weight", "last", "last"),
+            ("convolve_weight", "last", "planes"),
+        ]
+
+
+@pytest.mark.slow
+def test_a_single_convolution_is_laid_out_as_it_is(laid_out: list[tuple[str, str, str]]) -> None:
+    x, w, _ = leaves_of(torch.contiguous_format)
+    output = torch.compile(lambda x, w: F.conv2d(x, w, padding=1), fullgraph=True)(x, w)
+    output.backward(torch.ones_like(output))
+    assert output.is_contiguous() and len(laid_out) == 3
+    assert all(product[1:] == ("planes", "planes") for product in laid_out)
+
+
+@pytest.mark.slow
+def test_inductors_own_setting_holds(laid_out: list[tuple[str, str, str]]) -> None:
+    with torch._inductor.config.patch(layout_optimization=False), torch.no_grad():
+        torch.compile(two_layers(F), fullgraph=True)(*leaves_of(torch.contiguous_format))
+    assert laid_out == 2 * [("convolve", "planes", "planes")]
+
+
+def test_an_inductor_of_other_parts_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import ir, lowering
+
+    told: list[Any] = []
+    monkeypatch.setattr(_inductor, "_told", set())
+    monkeypatch.setattr(lowering, "make_fallback", lambda operator, *_, **__: told.append(operator))
+    with monkeypatch.context() as missing:
+        missing.delattr(ir, "NHWC_STRIDE_ORDER")
+        _inductor.tell_inductor()
+    assert not told
+    monkeypatch.setattr(_inductor, "_told", set())
+    _inductor.tell_inductor()
+    assert {"reimpl::convolution", "reimpl::max_pool"} < {operator.name() for operator in told}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_disabled, call, memory_format_of, opmath_dtype, scalar_type_name
 from reimpl.functional._norm.functions import BatchNormInference, BatchNormTraining, normalize, normalize_by_batch
+from reimpl.functional._traced import traced_batch_norm
 
 _VECTORS = "running_mean", "running_var", "weight", "bias"
 
@@ -85,7 +86,9 @@ def _batch_norm(
     x = input.contiguous(memory_format=memory_format_of(input))
     with autocast_disabled(input.device):
         if training and input.numel():
-            output, mean, var = call(BatchNormTraining, normalize_by_batch, x, weight, bias, eps, relu)
+            output, mean, var = call(
+                BatchNormTraining, normalize_by_batch, x, weight, bias, eps, relu, operator=traced_batch_norm
+            )
             if running_mean is not None and running_var is not None:
                 count = input.numel() // input.shape[1]
                 move_averages(running_mean, running_var, mean, var, count, momentum)

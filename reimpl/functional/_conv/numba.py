@@ -33,9 +33,10 @@ _LEAST_WORK, _LEAST_OUTPUTS = 1 << 18, LANES // 2
 # Measured: tiles of outputs to a task.
 _ROW_TILES_PER_TASK = 4
 _SLACK = 4 * WIDTH
-# Measured: images that a thread needs to be worth sums of its own, how many of these it keeps in its second cache, and
-# the pixels whose errors stay in the first.
-_IMAGES_PER_THREAD, _MOST_OWN_SUMS, _PIXELS_IN_FIRST_CACHE = 4, 1 << 16, 512
+# Measured: images that a thread needs to be worth sums of its own, and the pixels that stay in its first cache; the
+# shortest rows that are read one by one, and how many sums are worth being read and written for each image.
+_IMAGES_PER_THREAD, _PIXELS_IN_FIRST_CACHE = 4, 256
+_SHORTEST_ROW, _MOST_OWN_SUMS, _OWN_SUMS_OF_SHORT_ROWS = 8, 1 << 16, 1 << 15
 # Windows that a thread gathers at a time, to stay in its first caches.
 _WINDOWS_PER_CHUNK = 256
 
@@ -59,8 +60,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     """``C(x, w) + b``, in the layout that PyTorch would give it."""
     size, kernel = (input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3])
     output = geometry.output(*size, *kernel)
-    result = input.new_empty(input.shape[0], weight.shape[0], *output)
-    result = result.contiguous(memory_format=memory_format_of(input, weight))
+    result = _empty((input.shape[0], weight.shape[0], *output), input, memory_format_of(input, weight))
     groups = geometry.groups
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     _multiply(input, split, False, bias, result, forward_plan(size, kernel, input.shape[1], weight.shape[0], geometry))
@@ -76,8 +76,7 @@ def convolve_input(
 ) -> Tensor:
     """``T(g, w)``: the gradient of the input, of height and width ``size``, in ``layout`` or that of the two."""
     groups, kernel = geometry.groups, (weight.shape[2], weight.shape[3])
-    result = grad.new_empty(grad.shape[0], groups * weight.shape[1], *size)
-    result = result.contiguous(memory_format=layout or memory_format_of(grad, weight))
+    result = _empty((grad.shape[0], groups * weight.shape[1], *size), grad, layout or memory_format_of(grad, weight))
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).transpose(1, 2)
     errors = (grad.shape[2], grad.shape[3])
     plan = input_plan(errors, size, kernel, grad.shape[1], result.shape[1], geometry)
@@ -96,8 +95,9 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
         groups == 1
         and outputs % ROWS == 0
         and count >= _IMAGES_PER_THREAD * torch.get_num_threads()
-        and grad.shape[3] >= SHORT_ROW
-        and outputs * channels * kernel[0] * kernel[1] <= _MOST_OWN_SUMS
+        and grad.shape[3] >= _SHORTEST_ROW
+        and outputs * channels * kernel[0] * kernel[1]
+        <= (_MOST_OWN_SUMS if grad.shape[3] >= SHORT_ROW else _OWN_SUMS_OF_SHORT_ROWS)
     ):
         return _convolve_weight_by_image(grad, input, kernel, geometry)
     # planes of gradients can be read where they are, if no tile reaches past the last of them
@@ -142,13 +142,12 @@ def _convolve_weight_by_image(grad: Tensor, input: Tensor, kernel: tuple[int, in
         *(tasks, count, input.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
         *(scratch.data_ptr(), scratch.stride(0) * 4, sums_offset),
         *(grad.data_ptr(), grad.stride(0) * 4, row, step, plan.step),
-        *(plan.runs.ctypes.data, len(plan.runs), max(1, _PIXELS_IN_FIRST_CACHE // grad.shape[3]), outputs // ROWS),
+        *(plan.runs.ctypes.data, plan.most_runs, max(1, _PIXELS_IN_FIRST_CACHE // grad.shape[3]), outputs // ROWS),
         *(len(plan.spans), plan.spans.ctypes.data, plan.span_bytes, sums_step),
     ]
     run(_KERNELS.convolve_weight_by_image, words, tasks)
-    sums = scratch[:, sums_offset // 4 :][:, : outputs * sums_step // 4].sum(0).view(outputs, len(plan.spans), -1)
-    sums = sums[:, :, : kernel[0] * kernel[1] * channels // len(plan.spans)]
-    return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+    spans = len(plan.spans), plan.span_bytes // 4
+    return _summed(scratch, sums_offset // 4, outputs, spans, kernel, channels)
 
 
 def _convolve_weight_thin(
@@ -162,9 +161,8 @@ def _convolve_weight_thin(
     length, places = kernel[0] * kernel[1] * channels, len(sources)
     window, width = -(-length // LANES) * LANES, -(-length // WIDTH) * WIDTH
     chunk = min(places, _WINDOWS_PER_CHUNK)
-    first = np.arange(0, places, chunk)
     step = grad.stride(3) if grad.shape[3] > 1 else grad.stride(2)
-    runs = np.stack([first * (step * 4), 0 * first, np.minimum(chunk, places - first)], 1).astype(np.int64)
+    runs = _chunks(places, chunk, step * 4)
     # a vector read or written at the end of a part reaches into the next
     windows_offset = (image.pixels * channels + LANES) * 4
     sums_offset = windows_offset + (chunk * window + LANES) * 4
@@ -179,14 +177,34 @@ def _convolve_weight_thin(
         *(outputs // ROWS, length, width * 4),
     ]
     run(_KERNELS.convolve_weight_thin, words, tasks)
-    sums = scratch[:, sums_offset // 4 :][:, : outputs * width].sum(0).view(outputs, width)[:, :length]
-    return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+    return _summed(scratch, sums_offset // 4, outputs, (1, width), kernel, channels)
+
+
+def _summed(
+    scratch: Tensor, start: int, outputs: int, spans: tuple[int, int], kernel: tuple[int, int], channels: int
+) -> Tensor:
+    """The gradient from the sums of all threads: for each output, so many spans of taps, and so far apart."""
+    number, apart = spans
+    shape = scratch.shape[0], outputs, number, kernel[0] * kernel[1] * channels // number
+    sums = scratch.as_strided(shape, (scratch.stride(0), number * apart, apart, 1), start)
+    return sums.sum(0).view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache(maxsize=256)
+def _chunks(places: int, chunk: int, step: int) -> np.ndarray[Any, Any]:
+    """Runs of ``chunk`` places, ``step`` bytes apart, as the kernels read them."""
+    first = np.arange(0, places, chunk)
+    return np.stack([first * step, 0 * first, np.minimum(chunk, places - first)], 1).astype(np.int64)
 
 
 @lru_cache(maxsize=64)
 def _zeros(count: int) -> np.ndarray[Any, Any]:
     """What is added where there is no bias."""
     return np.zeros(count, np.float32)
+
+
+def _empty(shape: tuple[int, ...], like: Tensor, layout: torch.memory_format) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _strides(tensor: Tensor) -> tuple[Tensor, int, int, int]:
@@ -252,11 +270,13 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
         padded[:, :outputs] = bias.view(groups, outputs)
         offsets = padded.data_ptr()
     _, t_image, t_channel, t_pixel = _strides(result)
-    out_pixels = result.shape[2] * result.shape[3]
-    image_bytes, tasks = plan.image.pixels * channels * 4, -(-count // plan.size)
+    out_pixels, pixels = result.shape[2] * result.shape[3], plan.image.pixels
+    in_form = plan.image.dense and (s_image, s_channel, s_pixel) == (pixels * channels * 4, 4, channels * 4)
+    out_form = (t_image, t_channel, t_pixel) == (out_pixels * row, 4, row)
+    image_bytes, tasks = pixels * channels * 4, -(-count // plan.size)
     used = min(threads, tasks)
     result_offset = plan.size * image_bytes + _SLACK
-    scratch_bytes = -(-(result_offset + (plan.size * out_pixels + 1) * row + 4096) // 64) * 64
+    scratch_bytes = -(-(result_offset + plan.size * out_pixels * row + 4096) // 64) * 64
     scratch = input.new_empty(used, scratch_bytes // 4)
     places, inputs, targets, *tables = plan.addresses
     words = [
@@ -266,5 +286,6 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
         *(len(plan.first), inputs, targets, *tables),
         *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets),
         *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width, TERMS),
+        *(int(in_form), int(out_form)),
     ]
     run(_KERNELS.convolve, words, used)

@@ -21,6 +21,7 @@ from reimpl.functional._numba_tiles import (
     accumulate_broad_tile,
     accumulate_narrow_tile,
     accumulate_tile,
+    interleave_three,
     move_number,
     move_vector,
     multiply_more_narrow_pairs,
@@ -36,29 +37,48 @@ from reimpl.optim._numba_ops import pointer, take
 
 
 @njit(error_model="numpy")
+def move_pixels(
+    source: Any, channel_step: Any, pixel_step: Any, channels: Any, pixels: Any, target: Any, table: Any
+) -> None:
+    """Put pixels where ``table`` says, one by one, with their channels together."""
+    places = carray(pointer(table), (pixels,), np.int64)
+    whole = channels // LANES * LANES if channel_step == 4 else 0
+    for p in range(pixels):
+        row, place = source + p * pixel_step, target + places[p]
+        for c in range(0, whole, LANES):
+            move_vector(row + 4 * c, place + 4 * c)
+        for c in range(whole, channels):
+            move_number(row + c * channel_step, place + 4 * c)
+
+
+@njit(error_model="numpy")
 def pack_image(
     source: Any, channel_step: Any, pixel_step: Any, channels: Any, pixels: Any, target: Any, table: Any
 ) -> None:
     """Write one image, planes or pixels, to a buffer with the channels of a pixel together; ``table`` places pixels."""
     places = carray(pointer(table), (pixels,), np.int64)
     whole_c, whole_p = channels // LANES * LANES, pixels // LANES * LANES
-    if channel_step == 4:
-        for p in range(pixels):
+    if (channel_step == 4 and pixel_step == 4 * channels) or (pixel_step == 4 and channels == 3):
+        for p in range(0, whole_p, LANES):
             row, place = source + p * pixel_step, target + places[p]
-            for c in range(0, whole_c, LANES):
-                move_vector(row + 4 * c, place + 4 * c)
-            for c in range(whole_c, channels):
-                move_number(row + 4 * c, place + 4 * c)
-        return
-    if pixel_step == 4:
+            if places[p + LANES - 1] - places[p] != (LANES - 1) * channels * 4:
+                move_pixels(row, channel_step, pixel_step, channels, LANES, target, table + 8 * p)
+            elif channel_step == 4:
+                for k in range(channels):
+                    move_vector(row + 4 * LANES * k, place + 4 * LANES * k)
+            else:
+                interleave_three(row, channel_step, place)
+        left = source + whole_p * pixel_step
+        move_pixels(left, channel_step, pixel_step, channels, pixels - whole_p, target, table + 8 * whole_p)
+    elif pixel_step == 4:
         for c in range(0, whole_c, LANES):
             for p in range(0, whole_p, LANES):
                 transpose_block(source + c * channel_step + 4 * p, channel_step, target + 4 * c, table + 8 * p)
+        for c in range(channels):
+            for p in range(whole_p if c < whole_c else 0, pixels):
+                move_number(source + c * channel_step + p * pixel_step, target + places[p] + 4 * c)
     else:
-        whole_c = whole_p = 0
-    for c in range(channels):
-        for p in range(whole_p if c < whole_c else 0, pixels):
-            move_number(source + c * channel_step + p * pixel_step, target + places[p] + 4 * c)
+        move_pixels(source, channel_step, pixel_step, channels, pixels, target, table)
 
 
 @njit(error_model="numpy")
@@ -113,19 +133,16 @@ def pack_weight(task: Any) -> None:
         g, first = i // panels_per_group, i % panels_per_group * panel_width
         width = min(panel_width, outputs - first)
         start = source + g * group_step + first * output_step
-        numbers = carray(pointer(target + i * panel), (taps, channels, panel_width), np.float32)
-        for o in range(width):
-            for c in range(channels):
-                for k in range(taps):
-                    tap = taps - 1 - k if mirror else k
-                    move_number(
-                        start + o * output_step + c * channel_step + tap * tap_step,
-                        target + i * panel + ((k * channels + c) * panel_width + o) * 4,
-                    )
-        for k in range(taps):
-            for c in range(channels):
+        for c in range(channels):
+            for k in range(taps):
+                tap = taps - 1 - k if mirror else k
+                numbers = start + c * channel_step + tap * tap_step
+                row = target + i * panel + (k * channels + c) * panel_width * 4
+                for o in range(width):
+                    move_number(numbers + o * output_step, row + 4 * o)
+                padding = carray(pointer(row), (panel_width,), np.float32)
                 for o in range(width, panel_width):
-                    numbers[k, c, o] = 0.0
+                    padding[o] = 0.0
 
 
 @njit(error_model="numpy")
@@ -187,8 +204,11 @@ def multiply_panel(
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def convolve(task: Any) -> None:
-    """Pack some images, multiply all their tiles with every panel of the kernel, and unpack the result."""
-    w = carray(task, (37,), np.int64)
+    """Pack some images, multiply all their tiles with every panel of the kernel, and unpack the result.
+
+    What has the buffers' form, images or result, is read or written where it is, unless the task has too few images.
+    """
+    w = carray(task, (39,), np.int64)
     counter, tasks, per_task, count = w[0], w[1], w[2], w[3]
     source, s_image, s_channel, s_pixel, channels, pixels, table, image_bytes = (
         w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11],
@@ -197,7 +217,7 @@ def convolve(task: Any) -> None:
     n_tiles, a_table, c_table, run_first, run_count, runs = w[16], w[17], w[18], w[19], w[20], w[21]
     weight, panel, panels, groups, group_step, bias = w[22], w[23], w[24], w[25], w[26], w[27]
     row_step, target, t_image, t_channel, t_pixel, outputs, out_pixels = w[28], w[29], w[30], w[31], w[32], w[33], w[34]
-    panel_width, terms = w[35], w[36]
+    panel_width, terms, in_form, out_form = w[35], w[36], w[37], w[38]
     first = carray(pointer(run_first), (n_tiles,), np.int64)
     number = carray(pointer(run_count), (n_tiles,), np.int64)
     local = scratch + take(counter + 8) * scratch_step
@@ -210,23 +230,31 @@ def convolve(task: Any) -> None:
         if i >= tasks:
             return
         images = min(per_task, count - i * per_task)
-        for n in range(images):
-            image = source + (i * per_task + n) * s_image
-            pack_image(image, s_channel, s_pixel, channels, pixels, local + n * image_bytes, table)
+        own, own_target = source + i * per_task * s_image, target + i * per_task * t_image
+        a_base, c_base = local, result
+        if in_form and images == per_task:
+            a_base = own
+        else:
+            for n in range(images):
+                image = local + n * image_bytes
+                pack_image(own + n * s_image, s_channel, s_pixel, channels, pixels, image, table)
+        direct = out_form and images == per_task
+        if direct:
+            c_base = own_target
         for p in range(groups * panels):
-            a, columns = local + p // panels * group_step, p * panel_width * 4
+            a, columns = a_base + p // panels * group_step, p * panel_width * 4
             multiply_panel(
                 panel_width == WIDTH, a, a_table, weight + p * panel, runs, first, number, terms,
-                bias + columns, result + columns, c_table,
+                bias + columns, c_base + columns, c_table,
             )  # fmt: skip
-        for n in range(images):
+        for n in range(0 if direct else images):
             for g in range(groups):
                 unpack_image(
                     result + n * out_pixels * row_step + g * panels * panel_width * 4,
                     row_step,
                     outputs,
                     out_pixels,
-                    target + (i * per_task + n) * t_image + g * outputs * t_channel,
+                    own_target + n * t_image + g * outputs * t_channel,
                     t_channel,
                     t_pixel,
                 )
@@ -282,7 +310,7 @@ def convolve_weight_by_image(task: Any) -> None:
     errors, e_image, a_row, a_step, b_step = w[13], w[14], w[15], w[16], w[17]
     runs, n_runs, per_chunk, row_tiles = w[18], w[19], w[20], w[21]
     n_spans, spans, span_bytes, sums_step = w[22], w[23], w[24], w[25]
-    # offset in the image, numbers
+    # offset in the image, numbers, first tap, first run, number of runs
     span = carray(pointer(spans), (n_spans, 5), np.int64)
     while True:
         t = take(counter)
@@ -292,22 +320,24 @@ def convolve_weight_by_image(task: Any) -> None:
         for i in range(count * t // tasks, count * (t + 1) // tasks):
             pack_image(source + i * s_image, s_channel, s_pixel, channels, pixels, local, table)
             for chunk in range(0, n_runs, per_chunk):
-                length, own = min(per_chunk, n_runs - chunk), runs + chunk * 24
-                for r in range(row_tiles):
-                    a, row = errors + i * e_image + r * ROWS * a_row, local + sums_offset + r * ROWS * sums_step
-                    for s in range(n_spans):
-                        b, c, left = local + span[s, 0], row + s * span_bytes, span[s, 1]
-                        while left > 0:
-                            if LANES == 16 and WIDTH < left <= 3 * LANES:
-                                accumulate_broad_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
-                                width = 3 * LANES
-                            elif left > LANES:
-                                accumulate_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
-                                width = WIDTH
+                for s in range(n_spans):
+                    own, length = runs + (span[s, 3] + chunk) * 24, min(per_chunk, span[s, 4] - chunk)
+                    b, left = local + span[s, 0], span[s, 1]
+                    c = local + sums_offset + s * span_bytes
+                    while left > 0 and length > 0:
+                        width = WIDTH if left > LANES else LANES
+                        if LANES == 16 and (left % (3 * LANES) == 0 or WIDTH < left <= 3 * LANES):
+                            width = 3 * LANES
+                        # the columns stay in the first cache while all rows go by
+                        for r in range(row_tiles):
+                            a, row = errors + i * e_image + r * ROWS * a_row, c + r * ROWS * sums_step
+                            if width == 3 * LANES:
+                                accumulate_broad_tile(a, a_row, b, own, length, a_step, b_step, row, sums_step)
+                            elif width == WIDTH:
+                                accumulate_tile(a, a_row, b, own, length, a_step, b_step, row, sums_step)
                             else:
-                                accumulate_narrow_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
-                                width = LANES
-                            b, c, left = b + 4 * width, c + 4 * width, left - width
+                                accumulate_narrow_tile(a, a_row, b, own, length, a_step, b_step, row, sums_step)
+                        b, c, left = b + 4 * width, c + 4 * width, left - width
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")

@@ -16,6 +16,7 @@ from torch import Tensor
 from reimpl.functional._conv.arguments import Geometry
 from reimpl.functional._conv.kernels import convolve, convolve_input, convolve_weight
 from reimpl.functional._dispatch import autocast_disabled, memory_format_of
+from reimpl.functional._inductor import best_channels_last, tell_inductor
 from reimpl.functional.kernels import in_compiled_code
 
 # Geometry as a schema can say it: stride, padding, dilation, groups, algorithm.
@@ -41,6 +42,7 @@ def _geometry(stride: Any, padding: Any, dilation: Any, groups: int, algorithm: 
     return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups, algorithm)
 
 
+@best_channels_last(0, filter=1)
 @torch.library.custom_op(
     "reimpl::convolution",
     mutates_args=(),
@@ -53,6 +55,7 @@ def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *words: Any
     return output.contiguous(memory_format=memory_format_of(input, weight))
 
 
+@best_channels_last(0, filter=1)
 @torch.library.custom_op(
     "reimpl::convolution_input",
     mutates_args=(),
@@ -65,6 +68,7 @@ def _convolution_input(grad: Tensor, weight: Tensor, size: Sequence[int], *words
     return output.contiguous(memory_format=memory_format_of(grad, weight))
 
 
+@best_channels_last(0, 1)
 @torch.library.custom_op(
     "reimpl::convolution_weight",
     mutates_args=(),
@@ -93,6 +97,7 @@ def _(grad: Tensor, input: Tensor, size: Sequence[int], *words: Any) -> Tensor:
 
 
 def _empty(planes: Tensor, weight: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    tell_inductor()
     shape, layout = (planes.shape[0], channels, *size), memory_format_of(planes, weight)
     return torch.empty(shape, dtype=planes.dtype, device=planes.device, memory_format=layout)
 

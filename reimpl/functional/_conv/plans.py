@@ -18,8 +18,8 @@ TERMS = 192
 _PIXELS_PER_CHUNK, _PIXELS_OF_ONE_TAP = 1024, 128
 # A row of fewer pixels makes runs so short that their bookkeeping shows.
 SHORT_ROW = 16
-# The buffers of one task are to stay in a core's second-level cache.
-_TASK_BYTES, _MOST_IMAGES = 768 << 10, 16
+# The buffers of one task are to stay in a core's second-level cache; its numbers of images divide most batches.
+_TASK_BYTES, _IMAGES = 768 << 10, (1, 2, 4, 8, 16)
 
 Array = Any
 
@@ -120,7 +120,7 @@ def _tiles(
     height = ROWS if panels_of(outputs // groups)[1] == WIDTH else NARROW_ROWS
     inner = [part for whole in classes for part in _without_padding(size, whole)]
     for chosen in (classes, inner):
-        for images in range(1, _MOST_IMAGES + 1):
+        for images in _IMAGES:
             tiles = _tiles_of(size, chosen, taps, output, images, channels, groups, height)
             if images > 1 and 4 * images * (tiles.image.pixels * channels + output * outputs) > _TASK_BYTES:
                 break
@@ -181,9 +181,9 @@ def _tiles_of(
         a = (batch * image.pixels + offset).reshape(-1)
         c = (batch * output + pixels).reshape(-1)
         short = -len(a) % height
-        # what fills up the last tile is computed twice and written beside the result
+        # the last pixel fills up the last tile
         inputs.append(np.append(a, np.repeat(a[-1:], short)))
-        outputs.append(np.append(c, np.repeat(images * output, short)))
+        outputs.append(np.append(c, np.repeat(c[-1:], short)))
         n_tiles, own = (len(a) + short) // height, _runs(class_taps, image.width, channels, groups)
         first += [len(runs)] * n_tiles
         count += [len(own)] * n_tiles
@@ -303,7 +303,7 @@ def _runs_by_row(
     geometry: Geometry,
     in_planes: bool,
 ) -> WeightPlan:
-    """A run is a row of one image; taps of a row that lie side by side are one span."""
+    """A run is a row of one image; taps of a row that lie side by side are one span, and skip rows of the padding."""
     rows, columns = geometry.output(*size, *kernel)
     (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
     reach = geometry.reach(*kernel)
@@ -312,19 +312,24 @@ def _runs_by_row(
     n, i = np.divmod(np.arange(count * rows), rows)
     first = n * image.pixels + (i * s_h - top) * image.width - left + origin
     errors = (n * (outputs if in_planes else 1) * rows + i) * columns
-    runs = np.stack(
+    table = np.stack(
         [errors * (4 if in_planes else outputs * 4), first * (channels * 4), np.full(count * rows, columns)], 1
     )
     together = kernel[1] if d_w == 1 and geometry.groups == 1 else 1
-    own = channels // geometry.groups
-    spans = [
-        ((k * d_h * image.width + j * d_w) * channels * 4, together * own, k * kernel[1] + j, 0, len(runs))
-        for k in range(kernel[0])
-        for j in range(0, kernel[1], together)
-    ]
+    own, so_far = channels // geometry.groups, 0
+    spans, runs = [], []
+    for k in range(kernel[0]):
+        seen = i * s_h - top + k * d_h
+        runs.append(table[(seen >= 0) & (seen < size[0])])
+        for j in range(0, kernel[1], together):
+            start = (k * d_h * image.width + j * d_w) * channels * 4
+            spans.append((start, together * own, k * kernel[1] + j, so_far, len(runs[-1])))
+        so_far += len(runs[-1])
     width, per_chunk = -(-together * own // WIDTH) * WIDTH * 4, max(1, _pixels(kernel) // columns)
-    table, step = np.ascontiguousarray(runs, np.int64), s_w * channels * 4
-    return WeightPlan(image, False, in_planes, step, table, len(runs), per_chunk, np.array(spans, np.int64), width)
+    return WeightPlan(
+        image, False, in_planes, s_w * channels * 4, np.ascontiguousarray(np.concatenate(runs), np.int64),
+        max(map(len, runs)), per_chunk, np.array(spans, np.int64), width,
+    )  # fmt: skip
 
 
 def _runs_by_pixel(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -26,7 +23,6 @@ def like(grad: Tensor, target: Tensor | torch.dtype | None) -> Tensor | None:
     return grad.to(target.dtype if isinstance(target, Tensor) else target)
 
 
-@dataclass(frozen=True)
 class Chain:
     r"""The derivatives of batch normalisation, (4.83-4.94), from sums over a channel.
 
@@ -54,30 +50,18 @@ class Chain:
         eps: :math:`\epsilon`.
     """
 
-    sum_g: Tensor
-    sum_g_centred: Tensor
-    var: Tensor
-    weight: Tensor | None
-    eps: float
-
-    @cached_property
-    def s(self) -> Tensor:
+    def __init__(self, sum_g: Tensor, sum_g_centred: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> None:
+        self.sum_g, self.weight = sum_g, weight
+        self.s = torch.rsqrt(var + eps)
         r""":math:`(\sigma^2 + \epsilon)^{-1/2}`"""
-        return torch.rsqrt(self.var + self.eps)
-
-    @cached_property
-    def scale(self) -> Tensor:
+        self.scale = self.s if weight is None else self.s * weight.to(self.s.dtype)
         r""":math:`\gamma s`, (4.90) of :math:`s`"""
-        return self.s if self.weight is None else self.s * self.weight.to(self.s.dtype)
+        self.to_weight = self.s * sum_g_centred
+        """(4.84)"""
 
     def to_normalized(self, g: Tensor) -> Tensor:
         """(4.90)"""
         return g if self.weight is None else g * per_channel(self.weight.to(g.dtype), g)
-
-    @cached_property
-    def to_weight(self) -> Tensor:
-        """(4.84)"""
-        return self.s * self.sum_g_centred
 
     @property
     def to_var(self) -> Tensor:

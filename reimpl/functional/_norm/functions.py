@@ -116,13 +116,23 @@ class BatchNormTraining(torch.autograd.Function):
                 slope = _plus(chain.to_var, grad_var).mul_(2 / count)
                 grad_input = errors.to_input(chain.scale, slope, _plus(chain.to_mean, grad_mean).div_(count))
         else:
-            g, x, dims = _unrectified(grad, rectified).to(mean.dtype), input.to(mean.dtype), other_dims(input)
-            centred = x - per_channel(mean, x)
-            chain = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, eps)
-            if wanted:
-                to_mean, to_var = _plus(chain.to_mean, grad_mean), _plus(chain.to_var, grad_var)
-                grad_input = chain.to_input(g, centred, to_mean, to_var, count).to(input.dtype)
+            return composed_gradients(grad, grad_mean, grad_var, saved, eps, wanted)
         return grad_input, chain.to_weight, chain.sum_g
+
+
+def composed_gradients(
+    grad: Tensor, grad_mean: Tensor | None, grad_var: Tensor | None, saved: tuple[Any, ...], eps: float, wanted: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """:meth:`BatchNormTraining.gradients` in differentiable operators."""
+    input, weight, mean, var, rectified = saved
+    g, x, dims = _unrectified(grad, rectified).to(mean.dtype), input.to(mean.dtype), other_dims(input)
+    centred, grad_input = x - per_channel(mean, x), None
+    chain = Chain(g.sum(dims), (g * centred).sum(dims), var, weight, eps)
+    if wanted:
+        to_mean, to_var = _plus(chain.to_mean, grad_mean), _plus(chain.to_var, grad_var)
+        count = input.numel() // input.shape[1]
+        grad_input = chain.to_input(g, centred, to_mean, to_var, count).to(input.dtype)
+    return grad_input, chain.to_weight, chain.sum_g
 
 
 def _plus(value: Tensor, other: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import memory_format_of
+from reimpl.functional._inductor import best_channels_last, tell_inductor
 from reimpl.functional._pooling.largest import search, spread
 from reimpl.functional._pooling.windows import Windows
 from reimpl.functional.kernels import in_compiled_code
@@ -30,6 +31,7 @@ def _windows(*words: Sequence[int]) -> Windows:
     return Windows(*((rows, columns) for rows, columns in words))
 
 
+@best_channels_last(0)
 @torch.library.custom_op("reimpl::max_pool", mutates_args=(), schema=f"(Tensor input, {_WINDOWS}) -> (Tensor, Tensor)")
 @in_compiled_code
 def _max_pool(input: Tensor, *words: Any) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,7 @@ def _max_pool(input: Tensor, *words: Any) -> tuple[Tensor, Tensor]:
     return values.contiguous(memory_format=layout), places.contiguous(memory_format=layout)
 
 
+@best_channels_last(0, 1)
 @torch.library.custom_op(
     "reimpl::max_pool_input",
     mutates_args=(),
@@ -62,6 +65,7 @@ def _(grad: Tensor, places: Tensor, plane: Sequence[int], *words: Any) -> Tensor
 
 
 def _empty(like: Tensor, plane: Sequence[int]) -> Tensor:
+    tell_inductor()
     shape = (*like.shape[:-2], *plane)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format_of(like))
 

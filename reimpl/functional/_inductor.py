@@ -88,9 +88,12 @@ def _wanted(node: Node, images: Sequence[Node]) -> bool:
         return False
     if graph.is_backward:
         return _saved_channels_last(node.graph, graph.sizevars.shape_env)
-    if node not in graph.nodes_prefer_channels_last:
-        graph.nodes_prefer_channels_last |= _around_convolutions(node.graph)
-    return node in graph.nodes_prefer_channels_last
+    preferring = getattr(graph, "nodes_prefer_channels_last", None)
+    if preferring is None:
+        return False
+    if node not in preferring:
+        preferring |= _around_convolutions(node.graph)
+    return node in preferring
 
 
 def _saved_channels_last(graph: Graph, shapes: Any) -> bool:

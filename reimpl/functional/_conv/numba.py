@@ -59,8 +59,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     """``C(x, w) + b``, in the layout that PyTorch would give it."""
     size, kernel = (input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3])
     output = geometry.output(*size, *kernel)
-    result = input.new_empty(input.shape[0], weight.shape[0], *output)
-    result = result.contiguous(memory_format=memory_format_of(input, weight))
+    result = _empty((input.shape[0], weight.shape[0], *output), input, memory_format_of(input, weight))
     groups = geometry.groups
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     _multiply(input, split, False, bias, result, forward_plan(size, kernel, input.shape[1], weight.shape[0], geometry))
@@ -76,8 +75,7 @@ def convolve_input(
 ) -> Tensor:
     """``T(g, w)``: the gradient of the input, of height and width ``size``, in ``layout`` or that of the two."""
     groups, kernel = geometry.groups, (weight.shape[2], weight.shape[3])
-    result = grad.new_empty(grad.shape[0], groups * weight.shape[1], *size)
-    result = result.contiguous(memory_format=layout or memory_format_of(grad, weight))
+    result = _empty((grad.shape[0], groups * weight.shape[1], *size), grad, layout or memory_format_of(grad, weight))
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).transpose(1, 2)
     errors = (grad.shape[2], grad.shape[3])
     plan = input_plan(errors, size, kernel, grad.shape[1], result.shape[1], geometry)
@@ -187,6 +185,10 @@ def _convolve_weight_thin(
 def _zeros(count: int) -> np.ndarray[Any, Any]:
     """What is added where there is no bias."""
     return np.zeros(count, np.float32)
+
+
+def _empty(shape: tuple[int, ...], like: Tensor, layout: torch.memory_format) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _strides(tensor: Tensor) -> tuple[Tensor, int, int, int]:

@@ -133,197 +133,89 @@ def _sums(
 
 
 def _multiply(vectors: int, more: bool, pairs: bool = False) -> Any:
-    """c[row] = bias + sums or, with ``more``, c[row] += sums."""
+    """c[row] = bias + Σ a[row + t] b[t] over all runs: rows at addresses from tables, ``vectors`` times LANES columns.
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a_base, a_table, b_base, runs, n_runs, b_step, bias, c_base, c_table = args
-        height, apart = ROWS, None
-        if pairs:
-            height = NARROW_ROWS
-            first, second = (_load(builder, _I64, _plus(builder, a_table, offset)) for offset in (0, 8))
-            apart = builder.sub(second, first)
-        places = range(0, height, 2 if pairs else 1)
-        rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in places]
-        sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step, apart)
-        for j in range(height):
-            target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
-            for v in range(vectors):
-                address = _plus(builder, target, 4 * LANES * v)
-                start = _load(builder, _VECTOR, address if more else _plus(builder, bias, 4 * LANES * v))
-                builder.store(builder.fadd(sums[vectors * j + v], start), _at(builder, _VECTOR, address), align=4)
-        return context.get_dummy_value()
+    There are ROWS of them or, in ``pairs``, NARROW_ROWS. With ``more``, c[row] += Σ, and ``bias`` is not read.
+    """
 
-    return types.void(*(types.int64,) * 9), codegen
+    @intrinsic
+    def multiply(
+        typingctx: Any,
+        a_base: Any,
+        a_table: Any,
+        b_base: Any,
+        runs: Any,
+        n_runs: Any,
+        b_step: Any,
+        bias: Any,
+        c_base: Any,
+        c_table: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            a_base, a_table, b_base, runs, n_runs, b_step, bias, c_base, c_table = args
+            height, apart = ROWS, None
+            if pairs:
+                height = NARROW_ROWS
+                first, second = (_load(builder, _I64, _plus(builder, a_table, offset)) for offset in (0, 8))
+                apart = builder.sub(second, first)
+            places = range(0, height, 2 if pairs else 1)
+            rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in places]
+            sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step, apart)
+            for j in range(height):
+                target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
+                for v in range(vectors):
+                    address = _plus(builder, target, 4 * LANES * v)
+                    start = _load(builder, _VECTOR, address if more else _plus(builder, bias, 4 * LANES * v))
+                    builder.store(builder.fadd(sums[vectors * j + v], start), _at(builder, _VECTOR, address), align=4)
+            return context.get_dummy_value()
 
+        return types.void(*(types.int64,) * 9), codegen
 
-@intrinsic
-def multiply_tile(
-    typingctx: Any,
-    a_base: Any,
-    a_table: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    b_step: Any,
-    bias: Any,
-    c_base: Any,
-    c_table: Any,
-) -> Any:
-    """c[row] = bias + Σ a[row + t] b[t] over all runs: ROWS rows at addresses from tables, WIDTH columns."""
-    return _multiply(WIDTH // LANES, more=False)
-
-
-@intrinsic
-def multiply_narrow_tile(
-    typingctx: Any,
-    a_base: Any,
-    a_table: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    b_step: Any,
-    bias: Any,
-    c_base: Any,
-    c_table: Any,
-) -> Any:
-    """:func:`multiply_tile` of LANES columns."""
-    return _multiply(1, more=False)
+    return multiply
 
 
-@intrinsic
-def multiply_more_tile(
-    typingctx: Any,
-    a_base: Any,
-    a_table: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    b_step: Any,
-    bias: Any,
-    c_base: Any,
-    c_table: Any,
-) -> Any:
-    """c[row] += Σ a[row + t] b[t] over all runs, beside :func:`multiply_tile`; ``bias`` is not read."""
-    return _multiply(WIDTH // LANES, more=True)
-
-
-@intrinsic
-def multiply_more_narrow_tile(
-    typingctx: Any,
-    a_base: Any,
-    a_table: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    b_step: Any,
-    bias: Any,
-    c_base: Any,
-    c_table: Any,
-) -> Any:
-    """:func:`multiply_more_tile` of LANES columns."""
-    return _multiply(1, more=True)
-
-
-@intrinsic
-def multiply_narrow_pairs(
-    typingctx: Any,
-    a_base: Any,
-    a_table: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    b_step: Any,
-    bias: Any,
-    c_base: Any,
-    c_table: Any,
-) -> Any:
-    """:func:`multiply_tile` of NARROW_ROWS rows in pairs, LANES columns."""
-    return _multiply(1, more=False, pairs=True)
-
-
-@intrinsic
-def multiply_more_narrow_pairs(
-    typingctx: Any,
-    a_base: Any,
-    a_table: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    b_step: Any,
-    bias: Any,
-    c_base: Any,
-    c_table: Any,
-) -> Any:
-    """:func:`multiply_more_tile` of NARROW_ROWS rows in pairs, LANES columns."""
-    return _multiply(1, more=True, pairs=True)
+multiply_tile, multiply_more_tile = (_multiply(WIDTH // LANES, more) for more in (False, True))
+multiply_narrow_tile, multiply_more_narrow_tile = (_multiply(1, more) for more in (False, True))
+multiply_narrow_pairs, multiply_more_narrow_pairs = (_multiply(1, more, pairs=True) for more in (False, True))
 
 
 def _accumulate(vectors: int) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a_base, a_row, b_base, runs, n_runs, a_step, b_step, c_base, c_step = args
-        rows = [builder.add(a_base, builder.mul(a_row, ir.Constant(_I64, j))) for j in range(ROWS)]
-        sums = _sums(builder, vectors, rows, b_base, runs, n_runs, a_step, b_step)
-        target = c_base
-        for j in range(ROWS):
-            for v in range(vectors):
-                address = _plus(builder, target, 4 * LANES * v)
-                value = builder.fadd(_load(builder, _VECTOR, address), sums[vectors * j + v])
-                builder.store(value, _at(builder, _VECTOR, address), align=4)
-            target = builder.add(target, c_step)
-        return context.get_dummy_value()
+    """c[row] += Σ a[row a_row + t a_step] b[t b_step] over all runs: ROWS rows, ``vectors`` times LANES columns."""
 
-    return types.void(*(types.int64,) * 9), codegen
+    @intrinsic
+    def accumulate(
+        typingctx: Any,
+        a_base: Any,
+        a_row: Any,
+        b_base: Any,
+        runs: Any,
+        n_runs: Any,
+        a_step: Any,
+        b_step: Any,
+        c_base: Any,
+        c_step: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            a_base, a_row, b_base, runs, n_runs, a_step, b_step, c_base, c_step = args
+            rows = [builder.add(a_base, builder.mul(a_row, ir.Constant(_I64, j))) for j in range(ROWS)]
+            sums = _sums(builder, vectors, rows, b_base, runs, n_runs, a_step, b_step)
+            target = c_base
+            for j in range(ROWS):
+                for v in range(vectors):
+                    address = _plus(builder, target, 4 * LANES * v)
+                    value = builder.fadd(_load(builder, _VECTOR, address), sums[vectors * j + v])
+                    builder.store(value, _at(builder, _VECTOR, address), align=4)
+                target = builder.add(target, c_step)
+            return context.get_dummy_value()
 
+        return types.void(*(types.int64,) * 9), codegen
 
-@intrinsic
-def accumulate_tile(
-    typingctx: Any,
-    a_base: Any,
-    a_row: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    a_step: Any,
-    b_step: Any,
-    c_base: Any,
-    c_step: Any,
-) -> Any:
-    """c[row] += Σ a[row a_row + t a_step] b[t b_step] over all runs: ROWS rows, WIDTH columns."""
-    return _accumulate(WIDTH // LANES)
-
-
-@intrinsic
-def accumulate_narrow_tile(
-    typingctx: Any,
-    a_base: Any,
-    a_row: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    a_step: Any,
-    b_step: Any,
-    c_base: Any,
-    c_step: Any,
-) -> Any:
-    """:func:`accumulate_tile` of LANES columns."""
-    return _accumulate(1)
+    return accumulate
 
 
-@intrinsic
-def accumulate_broad_tile(
-    typingctx: Any,
-    a_base: Any,
-    a_row: Any,
-    b_base: Any,
-    runs: Any,
-    n_runs: Any,
-    a_step: Any,
-    b_step: Any,
-    c_base: Any,
-    c_step: Any,
-) -> Any:
-    """:func:`accumulate_tile` of 3 LANES columns, for which there are registers where LANES is 16."""
-    return _accumulate(3)
+accumulate_tile, accumulate_narrow_tile = _accumulate(WIDTH // LANES), _accumulate(1)
+# there are registers for this one where LANES is 16
+accumulate_broad_tile = _accumulate(3)
 
 
 @intrinsic

@@ -33,9 +33,10 @@ _LEAST_WORK, _LEAST_OUTPUTS = 1 << 18, LANES // 2
 # Measured: tiles of outputs to a task.
 _ROW_TILES_PER_TASK = 4
 _SLACK = 4 * WIDTH
-# Measured: images that a thread needs to be worth sums of its own, how many of these it keeps in its second cache, and
-# the pixels whose errors stay in the first.
-_IMAGES_PER_THREAD, _MOST_OWN_SUMS, _PIXELS_IN_FIRST_CACHE = 4, 1 << 16, 512
+# Measured: images that a thread needs to be worth sums of its own, and the pixels that stay in its first cache; the
+# shortest rows that are read one by one, and how many sums are worth being read and written for each image.
+_IMAGES_PER_THREAD, _PIXELS_IN_FIRST_CACHE = 4, 512
+_SHORTEST_ROW, _MOST_OWN_SUMS, _OWN_SUMS_OF_SHORT_ROWS = 8, 1 << 16, 1 << 15
 # Windows that a thread gathers at a time, to stay in its first caches.
 _WINDOWS_PER_CHUNK = 256
 
@@ -94,8 +95,9 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
         groups == 1
         and outputs % ROWS == 0
         and count >= _IMAGES_PER_THREAD * torch.get_num_threads()
-        and grad.shape[3] >= SHORT_ROW
-        and outputs * channels * kernel[0] * kernel[1] <= _MOST_OWN_SUMS
+        and grad.shape[3] >= _SHORTEST_ROW
+        and outputs * channels * kernel[0] * kernel[1]
+        <= (_MOST_OWN_SUMS if grad.shape[3] >= SHORT_ROW else _OWN_SUMS_OF_SHORT_ROWS)
     ):
         return _convolve_weight_by_image(grad, input, kernel, geometry)
     # planes of gradients can be read where they are, if no tile reaches past the last of them
@@ -140,7 +142,7 @@ def _convolve_weight_by_image(grad: Tensor, input: Tensor, kernel: tuple[int, in
         *(tasks, count, input.data_ptr(), n, c, p, channels, len(table), table.ctypes.data),
         *(scratch.data_ptr(), scratch.stride(0) * 4, sums_offset),
         *(grad.data_ptr(), grad.stride(0) * 4, row, step, plan.step),
-        *(plan.runs.ctypes.data, len(plan.runs), max(1, _PIXELS_IN_FIRST_CACHE // grad.shape[3]), outputs // ROWS),
+        *(plan.runs.ctypes.data, plan.most_runs, max(1, _PIXELS_IN_FIRST_CACHE // grad.shape[3]), outputs // ROWS),
         *(len(plan.spans), plan.spans.ctypes.data, plan.span_bytes, sums_step),
     ]
     run(_KERNELS.convolve_weight_by_image, words, tasks)

@@ -113,19 +113,16 @@ def pack_weight(task: Any) -> None:
         g, first = i // panels_per_group, i % panels_per_group * panel_width
         width = min(panel_width, outputs - first)
         start = source + g * group_step + first * output_step
-        numbers = carray(pointer(target + i * panel), (taps, channels, panel_width), np.float32)
-        for o in range(width):
-            for c in range(channels):
-                for k in range(taps):
-                    tap = taps - 1 - k if mirror else k
-                    move_number(
-                        start + o * output_step + c * channel_step + tap * tap_step,
-                        target + i * panel + ((k * channels + c) * panel_width + o) * 4,
-                    )
-        for k in range(taps):
-            for c in range(channels):
+        for c in range(channels):
+            for k in range(taps):
+                tap = taps - 1 - k if mirror else k
+                numbers = start + c * channel_step + tap * tap_step
+                row = target + i * panel + (k * channels + c) * panel_width * 4
+                for o in range(width):
+                    move_number(numbers + o * output_step, row + 4 * o)
+                padding = carray(pointer(row), (panel_width,), np.float32)
                 for o in range(width, panel_width):
-                    numbers[k, c, o] = 0.0
+                    padding[o] = 0.0
 
 
 @njit(error_model="numpy")
@@ -282,7 +279,7 @@ def convolve_weight_by_image(task: Any) -> None:
     errors, e_image, a_row, a_step, b_step = w[13], w[14], w[15], w[16], w[17]
     runs, n_runs, per_chunk, row_tiles = w[18], w[19], w[20], w[21]
     n_spans, spans, span_bytes, sums_step = w[22], w[23], w[24], w[25]
-    # offset in the image, numbers
+    # offset in the image, numbers, first tap, first run, number of runs
     span = carray(pointer(spans), (n_spans, 5), np.int64)
     while True:
         t = take(counter)
@@ -292,22 +289,24 @@ def convolve_weight_by_image(task: Any) -> None:
         for i in range(count * t // tasks, count * (t + 1) // tasks):
             pack_image(source + i * s_image, s_channel, s_pixel, channels, pixels, local, table)
             for chunk in range(0, n_runs, per_chunk):
-                length, own = min(per_chunk, n_runs - chunk), runs + chunk * 24
-                for r in range(row_tiles):
-                    a, row = errors + i * e_image + r * ROWS * a_row, local + sums_offset + r * ROWS * sums_step
-                    for s in range(n_spans):
-                        b, c, left = local + span[s, 0], row + s * span_bytes, span[s, 1]
-                        while left > 0:
-                            if LANES == 16 and WIDTH < left <= 3 * LANES:
-                                accumulate_broad_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
-                                width = 3 * LANES
-                            elif left > LANES:
-                                accumulate_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
-                                width = WIDTH
+                for s in range(n_spans):
+                    own, length = runs + (span[s, 3] + chunk) * 24, min(per_chunk, span[s, 4] - chunk)
+                    b, left = local + span[s, 0], span[s, 1]
+                    c = local + sums_offset + s * span_bytes
+                    while left > 0 and length > 0:
+                        width = WIDTH if left > LANES else LANES
+                        if LANES == 16 and (left % (3 * LANES) == 0 or WIDTH < left <= 3 * LANES):
+                            width = 3 * LANES
+                        # the columns stay in the first cache while all rows go by
+                        for r in range(row_tiles):
+                            a, row = errors + i * e_image + r * ROWS * a_row, c + r * ROWS * sums_step
+                            if width == 3 * LANES:
+                                accumulate_broad_tile(a, a_row, b, own, length, a_step, b_step, row, sums_step)
+                            elif width == WIDTH:
+                                accumulate_tile(a, a_row, b, own, length, a_step, b_step, row, sums_step)
                             else:
-                                accumulate_narrow_tile(a, a_row, b, own, length, a_step, b_step, c, sums_step)
-                                width = LANES
-                            b, c, left = b + 4 * width, c + 4 * width, left - width
+                                accumulate_narrow_tile(a, a_row, b, own, length, a_step, b_step, row, sums_step)
+                        b, c, left = b + 4 * width, c + 4 * width, left - width
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")

@@ -303,7 +303,7 @@ def _runs_by_row(
     geometry: Geometry,
     in_planes: bool,
 ) -> WeightPlan:
-    """A run is a row of one image; taps of a row that lie side by side are one span."""
+    """A run is a row of one image; taps of a row that lie side by side are one span, and skip rows of the padding."""
     rows, columns = geometry.output(*size, *kernel)
     (s_h, s_w), (d_h, d_w), (top, _, left, _) = geometry.stride, geometry.dilation, geometry.padding
     reach = geometry.reach(*kernel)
@@ -312,19 +312,24 @@ def _runs_by_row(
     n, i = np.divmod(np.arange(count * rows), rows)
     first = n * image.pixels + (i * s_h - top) * image.width - left + origin
     errors = (n * (outputs if in_planes else 1) * rows + i) * columns
-    runs = np.stack(
+    table = np.stack(
         [errors * (4 if in_planes else outputs * 4), first * (channels * 4), np.full(count * rows, columns)], 1
     )
     together = kernel[1] if d_w == 1 and geometry.groups == 1 else 1
-    own = channels // geometry.groups
-    spans = [
-        ((k * d_h * image.width + j * d_w) * channels * 4, together * own, k * kernel[1] + j, 0, len(runs))
-        for k in range(kernel[0])
-        for j in range(0, kernel[1], together)
-    ]
+    own, so_far = channels // geometry.groups, 0
+    spans, runs = [], []
+    for k in range(kernel[0]):
+        seen = i * s_h - top + k * d_h
+        runs.append(table[(seen >= 0) & (seen < size[0])])
+        for j in range(0, kernel[1], together):
+            start = (k * d_h * image.width + j * d_w) * channels * 4
+            spans.append((start, together * own, k * kernel[1] + j, so_far, len(runs[-1])))
+        so_far += len(runs[-1])
     width, per_chunk = -(-together * own // WIDTH) * WIDTH * 4, max(1, _pixels(kernel) // columns)
-    table, step = np.ascontiguousarray(runs, np.int64), s_w * channels * 4
-    return WeightPlan(image, False, in_planes, step, table, len(runs), per_chunk, np.array(spans, np.int64), width)
+    return WeightPlan(
+        image, False, in_planes, s_w * channels * 4, np.ascontiguousarray(np.concatenate(runs), np.int64),
+        max(map(len, runs)), per_chunk, np.array(spans, np.int64), width,
+    )  # fmt: skip
 
 
 def _runs_by_pixel(

@@ -140,6 +140,38 @@ def test_random_geometries(threads: int) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("shape", "weight_shape", "options"),
+    [
+        ((37, 16, 8, 8), (16, 16, 3, 3), {"padding": 1}),
+        ((9, 32, 16, 16), (64, 32, 3, 3), {"padding": 1, "stride": 2}),
+        ((21, 32, 6, 6), (64, 16, 1, 1), {"groups": 2}),
+        ((5, 64, 9, 7), (32, 64, 3, 3), {}),
+        ((33, 3, 8, 8), (16, 3, 3, 3), {"padding": 1}),
+    ],
+    ids=["narrow", "strided", "groups", "many channels", "few channels"],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_channels_last_is_the_same_sum_read_and_written_where_it_is(
+    threads: int, shape: tuple[int, ...], weight_shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """Bit for bit what planes give: several images at a time, and the rest of a batch that does not divide."""
+    torch.set_num_threads(threads)
+    generator = seeded_generator(0, "channels_last")
+    x, w = (random_tensor(s, torch.float32, generator).requires_grad_() for s in (shape, weight_shape))
+    planes = F.conv2d(x, w, **options)
+    grad = random_tensor(planes.shape, torch.float32, generator)
+    expected = planes, *torch.autograd.grad(planes, (x, w), grad)
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    output = F.conv2d(x, w, **options)
+    ours = output, *torch.autograd.grad(output, (x, w), grad.contiguous(memory_format=torch.channels_last))
+    assert [t.is_contiguous(memory_format=torch.channels_last) for t in ours[:2]] == [True, True]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    exact = torch_functional.conv2d(x.detach().double(), w.detach().double(), **options)
+    # Sums of up to 576 products of size 1, each within half an eps of its part of the sum.
+    torch.testing.assert_close(output.double(), exact, rtol=0, atol=32 * 2**-23 * float(exact.abs().max()))
+
+
 def test_few_channels_whatever_the_gradients_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = counted(monkeypatch)
     x, w = torch.randn(5, 3, 9, 8), torch.randn(16, 3, 3, 3, requires_grad=True)

@@ -135,7 +135,8 @@ def _sums(
 def _multiply(vectors: int, more: bool, pairs: bool = False) -> Any:
     """c[row] = bias + Σ a[row + t] b[t] over all runs: rows at addresses from tables, ``vectors`` times LANES columns.
 
-    There are ROWS of them or, in ``pairs``, NARROW_ROWS. With ``more``, c[row] += Σ, and ``bias`` is not read.
+    There are ROWS of them or, in ``pairs``, NARROW_ROWS; one may be there twice. With ``more``, c[row] += Σ, and
+    ``bias`` is not read.
     """
 
     @intrinsic
@@ -158,15 +159,16 @@ def _multiply(vectors: int, more: bool, pairs: bool = False) -> Any:
                 height = NARROW_ROWS
                 first, second = (_load(builder, _I64, _plus(builder, a_table, offset)) for offset in (0, 8))
                 apart = builder.sub(second, first)
-            places = range(0, height, 2 if pairs else 1)
-            rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in places]
+            used = range(0, height, 2 if pairs else 1)
+            rows = [builder.add(a_base, _load(builder, _I64, _plus(builder, a_table, 8 * j))) for j in used]
             sums = _sums(builder, vectors, rows, b_base, runs, n_runs, ir.Constant(_I64, 4), b_step, apart)
-            for j in range(height):
-                target = builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j)))
-                for v in range(vectors):
-                    address = _plus(builder, target, 4 * LANES * v)
-                    start = _load(builder, _VECTOR, address if more else _plus(builder, bias, 4 * LANES * v))
-                    builder.store(builder.fadd(sums[vectors * j + v], start), _at(builder, _VECTOR, address), align=4)
+            targets = [builder.add(c_base, _load(builder, _I64, _plus(builder, c_table, 8 * j))) for j in range(height)]
+            places = [_plus(builder, target, 4 * LANES * v) for target in targets for v in range(vectors)]
+            biases = [_plus(builder, bias, 4 * LANES * v) for v in range(vectors)] * height
+            # a row may stand in the tile twice: all are read before the first is written
+            starts = [_load(builder, _VECTOR, start) for start in (places if more else biases)]
+            for value, start, place in zip(sums, starts, places, strict=True):
+                builder.store(builder.fadd(value, start), _at(builder, _VECTOR, place), align=4)
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 9), codegen

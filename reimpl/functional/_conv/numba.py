@@ -256,11 +256,13 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
         padded[:, :outputs] = bias.view(groups, outputs)
         offsets = padded.data_ptr()
     _, t_image, t_channel, t_pixel = _strides(result)
-    out_pixels = result.shape[2] * result.shape[3]
-    image_bytes, tasks = plan.image.pixels * channels * 4, -(-count // plan.size)
+    out_pixels, pixels = result.shape[2] * result.shape[3], plan.image.pixels
+    in_form = plan.image.dense and (s_image, s_channel, s_pixel) == (pixels * channels * 4, 4, channels * 4)
+    out_form = (t_image, t_channel, t_pixel) == (out_pixels * row, 4, row)
+    image_bytes, tasks = pixels * channels * 4, -(-count // plan.size)
     used = min(threads, tasks)
     result_offset = plan.size * image_bytes + _SLACK
-    scratch_bytes = -(-(result_offset + (plan.size * out_pixels + 1) * row + 4096) // 64) * 64
+    scratch_bytes = -(-(result_offset + plan.size * out_pixels * row + 4096) // 64) * 64
     scratch = input.new_empty(used, scratch_bytes // 4)
     places, inputs, targets, *tables = plan.addresses
     words = [
@@ -270,5 +272,6 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
         *(len(plan.first), inputs, targets, *tables),
         *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets),
         *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width, TERMS),
+        *(int(in_form), int(out_form)),
     ]
     run(_KERNELS.convolve, words, used)

@@ -184,8 +184,11 @@ def multiply_panel(
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
 def convolve(task: Any) -> None:
-    """Pack some images, multiply all their tiles with every panel of the kernel, and unpack the result."""
-    w = carray(task, (37,), np.int64)
+    """Pack some images, multiply all their tiles with every panel of the kernel, and unpack the result.
+
+    What has the buffers' form, images or result, is read or written where it is, unless the task has too few images.
+    """
+    w = carray(task, (39,), np.int64)
     counter, tasks, per_task, count = w[0], w[1], w[2], w[3]
     source, s_image, s_channel, s_pixel, channels, pixels, table, image_bytes = (
         w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11],
@@ -194,7 +197,7 @@ def convolve(task: Any) -> None:
     n_tiles, a_table, c_table, run_first, run_count, runs = w[16], w[17], w[18], w[19], w[20], w[21]
     weight, panel, panels, groups, group_step, bias = w[22], w[23], w[24], w[25], w[26], w[27]
     row_step, target, t_image, t_channel, t_pixel, outputs, out_pixels = w[28], w[29], w[30], w[31], w[32], w[33], w[34]
-    panel_width, terms = w[35], w[36]
+    panel_width, terms, in_form, out_form = w[35], w[36], w[37], w[38]
     first = carray(pointer(run_first), (n_tiles,), np.int64)
     number = carray(pointer(run_count), (n_tiles,), np.int64)
     local = scratch + take(counter + 8) * scratch_step
@@ -207,23 +210,31 @@ def convolve(task: Any) -> None:
         if i >= tasks:
             return
         images = min(per_task, count - i * per_task)
-        for n in range(images):
-            image = source + (i * per_task + n) * s_image
-            pack_image(image, s_channel, s_pixel, channels, pixels, local + n * image_bytes, table)
+        own, own_target = source + i * per_task * s_image, target + i * per_task * t_image
+        a_base, c_base = local, result
+        if in_form and images == per_task:
+            a_base = own
+        else:
+            for n in range(images):
+                image = local + n * image_bytes
+                pack_image(own + n * s_image, s_channel, s_pixel, channels, pixels, image, table)
+        direct = out_form and images == per_task
+        if direct:
+            c_base = own_target
         for p in range(groups * panels):
-            a, columns = local + p // panels * group_step, p * panel_width * 4
+            a, columns = a_base + p // panels * group_step, p * panel_width * 4
             multiply_panel(
                 panel_width == WIDTH, a, a_table, weight + p * panel, runs, first, number, terms,
-                bias + columns, result + columns, c_table,
+                bias + columns, c_base + columns, c_table,
             )  # fmt: skip
-        for n in range(images):
+        for n in range(0 if direct else images):
             for g in range(groups):
                 unpack_image(
                     result + n * out_pixels * row_step + g * panels * panel_width * 4,
                     row_step,
                     outputs,
                     out_pixels,
-                    target + (i * per_task + n) * t_image + g * outputs * t_channel,
+                    own_target + n * t_image + g * outputs * t_channel,
                     t_channel,
                     t_pixel,
                 )

@@ -18,8 +18,8 @@ TERMS = 192
 _PIXELS_PER_CHUNK, _PIXELS_OF_ONE_TAP = 1024, 128
 # A row of fewer pixels makes runs so short that their bookkeeping shows.
 SHORT_ROW = 16
-# The buffers of one task are to stay in a core's second-level cache.
-_TASK_BYTES, _MOST_IMAGES = 768 << 10, 16
+# The buffers of one task are to stay in a core's second-level cache; its numbers of images divide most batches.
+_TASK_BYTES, _IMAGES = 768 << 10, (1, 2, 4, 8, 16)
 
 Array = Any
 
@@ -120,7 +120,7 @@ def _tiles(
     height = ROWS if panels_of(outputs // groups)[1] == WIDTH else NARROW_ROWS
     inner = [part for whole in classes for part in _without_padding(size, whole)]
     for chosen in (classes, inner):
-        for images in range(1, _MOST_IMAGES + 1):
+        for images in _IMAGES:
             tiles = _tiles_of(size, chosen, taps, output, images, channels, groups, height)
             if images > 1 and 4 * images * (tiles.image.pixels * channels + output * outputs) > _TASK_BYTES:
                 break
@@ -181,9 +181,9 @@ def _tiles_of(
         a = (batch * image.pixels + offset).reshape(-1)
         c = (batch * output + pixels).reshape(-1)
         short = -len(a) % height
-        # what fills up the last tile is computed twice and written beside the result
+        # the last pixel fills up the last tile
         inputs.append(np.append(a, np.repeat(a[-1:], short)))
-        outputs.append(np.append(c, np.repeat(images * output, short)))
+        outputs.append(np.append(c, np.repeat(c[-1:], short)))
         n_tiles, own = (len(a) + short) // height, _runs(class_taps, image.width, channels, groups)
         first += [len(runs)] * n_tiles
         count += [len(own)] * n_tiles

@@ -273,6 +273,29 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 
 @intrinsic
+def interleave_three(typingctx: Any, source: Any, source_step: Any, target: Any) -> Any:
+    """Write LANES numbers of three planes, ``source_step`` apart, by turns: the three first, the three second, ..."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, source_step, target = args
+        planes, index = [], ir.VectorType(ir.IntType(32), LANES)
+        for _ in range(3):
+            planes.append(_load(builder, _VECTOR, source))
+            source = builder.add(source, source_step)
+        for part in range(3):
+            # the place and the plane of each number; the third plane's come in last
+            numbers = [divmod(LANES * part + k, 3) for k in range(LANES)]
+            two = [place + LANES * plane if plane < 2 else 0 for place, plane in numbers]
+            three = [LANES + place if plane == 2 else k for k, (place, plane) in enumerate(numbers)]
+            mixed = builder.shuffle_vector(planes[0], planes[1], ir.Constant(index, two))
+            mixed = builder.shuffle_vector(mixed, planes[2], ir.Constant(index, three))
+            builder.store(mixed, _at(builder, _VECTOR, _plus(builder, target, 4 * LANES * part)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 3), codegen
+
+
+@intrinsic
 def move_vector(typingctx: Any, source: Any, target: Any) -> Any:
     """Copy LANES numbers."""
 

@@ -35,7 +35,7 @@ _ROW_TILES_PER_TASK = 4
 _SLACK = 4 * WIDTH
 # Measured: images that a thread needs to be worth sums of its own, and the pixels that stay in its first cache; the
 # shortest rows that are read one by one, and how many sums are worth being read and written for each image.
-_IMAGES_PER_THREAD, _PIXELS_IN_FIRST_CACHE = 4, 512
+_IMAGES_PER_THREAD, _PIXELS_IN_FIRST_CACHE = 4, 256
 _SHORTEST_ROW, _MOST_OWN_SUMS, _OWN_SUMS_OF_SHORT_ROWS = 8, 1 << 16, 1 << 15
 # Windows that a thread gathers at a time, to stay in its first caches.
 _WINDOWS_PER_CHUNK = 256

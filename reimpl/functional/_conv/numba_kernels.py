@@ -21,6 +21,7 @@ from reimpl.functional._numba_tiles import (
     accumulate_broad_tile,
     accumulate_narrow_tile,
     accumulate_tile,
+    interleave_three,
     move_number,
     move_vector,
     multiply_more_narrow_pairs,
@@ -36,29 +37,48 @@ from reimpl.optim._numba_ops import pointer, take
 
 
 @njit(error_model="numpy")
+def move_pixels(
+    source: Any, channel_step: Any, pixel_step: Any, channels: Any, pixels: Any, target: Any, table: Any
+) -> None:
+    """Put pixels where ``table`` says, one by one, with their channels together."""
+    places = carray(pointer(table), (pixels,), np.int64)
+    whole = channels // LANES * LANES if channel_step == 4 else 0
+    for p in range(pixels):
+        row, place = source + p * pixel_step, target + places[p]
+        for c in range(0, whole, LANES):
+            move_vector(row + 4 * c, place + 4 * c)
+        for c in range(whole, channels):
+            move_number(row + c * channel_step, place + 4 * c)
+
+
+@njit(error_model="numpy")
 def pack_image(
     source: Any, channel_step: Any, pixel_step: Any, channels: Any, pixels: Any, target: Any, table: Any
 ) -> None:
     """Write one image, planes or pixels, to a buffer with the channels of a pixel together; ``table`` places pixels."""
     places = carray(pointer(table), (pixels,), np.int64)
     whole_c, whole_p = channels // LANES * LANES, pixels // LANES * LANES
-    if channel_step == 4:
-        for p in range(pixels):
+    if (channel_step == 4 and pixel_step == 4 * channels) or (pixel_step == 4 and channels == 3):
+        for p in range(0, whole_p, LANES):
             row, place = source + p * pixel_step, target + places[p]
-            for c in range(0, whole_c, LANES):
-                move_vector(row + 4 * c, place + 4 * c)
-            for c in range(whole_c, channels):
-                move_number(row + 4 * c, place + 4 * c)
-        return
-    if pixel_step == 4:
+            if places[p + LANES - 1] - places[p] != (LANES - 1) * channels * 4:
+                move_pixels(row, channel_step, pixel_step, channels, LANES, target, table + 8 * p)
+            elif channel_step == 4:
+                for k in range(channels):
+                    move_vector(row + 4 * LANES * k, place + 4 * LANES * k)
+            else:
+                interleave_three(row, channel_step, place)
+        left = source + whole_p * pixel_step
+        move_pixels(left, channel_step, pixel_step, channels, pixels - whole_p, target, table + 8 * whole_p)
+    elif pixel_step == 4:
         for c in range(0, whole_c, LANES):
             for p in range(0, whole_p, LANES):
                 transpose_block(source + c * channel_step + 4 * p, channel_step, target + 4 * c, table + 8 * p)
+        for c in range(channels):
+            for p in range(whole_p if c < whole_c else 0, pixels):
+                move_number(source + c * channel_step + p * pixel_step, target + places[p] + 4 * c)
     else:
-        whole_c = whole_p = 0
-    for c in range(channels):
-        for p in range(whole_p if c < whole_c else 0, pixels):
-            move_number(source + c * channel_step + p * pixel_step, target + places[p] + 4 * c)
+        move_pixels(source, channel_step, pixel_step, channels, pixels, target, table)
 
 
 @njit(error_model="numpy")

@@ -146,9 +146,8 @@ def _convolve_weight_by_image(grad: Tensor, input: Tensor, kernel: tuple[int, in
         *(len(plan.spans), plan.spans.ctypes.data, plan.span_bytes, sums_step),
     ]
     run(_KERNELS.convolve_weight_by_image, words, tasks)
-    sums = scratch[:, sums_offset // 4 :][:, : outputs * sums_step // 4].sum(0).view(outputs, len(plan.spans), -1)
-    sums = sums[:, :, : kernel[0] * kernel[1] * channels // len(plan.spans)]
-    return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+    spans = len(plan.spans), plan.span_bytes // 4
+    return _summed(scratch, sums_offset // 4, outputs, spans, kernel, channels)
 
 
 def _convolve_weight_thin(
@@ -162,9 +161,8 @@ def _convolve_weight_thin(
     length, places = kernel[0] * kernel[1] * channels, len(sources)
     window, width = -(-length // LANES) * LANES, -(-length // WIDTH) * WIDTH
     chunk = min(places, _WINDOWS_PER_CHUNK)
-    first = np.arange(0, places, chunk)
     step = grad.stride(3) if grad.shape[3] > 1 else grad.stride(2)
-    runs = np.stack([first * (step * 4), 0 * first, np.minimum(chunk, places - first)], 1).astype(np.int64)
+    runs = _chunks(places, chunk, step * 4)
     # a vector read or written at the end of a part reaches into the next
     windows_offset = (image.pixels * channels + LANES) * 4
     sums_offset = windows_offset + (chunk * window + LANES) * 4
@@ -179,8 +177,24 @@ def _convolve_weight_thin(
         *(outputs // ROWS, length, width * 4),
     ]
     run(_KERNELS.convolve_weight_thin, words, tasks)
-    sums = scratch[:, sums_offset // 4 :][:, : outputs * width].sum(0).view(outputs, width)[:, :length]
-    return sums.reshape(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+    return _summed(scratch, sums_offset // 4, outputs, (1, width), kernel, channels)
+
+
+def _summed(
+    scratch: Tensor, start: int, outputs: int, spans: tuple[int, int], kernel: tuple[int, int], channels: int
+) -> Tensor:
+    """The gradient from the sums of all threads: for each output, so many spans of taps, and so far apart."""
+    number, apart = spans
+    shape = scratch.shape[0], outputs, number, kernel[0] * kernel[1] * channels // number
+    sums = scratch.as_strided(shape, (scratch.stride(0), number * apart, apart, 1), start)
+    return sums.sum(0).view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache(maxsize=256)
+def _chunks(places: int, chunk: int, step: int) -> np.ndarray[Any, Any]:
+    """Runs of ``chunk`` places, ``step`` bytes apart, as the kernels read them."""
+    first = np.arange(0, places, chunk)
+    return np.stack([first * step, 0 * first, np.minimum(chunk, places - first)], 1).astype(np.int64)
 
 
 @lru_cache(maxsize=64)

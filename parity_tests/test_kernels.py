@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 from reimpl.functional._conv import numba as _conv_numba  # noqa: E402
 from reimpl.functional._norm import numba as _norm_numba  # noqa: E402
+from reimpl.functional._numba_tiles import LANES  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,8 @@ def test_convolutions_against_the_oracle(
         exact = exact_with_gradients(oracle.conv2d, arrays, grad, **options)
         scale = exact_with_gradients(oracle.conv2d, [np.abs(x) for x in arrays], np.abs(grad), **options)
         rows.append([judge(*row) for row in zip(ours, theirs, exact, scale, strict=True)])
-    thin = "first layer" in case
+    # a shorter register holds no row of these taps, or its tiles are of another height
+    thin = "first layer" in case and LANES == 16
     assert {"convolve", "convolve_weight_thin" if thin else "convolve_weight", "pack_weight"} <= set(ran)
     names = ("output", "gradient 0", "gradient 1", "gradient 2")
     note(rows, names, record, "conv2d", f"{case}, {'planes' if layout is torch.contiguous_format else 'channels_last'}")
@@ -172,6 +174,7 @@ def test_channels_last_is_the_same_sum_read_and_written_where_it_is(
     torch.testing.assert_close(output.double(), exact, rtol=0, atol=32 * 2**-23 * float(exact.abs().max()))
 
 
+@pytest.mark.skipif(LANES < 16, reason="registers of 16 numbers hold a row of taps")
 def test_few_channels_whatever_the_gradients_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = counted(monkeypatch)
     x, w = torch.randn(5, 3, 9, 8), torch.randn(16, 3, 3, 3, requires_grad=True)

@@ -161,7 +161,7 @@ class Windows:
         sizes, strides, first = _reading(region, self.count, pixels.stride()[:3], self._origin, self._batch_last)
         rows = pixels.as_strided(sizes, strides, first + offset + pixels.storage_offset())
         if not rows.is_contiguous():
-            rows = self._room.as_strided(sizes, _dense(sizes)).copy_(rows)
+            rows = self._room.as_strided(sizes, dense(sizes)).copy_(rows)
         return rows.view(-1, region.terms)
 
 
@@ -182,7 +182,7 @@ def _reading(
 
 
 @lru_cache(maxsize=4096)
-def _dense(sizes: tuple[int, ...]) -> tuple[int, ...]:
+def dense(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of dense numbers."""
     return tuple(prod(sizes[k + 1 :]) for k in range(len(sizes)))
 

@@ -1,13 +1,15 @@
 """The products of a convolution whose matrices have a tap a row, for few channels and for kernels of one tap.
 
-The planes are read as they lie, and what comes of a product lies in planes too. Windows of few numbers go through
-``bmm``, image by image, which writes to where the output lies; wider ones through the faster product of several images.
+The planes are read as they lie, and what comes of a product lies in planes too. Windows of few numbers are multiplied
+image by image, in one call of ``bmm``, which writes where the output lies; others go to the faster product of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import gcd, prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from torch import Tensor
 from reimpl.functional._conv.arguments import Geometry
 from reimpl.functional._conv.layouts import pixels_of_planes, transposed
 from reimpl.functional._conv.products import product
-from reimpl.functional._conv.regions import Box, partitions
-from reimpl.functional._conv.windows import every, fill_padded, parts
+from reimpl.functional._conv.regions import Box, dense, partitions
+from reimpl.functional._conv.windows import fill_padded, parts
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
 _FEW_CHANNELS, _LEAST_RUN = 16, 8
@@ -24,7 +26,7 @@ _FEW_CHANNELS, _LEAST_RUN = 16, 8
 _LONG_RUN = 32
 # Terms of a sum that a product takes in one run, and pixels of the gradient of a kernel of one tap.
 _TERMS, _PIXELS = 256, 256
-# Windows of at most so many numbers are multiplied image by image.
+# Windows of at most so many numbers go image by image: measured at 27.
 _FEW_TERMS = 64
 
 
@@ -45,8 +47,7 @@ def multiply_into(target: Tensor, input: Tensor, filters: Tensor, bias: Tensor |
     windows, blocks = _gatherer(input, kernel, target, geometry, boxes, by_image)
     for part in blocks:
         if by_image:
-            (matrix,) = windows(part)
-            _multiply_images_into(target[part], matrices[0], matrix)
+            _multiply_images(target[part], matrices[0], *windows(part))
         else:
             total = None
             for own, matrix in zip(matrices, windows(part), strict=True):
@@ -58,8 +59,8 @@ def multiply_into(target: Tensor, input: Tensor, filters: Tensor, bias: Tensor |
             target[part].add_(bias.view(-1, 1, 1))
 
 
-def _multiply_images_into(target: Tensor, filters: Tensor, windows: Tensor) -> None:
-    """``filters``, ``(O, terms)``, times the windows of each image, ``(N, terms, pixels)``."""
+def _multiply_images(target: Tensor, filters: Tensor, windows: Tensor) -> None:
+    """``filters``, ``(O, terms)``, times the windows of each image, ``(N, terms, pixels)``, written to ``target``."""
     count, outputs, *output = target.shape
     shared = filters.expand(count, *filters.shape)
     if target.is_contiguous():
@@ -107,9 +108,9 @@ def _gatherer(
 class Gatherer:
     """Makes matrices of the windows of a batch, block by block, in memory of its own; for one group.
 
-    A matrix holds a box of each window, a tap a row, ``(C·f_h·f_w, N·H'·W')``, or is one of each image, ``(N,
-    C·f_h·f_w, H'·W')``. It is valid until the next. Where windows are some columns apart, columns are dealt out to as
-    many planes first, in one transposition, so that runs of numbers are copied.
+    A matrix holds a box of each window, a tap a row, ``(C·f_h·f_w, N·H'·W')``, or one of each image, ``(N, C·f_h·f_w,
+    H'·W')``. It is valid until the next. Where windows are some columns apart, columns are first dealt out to as many
+    planes, which is a transposition, so that runs of numbers are copied.
     """
 
     def __init__(
@@ -137,42 +138,75 @@ class Gatherer:
         if self._padded is not None:
             fill_padded(self._inner[: len(planes)], planes, self.geometry)
             planes = self._padded[: len(planes)]
-        return (self._gather(self._dealt(planes), box) for box in self.boxes)
-
-    def _dealt(self, planes: Tensor) -> Tensor:
-        """Each column to the next plane of a round: ``(N, hands, C, H, W / hands)``."""
-        if self._hands == 1:
-            return planes.unsqueeze(1)
-        count, channels, height, width = planes.shape
-        hands = transposed(planes.reshape(count, -1, self._hands))
-        return hands.view(count, self._hands, channels, height, width // self._hands)
+        planes = planes.unsqueeze(1)
+        if self._hands > 1:
+            count, _, channels, height, width = planes.shape
+            planes = transposed(planes.reshape(count, -1, self._hands))
+            planes = planes.view(count, self._hands, channels, height, width // self._hands)
+        return (self._gather(planes, box) for box in self.boxes)
 
     def _gather(self, planes: Tensor, box: Box) -> Tensor:
-        # taps so many columns apart find their numbers in one plane
-        period = self._hands // gcd(self._hands, self.geometry.dilation[1])
-        found = [self._windows(planes, box, first, period) for first in range(min(period, box.sizes[1]))]
-        if len(found) == 1 and found[0].is_contiguous():
-            return self._as_matrix(found[0])
-        columns = 3 if self.by_image else 2
-        sizes = list(found[0].shape)
-        sizes[columns] = box.sizes[1]
-        matrix = self._room[: prod(sizes)].view(sizes)
-        for first, windows in enumerate(found):
-            every(matrix, columns, first, windows.shape[columns], period).copy_(windows)
-        return self._as_matrix(matrix)
+        """The matrix of planes dealt out, ``(N, hands, C, H, W / hands)``."""
+        starts, offset = (box.rows.start, box.columns.start, box.channels.start), planes.storage_offset()
+        runs = _runs(starts, box.sizes, planes.shape, planes.stride(), self.output, self.geometry, self.by_image)
+        terms, area = prod(box.sizes), prod(self.output)
+        shape = (len(planes), terms, area) if self.by_image else (terms, len(planes) * area)
+        if len(runs) == 1 and runs[0].lies:
+            return planes.as_strided(shape, dense(shape), offset + runs[0].first)
+        for run in runs:
+            numbers = planes.as_strided(run.sizes, run.strides, offset + run.first)
+            self._room.as_strided(run.sizes, run.places, run.begin).copy_(numbers)
+        return self._room.as_strided(shape, dense(shape))
 
-    def _windows(self, planes: Tensor, box: Box, first: int, period: int) -> Tensor:
-        """What each ``period``-th tap of a row sees, ``(C, f_h, f_w, N, H', W')``, or with ``N`` first."""
-        n, hand, c, h, w = planes.stride()
-        (s_h, s_w), (d_h, d_w), hands = self.geometry.stride, self.geometry.dilation, self._hands
-        rows, columns, channels = box.sizes
-        some = -(-(columns - first) // period)
-        taps = [(channels, c), (rows, h * d_h), (some, w * (period * d_w // hands))]
-        batch, pixels = [(len(planes), n)], [(self.output[0], h * s_h), (self.output[1], w * (s_w // hands))]
-        sizes, strides = zip(*(batch + taps if self.by_image else taps + batch), *pixels, strict=True)
-        hand_of, place = divmod((box.columns.start + first) * d_w, hands)[::-1]
-        start = box.channels.start * c + box.rows.start * d_h * h + hand_of * hand + place * w
-        return planes.as_strided(sizes, strides, planes.storage_offset() + start)
 
-    def _as_matrix(self, windows: Tensor) -> Tensor:
-        return windows.flatten(4).flatten(1, 3) if self.by_image else windows.flatten(3).flatten(0, 2)
+class _Run(NamedTuple):
+    """Numbers that are copied in one go, ``(C, f_h, f_w, N, H', W')``."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+    places: tuple[int, ...]
+    """Strides in the matrix."""
+    begin: int
+    """The first there."""
+
+    @property
+    def lies(self) -> bool:
+        """Whether they lie as the matrix has them."""
+        return all(size == 1 or a == b for size, a, b in zip(self.sizes, self.strides, self.places, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _runs(
+    starts: tuple[int, int, int],
+    sizes: tuple[int, int, int],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    output: tuple[int, int],
+    geometry: Geometry,
+    by_image: bool,
+) -> tuple[_Run, ...]:
+    """Where the numbers of a box stand in planes of ``shape`` and ``strides``: first row, column and channel, sizes."""
+    (count, hands, *_), (n, hand, c, h, w) = shape, strides
+    (s_h, s_w), (d_h, d_w) = geometry.stride, geometry.dilation
+    (row, column, channel), (rows, columns, channels) = starts, sizes
+    area = prod(output)
+    # how far apart the matrix has taps, and images
+    tap, image = (area, prod(sizes) * area) if by_image else (count * area, area)
+    # taps so many columns apart find their numbers in one plane
+    period = hands // gcd(hands, d_w)
+    runs = []
+    for k in range(min(period, columns)):
+        place, owner = divmod((column + k) * d_w, hands)
+        dims = (
+            (channels, c, rows * columns * tap),
+            (rows, h * d_h, columns * tap),
+            (len(range(k, columns, period)), w * (period * d_w // hands), period * tap),
+            (count, n, image),
+            (output[0], h * s_h, output[1]),
+            (output[1], w * (s_w // hands), 1),
+        )
+        first = channel * c + row * d_h * h + owner * hand + place * w
+        taken, lying, wanted = zip(*dims, strict=True)
+        runs.append(_Run(taken, lying, first, wanted, k * tap))
+    return tuple(runs)

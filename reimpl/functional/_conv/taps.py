@@ -18,7 +18,7 @@ from reimpl.functional._conv.arguments import Geometry
 from reimpl.functional._conv.layouts import pixels_of_planes, transposed
 from reimpl.functional._conv.products import product
 from reimpl.functional._conv.regions import Box, dense, partitions
-from reimpl.functional._conv.windows import fill_padded, parts
+from reimpl.functional._conv.windows import inside_padding, parts
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
 _FEW_CHANNELS, _LEAST_RUN = 16, 8
@@ -130,13 +130,13 @@ class Gatherer:
         self._padded = None
         if spare or any(geometry.padding):
             self._padded = input.new_zeros(size, input.shape[1], height, width + spare)
-            self._inner = self._padded.narrow(3, 0, width)
+            self._inside, self.input = inside_padding(self._padded.narrow(3, 0, width), input, geometry)
 
     def __call__(self, part: slice) -> Iterator[Tensor]:
         """The matrices of the images of ``part``, one for each box."""
         planes = self.input[part]
         if self._padded is not None:
-            fill_padded(self._inner[: len(planes)], planes, self.geometry)
+            self._inside[: len(planes)].copy_(planes)
             planes = self._padded[: len(planes)]
         planes = planes.unsqueeze(1)
         if self._hands > 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from math import gcd, prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from torch import Tensor
 from reimpl.functional._conv.arguments import Geometry
 from reimpl.functional._conv.layouts import pixels_of_planes, transposed
 from reimpl.functional._conv.products import product
-from reimpl.functional._conv.regions import Box, dense, partitions
-from reimpl.functional._conv.windows import inside_padding, parts
+from reimpl.functional._conv.regions import Box, partitions
+from reimpl.functional._conv.windows import Run, dense, inside_padding, parts
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
 _FEW_CHANNELS, _LEAST_RUN = 16, 8
@@ -154,26 +153,8 @@ class Gatherer:
         if len(runs) == 1 and runs[0].lies:
             return planes.as_strided(shape, dense(shape), offset + runs[0].first)
         for run in runs:
-            numbers = planes.as_strided(run.sizes, run.strides, offset + run.first)
-            self._room.as_strided(run.sizes, run.places, run.begin).copy_(numbers)
+            run.copy(planes, offset, self._room)
         return self._room.as_strided(shape, dense(shape))
-
-
-class _Run(NamedTuple):
-    """Numbers that are copied in one go, ``(C, f_h, f_w, N, H', W')``."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    first: int
-    places: tuple[int, ...]
-    """Strides in the matrix."""
-    begin: int
-    """The first there."""
-
-    @property
-    def lies(self) -> bool:
-        """Whether they lie as the matrix has them."""
-        return all(size == 1 or a == b for size, a, b in zip(self.sizes, self.strides, self.places, strict=True))
 
 
 @lru_cache(maxsize=1024)
@@ -185,7 +166,7 @@ def _runs(
     output: tuple[int, int],
     geometry: Geometry,
     by_image: bool,
-) -> tuple[_Run, ...]:
+) -> tuple[Run, ...]:
     """Where the numbers of a box stand in planes of ``shape`` and ``strides``: first row, column and channel, sizes."""
     (count, hands, *_), (n, hand, c, h, w) = shape, strides
     (s_h, s_w), (d_h, d_w) = geometry.stride, geometry.dilation
@@ -208,5 +189,5 @@ def _runs(
         )
         first = channel * c + row * d_h * h + owner * hand + place * w
         taken, lying, wanted = zip(*dims, strict=True)
-        runs.append(_Run(taken, lying, first, wanted, k * tap))
+        runs.append(Run(taken, lying, first, wanted, k * tap))
     return tuple(runs)

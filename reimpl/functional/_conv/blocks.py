@@ -213,7 +213,7 @@ def _sums(
 def _pixels(values: Tensor, strip: Strip, region: Region, count: int) -> Tensor:
     """A product's rows as pixels, ``(N, rows, columns, O)``."""
     rows, columns = region.size
-    if strip.order is ROWS_FIRST:
+    if strip.order == ROWS_FIRST and count > 1:
         return values.view(rows, count, columns, -1).transpose(0, 1)
     return values.view(count, rows, columns, -1)
 
@@ -232,7 +232,7 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     groups, output = geometry.groups, _plane(grad)
     channels, outputs = input.shape[1] // groups, grad.shape[1] // groups
     cut = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
-    batch_last = any(strip.order is IMAGES_LAST for strip in cut)
+    batch_last = any(strip.order == IMAGES_LAST for strip in cut)
     pixels = _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS
     blocks = list(parts(input.shape[0], prod(output), input.device, budget=pixels))
     windows = Windows(input, blocks, cut)

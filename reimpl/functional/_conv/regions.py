@@ -69,11 +69,10 @@ class Region:
     @property
     def place(self) -> tuple[int, int]:
         """The row of the image at which the first output's box begins: whole strides and the rest."""
-        geometry = self.geometry
-        return divmod(
-            self.down.start * geometry.stride[0] + self.box.rows.start * geometry.dilation[0] - geometry.padding[0],
-            geometry.stride[0],
-        )
+        stride = self.geometry.stride[0]
+        first = self.box.rows.start * self.geometry.dilation[0] - self.geometry.padding[0]
+        whole, rest = divmod(self.down.start * stride + first, stride)
+        return int(whole), int(rest)
 
 
 def reached(boxes: Sequence[Box], size: tuple[int, int], output: tuple[int, int], geometry: Geometry) -> list[Region]:

@@ -100,7 +100,7 @@ class Windows:
         """
         pixels, room = self._pixels, self._room
         runs, zeros, firsts = _filling(strip, self.count, pixels.shape[1:3], pixels.stride()[:3])
-        offset += pixels.storage_offset()
+        offset += int(pixels.storage_offset())
         if len(runs) == 1 and not zeros and runs[0].lies:
             room, firsts = pixels, tuple(offset + runs[0].first + first for first in firsts)
         else:
@@ -125,36 +125,53 @@ class _Filling(NamedTuple):
 @lru_cache(maxsize=1024)
 def _filling(strip: Strip, count: int, size: tuple[int, int], pixel: tuple[int, int, int]) -> _Filling:
     """The matrix of a strip from pixels ``(N, H, W, C)`` whose strides ``pixel`` has."""
-    region, sizes = strip.regions[0], dict(zip("nmj", (count, *strip.size), strict=True))
+    region, extent = strip.regions[0], dict(zip("nmj", (count, *strip.size), strict=True))
     place, places = strip.terms, {}
     for axis in reversed(strip.order):
-        places[axis], place = place, place * sizes[axis]
-    geometry, (rows, columns, channels) = region.geometry, region.box.sizes
-    (s_h, s_w), (d_h, d_w), (n, h, w) = geometry.stride, geometry.dilation, pixel
+        places[axis], place = place, place * extent[axis]
+    (s_h, s_w), (d_h, d_w) = region.geometry.stride, region.geometry.dilation
+    rows, columns, channels = region.box.sizes
+    n, h, w = pixel
     top = strip.first * s_h + region.place[1]
-    left = region.across.start * s_w + region.box.columns.start * d_w - geometry.padding[2]
-    strides, runs, zeros = (places["n"], places["m"], places["j"], 1), [], []
-    for tap in range(rows * columns):
-        row, column = top + tap // columns * d_h, left + tap % columns * d_w
-        down, across = _inside(row, s_h, strip.size[0], size[0]), _inside(column, s_w, strip.size[1], size[1])
+    left = region.across.start * s_w + region.box.columns.start * d_w - region.geometry.padding[2]
+    wanted, runs, zeros = (places["n"], places["m"], places["j"], channels, 1), [], []
 
-        def part(down: slice, across: slice, tap: int = tap) -> tuple[tuple[int, ...], int]:
-            first = tap * channels + down.start * places["m"] + across.start * places["j"]
-            return (count, down.stop - down.start, across.stop - across.start, channels), first
+    def part(row: int, down: slice, across: slice, taps: slice) -> tuple[tuple[int, ...], int]:
+        """Sizes and the first number of some windows' taps of a row."""
+        first = (row * columns + taps.start) * channels + down.start * places["m"] + across.start * places["j"]
+        return (count, *(each.stop - each.start for each in (down, across, taps)), channels), first
 
-        taken, begin = part(down, across)
-        first = (row + down.start * s_h) * h + (column + across.start * s_w) * w + region.box.channels.start
-        runs.append(Run(taken, (n, h * s_h, w * s_w, 1), first, strides, begin))
-        every = slice(0, strip.size[1])
-        outside = (
-            part(slice(0, down.start), every),
-            part(slice(down.stop, strip.size[0]), every),
-            part(down, slice(0, across.start)),
-            part(down, slice(across.stop, strip.size[1])),
-        )
-        zeros += [(shape, strides, begin) for shape, begin in outside if prod(shape)]
-    firsts = tuple((each.place[0] - strip.first) * places["m"] for each in strip.regions)
-    return _Filling(tuple(run for run in runs if prod(run.sizes)), tuple(zeros), firsts)
+    for row in range(rows):
+        begin = top + row * d_h
+        down = _inside(begin, s_h, strip.size[0], size[0])
+        empty = [(each, slice(0, strip.size[1]), slice(0, columns)) for each in _around(down, strip.size[0])]
+        for across, taps in _alike(left, s_w, strip.size[1], d_w, columns, size[1]):
+            first = (begin + down.start * s_h) * h + (left + across.start * s_w + taps.start * d_w) * w
+            taken, target = part(row, down, across, taps)
+            lying = n, h * s_h, w * s_w, w * d_w, 1
+            runs.append(Run(taken, lying, first + region.box.channels.start, wanted, target))
+            empty += [(down, across, each) for each in _around(taps, columns)]
+        zeros += [part(row, *each) for each in empty]
+    return _Filling(
+        tuple(run for run in runs if prod(run.sizes)),
+        tuple((sizes, wanted, first) for sizes, first in zeros if prod(sizes)),
+        tuple((each.place[0] - strip.first) * places["m"] for each in strip.regions),
+    )
+
+
+def _alike(first: int, step: int, count: int, apart: int, taps: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of ``count`` windows, which begin ``step`` apart at ``first``, with the same of their taps in the image."""
+    inside = [_inside(first + k * step, apart, taps, size) for k in range(count)]
+    start = 0
+    for k in range(1, count + 1):
+        if k == count or inside[k] != inside[start]:
+            yield slice(start, k), inside[start]
+            start = k
+
+
+def _around(part: slice, count: int) -> tuple[slice, slice]:
+    """What of ``range(count)`` lies before and behind a part."""
+    return slice(0, part.start), slice(part.stop, count)
 
 
 def _inside(first: int, step: int, count: int, size: int) -> slice:

@@ -146,7 +146,7 @@ class Gatherer:
 
     def _gather(self, planes: Tensor, box: Box) -> Tensor:
         """The matrix of planes dealt out, ``(N, hands, C, H, W / hands)``."""
-        starts, offset = (box.rows.start, box.columns.start, box.channels.start), planes.storage_offset()
+        starts, offset = (box.rows.start, box.columns.start, box.channels.start), int(planes.storage_offset())
         runs = _runs(starts, box.sizes, planes.shape, planes.stride(), self.output, self.geometry, self.by_image)
         terms, area = prod(box.sizes), prod(self.output)
         shape = (len(planes), terms, area) if self.by_image else (terms, len(planes) * area)

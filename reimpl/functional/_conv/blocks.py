@@ -1,15 +1,15 @@
 """The three products of a convolution of ordinary tensors on the CPU, over blocks of the batch.
 
-For each block windows are gathered into a matrix that stays in the cache, and multiplied. The matrix has a window a
-row, which wants images with their channels last; few channels and kernels of one tap go to
-:mod:`reimpl.functional._conv.taps`.
+For each block windows are gathered into a matrix and multiplied. The matrix has a window a row, which wants images with
+their channels last; few channels and kernels of one tap go to :mod:`reimpl.functional._conv.taps`. Rows of taps share
+what is gathered: :mod:`reimpl.functional._conv.strips`.
 
 A window is multiplied in boxes of some taps and channels, whose products are added: sums in one run err 2.5 times as
 much as PyTorch's at 1,152 terms and more. What a box has of the padding is left out of its product.
 
-Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: products run at 400-460
-GFLOP/s, boxes of a row of taps are gathered at 130 GB/s, of two rows at 75. Boxes of 512 terms brought 1 % over 384;
-blocks of 5 and 2.5 MB took up to 10 and 20 % longer than those of 10.
+Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: products run at 440-480
+GFLOP/s and are three quarters of the time. Boxes of 512 terms brought up to 5 % over 384 at 512 channels and nothing
+elsewhere; blocks of 5 and of 20 MB took up to 10 % longer than those of 10.
 """
 
 from __future__ import annotations

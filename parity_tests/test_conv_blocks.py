@@ -20,6 +20,8 @@ from reimpl.functional._conv import blocks as _conv_blocks
 from reimpl.functional._conv import products as _products
 from reimpl.functional._conv import windows as _conv_windows
 from reimpl.functional._conv.arguments import geometry_of
+from reimpl.functional._conv.regions import Region
+from reimpl.functional._conv.strips import IMAGES_LAST, ROWS_FIRST, Windows, planned, strips
 from reimpl.testing import random_tensor, seeded_generator
 
 ONEDNN = "mkldnn::_linear_pointwise"
@@ -61,6 +63,13 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "long rows, no padding": ((5, 20, 16, 18), (17, 20, 3, 2), {}),
     "strided": ((7, 18, 16, 16), (17, 18, 3, 3), {"padding": 1, "stride": 2}),
     "first layer": ((9, 3, 16, 16), (20, 3, 3, 3), {"padding": 1, "stride": 2}),
+    "first layer, 7x7 in threes": ((9, 3, 35, 34), (20, 3, 7, 7), {"padding": 3, "stride": 3}),
+    "first layer, columns dealt out in turn": (
+        (5, 3, 33, 37),
+        (20, 3, 3, 4),
+        {"padding": 2, "stride": 4, "dilation": 6},
+    ),
+    "few outputs, strided": ((9, 18, 17, 17), (5, 18, 3, 3), {"padding": 1, "stride": 2}),
     "very long rows": ((5, 17, 32, 32), (17, 17, 3, 3), {"padding": 1}),
     "small images": ((5, 64, 4, 4), (40, 64, 3, 3), {"padding": 1}),
     "small images, much padding": ((5, 64, 3, 2), (40, 64, 3, 5), {"padding": (3, 4), "dilation": (2, 1)}),
@@ -68,6 +77,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "groups, strided": ((7, 68, 9, 8), (72, 17, 3, 3), {"padding": 2, "stride": 2, "groups": 4}),
     "groups of a tap": ((9, 36, 8, 8), (48, 18, 1, 1), {"groups": 2}),
     "1x1, stride 2": ((9, 24, 16, 16), (17, 24, 1, 1), {"stride": 2}),
+    "1x1 in padding": ((9, 24, 5, 5), (17, 24, 1, 1), {"padding": 1}),
     "1x1 over few pixels": ((9, 24, 6, 6), (17, 24, 1, 1), {"stride": 2}),
     "dilated": ((3, 17, 19, 12), (18, 17, 3, 2), {"padding": (2, 3), "dilation": (2, 3), "stride": (3, 2)}),
     "more stride than kernel": ((5, 18, 9, 9), (17, 18, 2, 2), {"stride": 3, "padding": 1}),
@@ -194,6 +204,52 @@ def test_memory_between_blocks_does_not_leak_into_results() -> None:
     one_by_one = torch.cat([F.conv2d(image[None], *args[1:], padding=1) for image in args[0]])
     torch.testing.assert_close(ours[0], one_by_one, rtol=0, atol=64 * FLOAT32 * float(one_by_one.detach().abs().max()))
     assert_near_double(ours, args, "leak", padding=1)
+
+
+STRIPS: dict[str, tuple[int, tuple[int, ...], dict[str, Any], list[int]]] = {
+    "3x3": (100, (3, 3), {"padding": 1}, [3]),
+    "3x3, strided": (100, (3, 3), {"padding": 1, "stride": 2}, [2, 1]),
+    "tap by tap": (160, (3, 3), {"padding": 1}, [3, 3]),
+    "two rows in one": (40, (3, 3), {"padding": 1}, [1, 1]),
+    "dilated": (90, (4, 3), {"padding": 3, "dilation": (2, 3), "stride": (2, 1)}, [4, 4, 4]),
+    "a row": (24, (1, 3), {"padding": 1}, [1]),
+}
+
+
+@pytest.mark.parametrize("case", STRIPS)
+def test_boxes_some_rows_apart_share_their_windows(case: str) -> None:
+    """As many to a strip as expected; each box's matrix has the numbers of its taps, and zeros of the padding."""
+    channels, kernel, options, shared = STRIPS[case]
+    (x,) = (t.detach() for t in drawn(case, (3, channels, 6, 7)))
+    geometry = geometry_of(
+        x.new_empty(1, 1, *kernel), **{"stride": 1, "dilation": 1, **options}, groups=1, algorithm=None
+    )
+    output = geometry.output(6, 7, *kernel)
+    cut = planned(kernel, channels, 384, (6, 7), output, geometry)
+    assert sorted((len(strip.regions) for strip in cut), reverse=True) == shared
+    top, bottom, left, right = geometry.padding
+    padded = torch_functional.pad(x, (left, right, top, bottom))
+    for order in (ROWS_FIRST, IMAGES_LAST):
+        windows = Windows(x, [slice(0, 3)], again := strips([r for strip in cut for r in strip.regions], order))
+        windows._room.fill_(torch.nan)
+        windows.load(x)
+        for region, matrix in (pair for strip in again for pair in windows.matrices(strip)):
+            rows, columns, some = region.box
+            taps = torch.stack([_seen(padded[:, some], k, j, region) for k in _range(rows) for j in _range(columns)], 4)
+            pixels = taps.permute(2, 0, 3, 4, 1) if order == ROWS_FIRST else taps.permute(2, 3, 0, 4, 1)
+            assert torch.equal(matrix, pixels.reshape(matrix.shape)), (order, region)
+
+
+def _range(part: slice) -> range:
+    return range(part.start, part.stop)
+
+
+def _seen(padded: Tensor, row: int, column: int, region: Region) -> Tensor:
+    """What a tap sees of padded images for the outputs of a region, ``(N, C, rows, columns)``."""
+    (s_h, s_w), (d_h, d_w) = region.geometry.stride, region.geometry.dilation
+    down = [row * d_h + i * s_h for i in _range(region.down)]
+    across = [column * d_w + j * s_w for j in _range(region.across)]
+    return padded[:, :, down][:, :, :, across]
 
 
 def root_mean_square(tensor: Tensor) -> float:

@@ -1,15 +1,15 @@
 """The three products of a convolution of ordinary tensors on the CPU, over blocks of the batch.
 
-For each block windows are gathered into a matrix that stays in the cache, and multiplied. The matrix has a window a
-row, which wants images with their channels last; few channels and kernels of one tap go to
-:mod:`reimpl.functional._conv.taps`.
+For each block windows are gathered into a matrix and multiplied. The matrix has a window a row, which wants images with
+their channels last; few channels and kernels of one tap go to :mod:`reimpl.functional._conv.taps`. Rows of taps share
+what is gathered: :mod:`reimpl.functional._conv.strips`.
 
 A window is multiplied in boxes of some taps and channels, whose products are added: sums in one run err 2.5 times as
 much as PyTorch's at 1,152 terms and more. What a box has of the padding is left out of its product.
 
-Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: products run at 400-460
-GFLOP/s, boxes of a row of taps are gathered at 130 GB/s, of two rows at 75. Boxes of 512 terms brought 1 % over 384;
-blocks of 5 and 2.5 MB took up to 10 and 20 % longer than those of 10.
+Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: products run at 440-480
+GFLOP/s and are three quarters of the time. Boxes of 512 terms brought up to 5 % over 384 at 512 channels and nothing
+elsewhere; blocks of 5 and of 20 MB took up to 10 % longer than those of 10.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ from reimpl.functional._conv.layouts import (
     transposed,
 )
 from reimpl.functional._conv.products import ordinary, product
-from reimpl.functional._conv.regions import Box, Region, Windows, partitions, planned, reached
+from reimpl.functional._conv.regions import Box, Region, partitions, reached
+from reimpl.functional._conv.strips import (
+    IMAGES_FIRST,
+    IMAGES_LAST,
+    ROWS_FIRST,
+    Strip,
+    Windows,
+    planned,
+    strips,
+)
 from reimpl.functional._conv.windows import parts, pixels_of
 
 # Terms of a sum that a product takes in one run: the error of a longer one grows with their number, and PyTorch's
@@ -121,14 +130,15 @@ class _Factor(NamedTuple):
     place: tuple[Phase, Phase, Geometry] | None = None
     """The pixels; ``None`` for all."""
 
-    def regions(self, size: tuple[int, int]) -> tuple[Region, ...]:
+    def strips(self, size: tuple[int, int]) -> tuple[Strip, ...]:
         """The regions of its boxes, for images of ``size``."""
         kernel = len(self.rows), len(self.columns)
         return planned(kernel, self.filters[0].shape[2], _TERMS, size, self.output, self.geometry)
 
-    def matrices(self, regions: Sequence[Region]) -> list[list[Tensor]]:
+    def matrices(self, cut: Sequence[Strip]) -> list[dict[Region, Tensor]]:
         """Of each group the filters of each box, ``(terms, O)``."""
-        return [[self._matrix(filters, region.box) for region in regions] for filters in self.filters]
+        regions = [region for strip in cut for region in strip.regions]
+        return [{region: self._matrix(filters, region.box) for region in regions} for filters in self.filters]
 
     def _matrix(self, filters: Tensor, box: Box) -> Tensor:
         taps = [filters[k, j, box.channels] for k in self.rows[box.rows] for j in self.columns[box.columns]]
@@ -150,11 +160,11 @@ def _multiply(
     layout: torch.memory_format,
 ) -> Tensor:
     """What ``factors`` make of ``input``: planes of ``channels`` and ``size``."""
-    cuts = [factor.regions(_plane(input)) for factor in factors]
+    cuts = [factor.strips(_plane(input)) for factor in factors]
     matrices = [factor.matrices(cut) for factor, cut in zip(factors, cuts, strict=True)]
-    numbers = max((prod(r.size) * (r.terms + channels) for cut in cuts for r in cut), default=1)
+    numbers = max((prod(s.size) * (s.terms + channels) for cut in cuts for s in cut), default=1)
     blocks = list(parts(input.shape[0], numbers * input.element_size(), input.device))
-    windows = Windows(input, blocks, [region for cut in cuts for region in cut])
+    windows = Windows(input, blocks, [strip for cut in cuts for strip in cut])
     target = empty_planes(input, channels, size, layout) if len(blocks) > 1 else None
     for part in blocks:
         windows.load(input[part])
@@ -174,7 +184,11 @@ def _multiply(
 
 
 def _sums(
-    windows: Windows, factor: _Factor, cut: Sequence[Region], matrices: list[list[Tensor]], bias: Tensor | None
+    windows: Windows,
+    factor: _Factor,
+    cut: Sequence[Strip],
+    matrices: list[dict[Region, Tensor]],
+    bias: Tensor | None,
 ) -> Tensor:
     """The pixels of one factor, ``(N, rows, columns, O)``."""
     groups = len(matrices)
@@ -182,17 +196,26 @@ def _sums(
     totals = []
     for group, (own, offset) in enumerate(zip(matrices, biases, strict=True)):
         total = None
-        for region, matrix in zip(cut, own, strict=True):
-            rows = windows.rows(region, group * factor.filters[0].shape[2])
-            if total is None and region.size == factor.output:
-                total = product(rows, matrix, offset).view(windows.count, *factor.output, -1)
-                continue
-            if total is None:
-                total = _constant(windows, factor, offset)
-            values = product(rows, matrix).view(windows.count, *region.size, -1)
-            total[:, region.down, region.across].add_(values)
+        for strip in cut:
+            for region, rows in windows.matrices(strip, group * factor.filters[0].shape[2]):
+                whole = total is None and region.size == factor.output
+                values = _pixels(product(rows, own[region], offset if whole else None), strip, region, windows.count)
+                if whole:
+                    total = values
+                    continue
+                if total is None:
+                    total = _constant(windows, factor, offset)
+                total[:, region.down, region.across].add_(values)
         totals.append(_constant(windows, factor, offset) if total is None else total)
     return totals[0] if groups == 1 else torch.cat(totals, 3)
+
+
+def _pixels(values: Tensor, strip: Strip, region: Region, count: int) -> Tensor:
+    """A product's rows as pixels, ``(N, rows, columns, O)``."""
+    rows, columns = region.size
+    if strip.order == ROWS_FIRST and count > 1:
+        return values.view(rows, count, columns, -1).transpose(0, 1)
+    return values.view(count, rows, columns, -1)
 
 
 def _constant(windows: Windows, factor: _Factor, bias: Tensor | None) -> Tensor:
@@ -209,22 +232,20 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     groups, output = geometry.groups, _plane(grad)
     channels, outputs = input.shape[1] // groups, grad.shape[1] // groups
     cut = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
+    batch_last = any(strip.order == IMAGES_LAST for strip in cut)
     pixels = _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS
-    # a region that is not the whole wants its own of the output's gradients, in runs of the batch
-    batch_last = any(region.size != output for region in cut)
     blocks = list(parts(input.shape[0], prod(output), input.device, budget=pixels))
-    windows = Windows(input, blocks, cut, batch_last)
+    windows = Windows(input, blocks, cut)
     turned = grad.new_zeros(grad.shape[1], *kernel, channels)
     for part in blocks:
         windows.load(input[part])
         errors = _errors(grad[part], batch_last)
-        for region in cut:
-            left = errors[:, region.down, region.across] if batch_last else errors
-            box = turned[:, region.box.rows, region.box.columns, region.box.channels]
-            for group in range(groups):
-                own = slice(group * outputs, (group + 1) * outputs)
-                values = product(left[own].reshape(outputs, -1), windows.rows(region, group * channels))
-                box[own].add_(values.view(outputs, *region.box.sizes))
+        for group in range(groups):
+            own = slice(group * outputs, (group + 1) * outputs)
+            for region, rows in (pair for strip in cut for pair in windows.matrices(strip, group * channels)):
+                left = errors[own, region.down, region.across] if batch_last else errors[own]
+                box = turned[own, region.box.rows, region.box.columns, region.box.channels]
+                box.add_(product(left.reshape(outputs, -1), rows).view(outputs, *region.box.sizes))
     return taps_last(turned)
 
 
@@ -238,14 +259,15 @@ def _errors(grad: Tensor, batch_last: bool) -> Tensor:
 @lru_cache(maxsize=256)
 def _cut_for_weight(
     kernel: tuple[int, int], channels: int, size: tuple[int, int], output: tuple[int, int], geometry: Geometry
-) -> tuple[Region, ...]:
+) -> tuple[Strip, ...]:
     """A window in boxes, with their regions where it pays to leave the padding out."""
     single = reached(partitions(kernel, channels, channels)[0], size, output, geometry)
     taken = sum(prod(region.size) for region in single)
     if taken * (channels + _COST) < prod(kernel) * prod(output) * channels:
-        return tuple(single)
+        return strips(single, IMAGES_LAST)
     boxes = partitions(kernel, channels, max(channels, _NUMBERS))[-1]
-    return tuple(Region(box, slice(0, output[0]), slice(0, output[1]), geometry) for box in boxes)
+    whole = [Region(box, slice(0, output[0]), slice(0, output[1]), geometry) for box in boxes]
+    return strips(whole, IMAGES_LAST if kernel[0] > 1 else IMAGES_FIRST)
 
 
 def _plane(tensor: Tensor) -> tuple[int, int]:

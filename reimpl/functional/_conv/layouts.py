@@ -11,6 +11,8 @@ from torch import Tensor
 _SHARES = 8
 # Planes so many bytes apart crowd into one place of the cache when they are written pixel by pixel.
 _CLASHING = 4096
+# Rows of so many numbers may be copied one by one.
+_LONG_ROW = 16
 
 
 def transposed(matrices: Tensor) -> Tensor:
@@ -37,10 +39,17 @@ def pixels_of_planes(planes: Tensor) -> Tensor:
 
 
 def planes_of_pixels(pixels: Tensor, layout: torch.memory_format) -> Tensor:
-    """Dense ``(N, H, W, C)`` as ``(N, C, H, W)``, in runs of memory for a layout if not in its order."""
+    """``(N, H, W, C)`` as ``(N, C, H, W)``, in runs of memory for a layout if not in its order.
+
+    The channels of a pixel lie side by side, in the order of the shape or with rows first.
+    """
     n, h, w, c = pixels.shape
     if layout is torch.channels_last:
         return pixels.permute(0, 3, 1, 2)
+    rows = pixels.transpose(0, 1)
+    if w >= _LONG_ROW and rows.is_contiguous():
+        return transposed(rows.view(h * n, w, c)).view(h, n, c, w).permute(1, 2, 0, 3)
+    pixels = pixels.contiguous()
     if h * w * pixels.element_size() < _CLASHING:
         return transposed(pixels.view(n, h * w, c)).view(n, c, h, w)
     return transposed(pixels.view(n * h, w, c)).view(n, h, c, w).transpose(1, 2)

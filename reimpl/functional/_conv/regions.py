@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from torch import Tensor
-
 from reimpl.functional._conv.arguments import Geometry
-from reimpl.functional._conv.layouts import pixels_of_planes
 
 # Measured: rows of taps are better taken one by one, but where together they have so few numbers.
 _TOGETHER = 256
-# What a box costs beside its products, in terms of a sum: gathering, and adding what comes of it.
-_COST = 40
 
 
 class Box(NamedTuple):
@@ -66,39 +60,19 @@ class Region:
     """Rows and columns of outputs."""
     terms: int = field(init=False)
     """Numbers of the box."""
-    reads: tuple[slice, slice] = field(init=False)
-    """The rows and columns of the image that are read, those of the padding too."""
 
     def __post_init__(self) -> None:
         size = self.down.stop - self.down.start, self.across.stop - self.across.start
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "terms", prod(self.box.sizes))
-        reads = self._reads(0, self.down, self.box.rows), self._reads(1, self.across, self.box.columns)
-        object.__setattr__(self, "reads", reads)
 
-    def _reads(self, dim: int, outputs: slice, taps: slice) -> slice:
-        stride, dilation = self.geometry.stride[dim], self.geometry.dilation[dim]
-        before = self.geometry.padding[2 * dim]
-        first = outputs.start * stride + taps.start * dilation - before
-        return slice(first, (outputs.stop - 1) * stride + (taps.stop - 1) * dilation - before + 1)
-
-
-@lru_cache(maxsize=1024)
-def planned(
-    kernel: tuple[int, int],
-    channels: int,
-    most: int,
-    size: tuple[int, int],
-    output: tuple[int, int],
-    geometry: Geometry,
-) -> tuple[Region, ...]:
-    """The boxes of a window and their regions, cut in the quickest way; the largest region first.
-
-    A region costs its outputs times the terms of its box, and some more.
-    """
-    ways = [reached(boxes, size, output, geometry) for boxes in partitions(kernel, channels, most)]
-    best = min(ways, key=lambda way: sum(prod(region.size) * (region.terms + _COST) for region in way))
-    return tuple(sorted(best, key=lambda region: -prod(region.size)))
+    @property
+    def place(self) -> tuple[int, int]:
+        """The row of the image at which the first output's box begins: whole strides and the rest."""
+        stride = self.geometry.stride[0]
+        first = self.box.rows.start * self.geometry.dilation[0] - self.geometry.padding[0]
+        whole, rest = divmod(self.down.start * stride + first, stride)
+        return int(whole), int(rest)
 
 
 def reached(boxes: Sequence[Box], size: tuple[int, int], output: tuple[int, int], geometry: Geometry) -> list[Region]:
@@ -118,81 +92,3 @@ def _outputs(dim: int, taps: slice, size: tuple[int, int], output: tuple[int, in
     first = -(((taps.stop - 1) * dilation - before) // stride)
     last = (size[dim] - 1 + before - taps.start * dilation) // stride
     return slice(max(0, first), min(output[dim], last + 1))
-
-
-class Windows:
-    """Makes matrices of the windows of a batch, block by block, in memory of its own.
-
-    A matrix holds the boxes of a region's windows, a window a row, ``(N·rows·columns, terms)``, or with the batch as
-    the last of the three. It is valid until the next: memory that is asked for anew for each block is taken from the
-    system each time, which takes as long as the products.
-    """
-
-    def __init__(self, input: Tensor, blocks: list[slice], cut: Sequence[Region], batch_last: bool = False) -> None:
-        self.count, self._batch_last = 0, batch_last
-        most = max(part.stop - part.start for part in blocks)
-        self._room = input.new_empty(most * max([0, *(prod(region.size) * region.terms for region in cut)]))
-        channels, *size = input.shape[1:]
-        top, bottom, left, right = margins(cut, (size[0], size[1]))
-        self._origin = top, left
-        self._padded = self._inner = None
-        if batch_last or top or bottom or left or right:
-            padded = size[0] + top + bottom, size[1] + left + right
-            if batch_last:
-                self._padded = input.new_empty(*padded, most, channels).permute(2, 0, 1, 3)
-            else:
-                self._padded = input.new_empty(most, *padded, channels)
-            for dim, (before, after) in enumerate(((top, bottom), (left, right)), 1):
-                self._padded.narrow(dim, 0, before).zero_()
-                self._padded.narrow(dim, padded[dim - 1] - after, after).zero_()
-            self._inner = self._padded.narrow(1, top, size[0]).narrow(2, left, size[1])
-
-    def load(self, planes: Tensor) -> None:
-        """Take a block of images, ``(N, C, H, W)``."""
-        self.count = len(planes)
-        self._pixels = pixels_of_planes(planes)
-        if self._padded is not None and self._inner is not None:
-            self._inner[: self.count].copy_(self._pixels)
-            self._pixels = self._padded[: self.count]
-
-    def rows(self, region: Region, offset: int = 0) -> Tensor:
-        """The matrix of a region; ``offset`` is the first channel of its group."""
-        pixels = self._pixels
-        sizes, strides, first = _reading(region, self.count, pixels.stride()[:3], self._origin, self._batch_last)
-        rows = pixels.as_strided(sizes, strides, first + offset + pixels.storage_offset())
-        if not rows.is_contiguous():
-            rows = self._room.as_strided(sizes, _dense(sizes)).copy_(rows)
-        return rows.view(-1, region.terms)
-
-
-@lru_cache(maxsize=4096)
-def _reading(
-    region: Region, count: int, pixel: tuple[int, ...], origin: tuple[int, int], batch_last: bool
-) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Where in memory the windows of a region stand: sizes, strides and the first number."""
-    n, h, w = pixel
-    (s_h, s_w), (d_h, d_w) = region.geometry.stride, region.geometry.dilation
-    first = (region.reads[0].start + origin[0]) * h + (region.reads[1].start + origin[1]) * w
-    outputs = [(count, n), (region.size[0], h * s_h), (region.size[1], w * s_w)]
-    if batch_last:
-        outputs = [*outputs[1:], outputs[0]]
-    taps = zip(region.box.sizes, (h * d_h, w * d_w, 1), strict=True)
-    sizes, strides = zip(*outputs, *taps, strict=True)
-    return sizes, strides, first + region.box.channels.start
-
-
-@lru_cache(maxsize=4096)
-def _dense(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of dense numbers."""
-    return tuple(prod(sizes[k + 1 :]) for k in range(len(sizes)))
-
-
-def margins(cut: Sequence[Region], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Rows and columns of zeros around the image that regions read: top, bottom, left, right."""
-    reads = [region.reads for region in cut]
-    return (
-        max([0, *(-down.start for down, _ in reads)]),
-        max([0, *(down.stop - size[0] for down, _ in reads)]),
-        max([0, *(-across.start for _, across in reads)]),
-        max([0, *(across.stop - size[1] for _, across in reads)]),
-    )

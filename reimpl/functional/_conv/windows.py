@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +38,17 @@ def window_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int],
 
 def fill_padded(target: Tensor, planes: Tensor, geometry: Geometry) -> Tensor:
     """Write images between the padding of ``target``."""
-    inner = target
-    for dim, before, after in ((2, *geometry.padding[:2]), (3, *geometry.padding[2:])):
-        inner = inner.narrow(dim, max(before, 0), target.shape[dim] - max(before, 0) - max(after, 0))
-        planes = planes.narrow(dim, max(-before, 0), inner.shape[dim])
+    inner, planes = inside_padding(target, planes, geometry)
     inner.copy_(planes)
     return target
+
+
+def inside_padding(target: Tensor, planes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """What of ``target`` is no padding, and what of images belongs there: all but what a negative padding crops."""
+    for dim, before, after in ((2, *geometry.padding[:2]), (3, *geometry.padding[2:])):
+        target = target.narrow(dim, max(before, 0), target.shape[dim] - max(before, 0) - max(after, 0))
+        planes = planes.narrow(dim, max(-before, 0), target.shape[dim])
+    return target, planes
 
 
 def parts(
@@ -67,3 +74,31 @@ def pixels_of(planes: Tensor, down: Phase, across: Phase, geometry: Geometry) ->
     """The pixels of two phases in a batch of planes."""
     rows = every(planes, 2, down.first, down.number, geometry.stride[0])
     return every(rows, 3, across.first, across.number, geometry.stride[1])
+
+
+class Run(NamedTuple):
+    """Numbers that are copied into a matrix in one go."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+    places: tuple[int, ...]
+    """Strides in the matrix."""
+    begin: int
+    """The first there."""
+
+    @property
+    def lies(self) -> bool:
+        """Whether they lie as the matrix has them."""
+        return all(size == 1 or a == b for size, a, b in zip(self.sizes, self.strides, self.places, strict=True))
+
+    def copy(self, source: Tensor, offset: int, target: Tensor) -> None:
+        """Copy them; those of ``source`` begin at ``offset``."""
+        numbers = source.as_strided(self.sizes, self.strides, offset + self.first)
+        target.as_strided(self.sizes, self.places, self.begin).copy_(numbers)
+
+
+@lru_cache(maxsize=4096)
+def dense(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of dense numbers."""
+    return tuple(prod(sizes[k + 1 :]) for k in range(len(sizes)))

@@ -13,6 +13,7 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 from parity_tests.functional_cases import row_of, verdicts
+from parity_tests.kernel_launches import noted, without_node
 from reimpl.functional import _plain
 from reimpl.functional._pooling import plain as _pooling_plain
 from reimpl.testing import SEEDS, Sample, Verdict, bits_equal, combine, random_tensor, seeded_generator
@@ -28,9 +29,8 @@ SHAPES: dict[str, tuple[int, ...]] = {"vector": (37,), "planes": (3, 5, 6, 7), "
 
 @pytest.fixture(params=["kernels", "blocks"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Compiled kernels whatever the size, or PyTorch's operators over short blocks."""
-    for module in (_pointwise_numba, _pooling_numba):
-        monkeypatch.setattr(module, "_LEAST_NUMBERS", 0)
+    """Compiled kernels, or PyTorch's operators over short blocks."""
+    without_node(monkeypatch)
     monkeypatch.setattr(_pointwise_numba, "_GRAIN", 1 << 10)
     monkeypatch.setattr(_plain, "_BLOCK", 50)
     with F.use_kernels(request.param == "kernels"):
@@ -41,13 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that run from here on, by name."""
     names: list[str] = []
     for module in (_pointwise_numba, _pooling_numba):
-        original = module.run
-
-        def noting(kernel: Any, *args: Any, original: Any = original) -> None:
-            names.append(kernel.__name__)
-            original(kernel, *args)
-
-        monkeypatch.setattr(module, "run", noting)
+        noted(monkeypatch, module, lambda _, module=module: module._KERNELS, names)
     return names
 
 
@@ -103,7 +97,7 @@ def test_a_wrong_activation_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch)
         return output + 2**-20 if bug == "constant" else output
 
     monkeypatch.setattr(_pointwise_numba, "forward", wrong)
-    monkeypatch.setattr(_pointwise_numba, "_LEAST_NUMBERS", 0)
+    without_node(monkeypatch)
     x = random_tensor((100,), torch.float32, seeded_generator(0, "bug")).requires_grad_()
     with F.use_kernels():
         assert not all(verdict.ok for _, verdict in verdicts(row_of("leaky_relu"), Sample((x,)), 0))

@@ -329,7 +329,12 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, sizes: tuple[int, int]) -> Tensor:
         kernels = kernels_for(_KERNELS, input)
-        if kernels and not _is_whole(input, sizes, memory_format_of(input)) and kernels.worth_it(input) and 0 not in sizes:
+        if (
+            kernels
+            and not _is_whole(input, sizes, memory_format_of(input))
+            and kernels.worth_it(input)
+            and 0 not in sizes
+        ):
             lines = kernels.adaptive(sizes, (input.shape[-2], input.shape[-1]))
             return kernels.means(input, lines, sizes)  # type: ignore[no-any-return]
         return _means(input, sizes)

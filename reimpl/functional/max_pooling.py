@@ -194,9 +194,7 @@ def _refuse_windows_of_padding(input: Tensor, windows: Windows) -> None:
             )
 
 
-def _pool(
-    input: Tensor, windows: Windows | Grid, return_indices: bool, key: tuple[object, ...] | None = None
-) -> Any:
+def _pool(input: Tensor, windows: Windows | Grid, return_indices: bool, key: tuple[object, ...] | None = None) -> Any:
     operator = max_pool if isinstance(windows, Windows) and input.is_cpu and input.is_floating_point() else None
     values, indices = call(_MaxPool, _composition, input, windows, operator=operator)
     layout = memory_format_of(input)

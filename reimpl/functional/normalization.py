@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_disabled, call, memory_format_of, opmath_dtype, scalar_type_name
-from reimpl.functional._norm.functions import BatchNormInference, BatchNormTraining, learn, normalize, normalize_by_batch
+from reimpl.functional._norm.functions import (
+    BatchNormInference,
+    BatchNormTraining,
+    learn,
+    normalize,
+    normalize_by_batch,
+)
 from reimpl.functional.kernels import attempt
 
 _VECTORS = "running_mean", "running_var", "weight", "bias"

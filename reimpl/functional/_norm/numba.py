@@ -227,9 +227,7 @@ def _backward_step(layer: _Layer, given: _Given) -> Step:
     }
     summed = given.sum_g is not None or given.sum_g_centred is not None
     wanted = given.result is not None
-    return cut.step(
-        "backward", words, summed or not layer.fixed, wanted, layer.fixed, "add_up" if summed else ""
-    )
+    return cut.step("backward", words, summed or not layer.fixed, wanted, layer.fixed, "add_up" if summed else "")
 
 
 @lru_cache(maxsize=256)
@@ -351,8 +349,18 @@ def _gradient(
     layout = torch.contiguous_format if input.is_contiguous() else CHANNELS_LAST[input.dim()]
     grad, weight = grad.contiguous(memory_format=layout), _vector(weight, mean)
     tensors = (input, weight, mean, var, rectified, grad, result, *sums, grad_mean, grad_var)
-    unused = (sums_wanted,) * 2 + (not fixed,) * 2
-    places = (None if t is None else at for at, t in enumerate(tensors))
-    given = _Given(*(at if used else None for at, used in zip(places, (True,) * 7 + unused, strict=True)))
+    given = _Given(
+        input=0,
+        weight=None if weight is None else 1,
+        mean=2,
+        var=3,
+        output=None if rectified is None else 4,
+        grad=5,
+        result=6 if wanted else None,
+        sum_g=7 if sums_wanted else None,
+        sum_g_centred=8 if sums_wanted else None,
+        grad_mean=None if fixed else 9,
+        grad_var=None if fixed else 10,
+    )
     run(_backward_step(_layer(input, weight, None, eps, rectified is not None, fixed), given), tensors)
     return result, *sums

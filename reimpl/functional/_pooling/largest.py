@@ -51,7 +51,7 @@ def _apart(windows: Windows | Grid) -> tuple[int, int]:
 
 def learn(key: tuple[object, ...] | None, input: Tensor, values: Tensor, windows: Windows | Grid) -> None:
     """Let the compiled node do, from here on, what kernels have just done to such an input."""
-    kernels = kernels_for("_pooling.numba", input, values)
+    kernels = kernels_for("_pooling.numba", input, values) if key else None
     if key and kernels and kernels.worth_it(input) and values.numel():
         lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
         teach(key, kernels, _through, input, values, lines, _apart(windows))

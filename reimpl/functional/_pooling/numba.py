@@ -95,7 +95,17 @@ def _search_step(
     """Input to values and places."""
     threads, *shares = _shares(shape, by_pixel, threads)
     pairs = apart == (1, 1) and all(end - first == 2 for first, end, _ in lines)
-    words = (COUNTERS, *shares, *shape[-2:], *output, *apart, _table(lines), Address(0), Address(1), Address(2))
+    words: tuple[Word, ...] = (
+        COUNTERS,
+        *shares,
+        *shape[-2:],
+        *output,
+        *apart,
+        _table(lines),
+        Address(0),
+        Address(1),
+        Address(2),
+    )
     return step(Launch(_KERNELS.largest.address, (*words, int(pairs)), threads))
 
 
@@ -104,7 +114,7 @@ def _scatter_step(shape: tuple[int, ...], by_pixel: bool, plane: tuple[int, int]
     """Places of such a shape, and gradients, to the gradient of the input."""
     threads, *shares = _shares(shape, by_pixel, threads)
     sizes = (shares[-1] * prod(plane), shares[-1] * prod(shape[-2:]))
-    words = (COUNTERS, *shares, *sizes, Address(1), Address(0), Address(2))
+    words: tuple[Word, ...] = (COUNTERS, *shares, *sizes, Address(1), Address(0), Address(2))
     return step(Launch(_KERNELS.scatter.address, words, threads))
 
 
@@ -116,12 +126,14 @@ def _average_step(
     threads, *shares = _shares(shape, by_pixel, threads)
     tensors: tuple[Word, ...] = (Address(1), Address(0)) if back else (Address(0), Address(1))
     room = Room(-(-threads * shares[-1] // 2))
-    words = (COUNTERS, *shares, *shape[-2:], *output, _table(lines), *tensors, int(back), room)
+    words: tuple[Word, ...] = (COUNTERS, *shares, *shape[-2:], *output, _table(lines), *tensors, int(back), room)
     return step(Launch(_KERNELS.average.address, words, threads))
 
 
 @lru_cache(256)
-def _largest_plan(given: Layout, values: Layout, lines: Bounds, apart: tuple[int, int], by_pixel: bool, threads: int) -> Plan:
+def _largest_plan(
+    given: Layout, values: Layout, lines: Bounds, apart: tuple[int, int], by_pixel: bool, threads: int
+) -> Plan:
     output = (values.sizes[-2], values.sizes[-1])
     return Plan(
         (given,),

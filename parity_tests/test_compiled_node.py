@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -437,3 +438,18 @@ def test_a_damaged_file_is_thrown_away(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(native, "_module", None)
     native.take_up(path)
     assert not native.ready() and not path.exists()
+
+
+def test_superseded_builds_are_removed(tmp_path: Path) -> None:
+    for age in range(3 * native._MOST_KEPT):
+        for ending in ("so", "lock") if age % 3 else ("lock", "failed"):
+            path = tmp_path / f"reimpl_node_{age}.cpython.{ending}"
+            path.touch()
+            os.utime(path, (1e9 - age, 1e9 - age))
+    others = [tmp_path / "reimpl_kernel_0.py", tmp_path / "reimpl_node.txt"]
+    for path in others:
+        path.touch()
+    native._prune(tmp_path)
+    kept = {path.name.partition(".")[0] for path in tmp_path.iterdir() if path not in others}
+    assert kept == {f"reimpl_node_{age}" for age in range(native._MOST_KEPT)}
+    assert len(list(tmp_path.iterdir())) == 2 * native._MOST_KEPT + len(others)

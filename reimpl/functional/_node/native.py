@@ -38,6 +38,9 @@ _SOURCE, _HEADER = (Path(__file__).with_name(name) for name in ("node.cpp", "pla
 _MOST_PLANS = 32
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", f"-DMOST_PLANS={_MOST_PLANS}")
 
+# Builds that stay in the cache folder: of a few versions of PyTorch, Python and this library.
+_MOST_KEPT = 8
+
 _LOCK = threading.Lock()
 _module: ModuleType | None = None
 
@@ -189,11 +192,26 @@ def build(path: Path) -> bool:
             atexit.unregister(process.kill)
             if process.returncode == 0:
                 os.replace(beside, path)
+                _prune(path.parent)
             elif process.returncode > 0:
                 failure.write_text(said)
             return process.returncode == 0
         finally:
             Path(beside).unlink(missing_ok=True)
+
+
+def _prune(folder: Path) -> None:
+    """Remove what was kept of nodes, but for those used last; a process that has one open goes on with it."""
+    ages: dict[str, float] = {}
+    for path in folder.glob("reimpl_node_*"):
+        # another process may be about the same
+        with contextlib.suppress(OSError):
+            name = path.name.partition(".")[0]
+            ages[name] = max(ages.get(name, 0.0), path.stat().st_mtime)
+    for name in sorted(ages, key=lambda name: ages[name], reverse=True)[_MOST_KEPT:]:
+        for path in folder.glob(f"{name}.*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _command(compiler: str, path: Path, output: str) -> list[str]:
@@ -226,6 +244,9 @@ def take_up(path: Path) -> None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        # the time of the last use
+        with contextlib.suppress(OSError):
+            os.utime(path)
         module.use_threads(ctypes.cast(cast(Any, _threads._fork_call()), ctypes.c_void_p).value)
     except (ImportError, OSError, AttributeError):
         path.unlink(missing_ok=True)

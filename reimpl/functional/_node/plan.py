@@ -126,7 +126,8 @@ def step(*launches: Launch, grain: int = 0) -> Step:
             elif isinstance(word, _Counters):
                 counters.append(at)
             table.append(word if isinstance(word, int) else 0)
-    inside, room = [], 0
+    inside: list[tuple[int, int]] = []
+    room = 0
     for held, places in beyond.items():
         if isinstance(held, Room):
             found[Room].extend((at, room) for at in places)

@@ -239,11 +239,11 @@ def _through(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> 
     training, eps, relu, weighted = options
     input, *weights, mean, var = saved[: 3 + weighted]
     weight, rectified = weights[0] if weighted else None, saved[-1] if relu else None
-    grad, *of_statistics = grads
-    grad = torch.zeros_like(input) if grad is None else grad
+    grad = torch.zeros_like(input) if grads[0] is None else grads[0]
     if training:
+        _, to_mean, to_var = grads
         kept = (input, weight, mean, var, rectified)
-        to_input, to_weight, to_bias = BatchNormTraining.gradients(grad, *of_statistics, kept, eps, True)
+        to_input, to_weight, to_bias = BatchNormTraining.gradients(grad, to_mean, to_var, kept, eps, True)
         return to_input, None, None, to_weight.to(mean.dtype), to_bias.to(mean.dtype)
     tensors, asked = (input, mean, var, weight, rectified), (True, False, False, True, True)
     ctx = SimpleNamespace(saved_tensors=tensors, needs_input_grad=asked, eps=eps, bias_dtype=mean.dtype)

@@ -53,15 +53,15 @@ def _convolve_into(target: Tensor, input: Tensor, weight: Tensor, bias: Tensor |
     if bias is not None:
         offset = walk.of_channels(bias.to(walk.dtype))
     for part, taps in walk.blocks(input):
-        total = into = walk.place_of(target[part])
-        for k, (tap, factor) in enumerate(zip(taps, factors, strict=True)):
-            if total is not None and k:
-                total.addcmul_(tap, factor)
-            elif offset is None:
-                total = torch.mul(tap, factor, out=into)
-            else:
-                total = torch.addcmul(offset, tap, factor, out=into)
-        if total is not into:
+        into = walk.place_of(target[part])
+        (tap, factor), *others = zip(taps, factors, strict=True)
+        if offset is None:
+            total = torch.mul(tap, factor, out=into)
+        else:
+            total = torch.addcmul(offset, tap, factor, out=into)
+        for tap, factor in others:
+            total.addcmul_(tap, factor)
+        if into is None:
             target[part].copy_(walk.images(total))
 
 

@@ -223,6 +223,20 @@ def test_means_of_each_window(layout: str, way: str, monkeypatch: pytest.MonkeyP
     assert set(ran) == ({"average"} if way == "kernels" else set())
 
 
+@pytest.mark.parametrize("plane", [(1, 1), (1, 2), (3, 5), (4, 4), (7, 9), (8, 8), (9, 11)], ids=str)
+def test_means_of_whole_planes(plane: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, count = counted(monkeypatch), plane[0] * plane[1]
+    x = random_tensor((5, 3, *plane), torch.float32, seeded_generator(0, "whole", plane))
+    x[1, 1, 0, 0], x[2, 0, -1, -1] = torch.nan, torch.inf
+    grad = random_tensor((5, 3, 1, 1), torch.float32, seeded_generator(1, "whole"))
+    y, found = with_gradient(lambda x: F.adaptive_avg_pool2d(x, 1), x, grad)
+    exact = x.double().mean((-2, -1), keepdim=True)
+    # sums of up to 99 numbers of size 1, in several parts, then one division
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=16 * 2**-23, equal_nan=True)
+    assert torch.equal(found, (grad / count).expand_as(x))
+    assert set(ran) == ({"average"} if way == "kernels" else set())
+
+
 def test_kernels_keep_the_strides_of_channels_last(way: str) -> None:
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
     for call in (

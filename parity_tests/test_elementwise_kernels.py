@@ -13,6 +13,7 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 from parity_tests.functional_cases import row_of, verdicts
+from parity_tests.kernel_launches import noted, without_node
 from reimpl.functional import _plain
 from reimpl.functional._pooling import plain as _pooling_plain
 from reimpl.testing import SEEDS, Sample, Verdict, bits_equal, combine, random_tensor, seeded_generator
@@ -28,9 +29,8 @@ SHAPES: dict[str, tuple[int, ...]] = {"vector": (37,), "planes": (3, 5, 6, 7), "
 
 @pytest.fixture(params=["kernels", "blocks"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Compiled kernels whatever the size, or PyTorch's operators over short blocks."""
-    for module in (_pointwise_numba, _pooling_numba):
-        monkeypatch.setattr(module, "_LEAST_NUMBERS", 0)
+    """Compiled kernels, or PyTorch's operators over short blocks."""
+    without_node(monkeypatch)
     monkeypatch.setattr(_pointwise_numba, "_GRAIN", 1 << 10)
     monkeypatch.setattr(_plain, "_BLOCK", 50)
     with F.use_kernels(request.param == "kernels"):
@@ -41,13 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that run from here on, by name."""
     names: list[str] = []
     for module in (_pointwise_numba, _pooling_numba):
-        original = module.run
-
-        def noting(kernel: Any, *args: Any, original: Any = original) -> None:
-            names.append(kernel.__name__)
-            original(kernel, *args)
-
-        monkeypatch.setattr(module, "run", noting)
+        noted(monkeypatch, module, lambda _, module=module: module._KERNELS, names)
     return names
 
 
@@ -103,7 +97,7 @@ def test_a_wrong_activation_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch)
         return output + 2**-20 if bug == "constant" else output
 
     monkeypatch.setattr(_pointwise_numba, "forward", wrong)
-    monkeypatch.setattr(_pointwise_numba, "_LEAST_NUMBERS", 0)
+    without_node(monkeypatch)
     x = random_tensor((100,), torch.float32, seeded_generator(0, "bug")).requires_grad_()
     with F.use_kernels():
         assert not all(verdict.ok for _, verdict in verdicts(row_of("leaky_relu"), Sample((x,)), 0))
@@ -226,6 +220,20 @@ def test_means_of_each_window(layout: str, way: str, monkeypatch: pytest.MonkeyP
             leaf = x.detach().requires_grad_()
             for quantity, verdict in verdicts(row_of(name), Sample((leaf, *args)), number):
                 verdict.check(f"{name}, {way}", f"{shape}, {args}, {layout}", quantity)
+    assert set(ran) == ({"average"} if way == "kernels" else set())
+
+
+@pytest.mark.parametrize("plane", [(1, 1), (1, 2), (3, 5), (4, 4), (7, 9), (8, 8), (9, 11)], ids=str)
+def test_means_of_whole_planes(plane: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, count = counted(monkeypatch), plane[0] * plane[1]
+    x = random_tensor((5, 3, *plane), torch.float32, seeded_generator(0, "whole", plane))
+    x[1, 1, 0, 0], x[2, 0, -1, -1] = torch.nan, torch.inf
+    grad = random_tensor((5, 3, 1, 1), torch.float32, seeded_generator(1, "whole"))
+    y, found = with_gradient(lambda x: F.adaptive_avg_pool2d(x, 1), x, grad)
+    exact = x.double().mean((-2, -1), keepdim=True)
+    # sums of up to 99 numbers of size 1, in several parts, then one division
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=16 * 2**-23, equal_nan=True)
+    assert torch.equal(found, (grad / count).expand_as(x))
     assert set(ran) == ({"average"} if way == "kernels" else set())
 
 

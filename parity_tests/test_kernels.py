@@ -16,6 +16,7 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 import reimpl.nn as nn
+from parity_tests.kernel_launches import noted
 from parity_tests.oracle import functional as oracle
 from parity_tests.test_conv import exact_with_gradients, with_gradients
 from reimpl.functional.kernels import kernels_enabled, kernels_for
@@ -35,7 +36,6 @@ def _small_work_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels on, whatever the size."""
     for name in ("_LEAST_WORK", "_LEAST_OUTPUTS"):
         monkeypatch.setattr(_conv_numba, name, 0)
-    monkeypatch.setattr(_norm_numba, "_LEAST_NUMBERS", 0)
     with F.use_kernels():
         yield
 
@@ -43,14 +43,14 @@ def _small_work_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that run from here on, by name."""
     names: list[str] = []
-    for module in (_conv_numba, _norm_numba):
-        original = module.run
+    original = _conv_numba.run
 
-        def noting(kernel: Any, *args: Any, original: Any = original) -> None:
-            names.append(kernel.__name__)
-            original(kernel, *args)
+    def noting(kernel: Any, *args: Any) -> None:
+        names.append(kernel.__name__)
+        original(kernel, *args)
 
-        monkeypatch.setattr(module, "run", noting)
+    monkeypatch.setattr(_conv_numba, "run", noting)
+    noted(monkeypatch, _norm_numba, lambda input: _norm_numba._kernels(input.dtype), names)
     return names
 
 

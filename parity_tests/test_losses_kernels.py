@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reimpl.functional as F
 from parity_tests.functional_cases import refuses_alike, row_of, verdicts
+from parity_tests.kernel_launches import without_node
 from reimpl.functional._losses import plain as _losses_plain
 from reimpl.testing import SEEDS, Sample, Verdict, combine, random_tensor, seeded_generator
 
@@ -27,7 +28,7 @@ from reimpl.functional._losses import numba as _losses_numba
 from reimpl.functional._losses import numba_pointwise as _losses_numba_pointwise
 from reimpl.functional._losses import numba_targets as _losses_numba_targets
 from reimpl.functional._losses.numba_math import exp_of_negative, log_of_positive
-from reimpl.functional._node import native, plan
+from reimpl.functional._node import plan
 
 # PyTorch's word about what its forward mode imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -41,9 +42,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # the compiled node, which would run the same kernels, has tests of its own
-    monkeypatch.setattr(native, "ready", lambda: False)
-    monkeypatch.setattr(native, "_SITES", {})
+    without_node(monkeypatch)
     with F.use_kernels():
         yield
 
@@ -55,7 +54,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = plan.run
 
     def noting(step: plan.Step, *args: Any) -> Any:
-        addresses.append(step.kernel)
+        addresses.append(step.launches[0][0])
         return original(step, *args)
 
     for module in (_losses_numba, _losses_numba_pointwise, _losses_numba_targets):

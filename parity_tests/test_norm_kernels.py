@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
+from parity_tests.kernel_launches import noted, without_node
 from parity_tests.oracle import functional as oracle
 from parity_tests.oracle import functional_norm as oracle_norm
 from parity_tests.test_conv import exact_with_gradients, with_gradients
@@ -38,26 +39,25 @@ BATCHES: dict[str, tuple[tuple[int, ...], bool]] = {
 
 
 @pytest.fixture(autouse=True)
-def _small_work_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels on, whatever the size; plans are kept, so that what a test changes must not outlive it."""
-    monkeypatch.setattr(_norm_numba, "_LEAST_NUMBERS", 0)
-    _norm_numba._plan.cache_clear()
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels on; plans are kept, so that what a test changes must not outlive it."""
+    without_node(monkeypatch)
+    forget()
     with F.use_kernels():
         yield
-    _norm_numba._plan.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    for kept in (_norm_numba._cut, _norm_numba._forward_step, _norm_numba._backward_step):
+        kept.cache_clear()
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that run from here on, by name."""
     names: list[str] = []
-    original = _norm_numba.run
-
-    def noting(kernel: Any, *args: Any) -> None:
-        names.append(kernel.__name__)
-        original(kernel, *args)
-
-    monkeypatch.setattr(_norm_numba, "run", noting)
+    noted(monkeypatch, _norm_numba, lambda input: _norm_numba._kernels(input.dtype), names)
     return names
 
 
@@ -121,7 +121,7 @@ def test_against_the_oracle(
         rows.append(
             [judge(*row) for row in zip(ours, theirs, exact[:2] + exact[4:], scale[:2] + scale[4:], strict=True)]
         )
-    assert set(ran) == {"forward", "backward"}
+    assert set(ran) == {"forward", "backward", "add_up"}
     technique = "batch_norm_relu" if relu else "batch_norm"
     desc = f"{'training' if training else 'evaluation'}, {case}{'' if chunk is None else ', in chunks'}"
     for quantity, column in zip(
@@ -171,7 +171,7 @@ def test_bfloat16_beside_float32_parameters(training: bool, ran: list[str]) -> N
         torch.testing.assert_close(ours.double(), right, rtol=2**-8, atol=1e-4)  # rounded once, at the end
     for ours, right in zip((*grads[1:], *ours_averages), (*expected[1:], *exact_averages), strict=True):
         torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-4)  # float32 sums of 180 terms
-    assert set(ran) == {"forward", "backward"}
+    assert set(ran) == {"forward", "backward", "add_up"}
 
 
 @pytest.mark.parametrize("case", BATCHES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +13,8 @@ import torch
 
 from reimpl.functional import _numba_tiles
 from reimpl.functional._losses import numba_math as _losses_numba_math
-from reimpl.optim import _kernel_cache, _numba_ops, _threads
-
-# Words between those that are read and those that all threads write, so that no line of the cache holds both.
-_APART = (0,) * 16
+from reimpl.functional._node.plan import run_once
+from reimpl.optim import _kernel_cache, _numba_ops
 
 
 def load(path: Path, replaced: str = "", by: str = "") -> ModuleType:
@@ -32,7 +29,4 @@ def load(path: Path, replaced: str = "", by: str = "") -> ModuleType:
 def run(kernel: Any, words: Sequence[int], tasks: int) -> None:
     """Call a kernel on PyTorch's threads with a table of words, the first of them the address of two shared counters:
     one for the tasks, one for whatever else the threads share."""
-    table = array("q", (0, *words, *_APART, 0, 0))
-    start = table.buffer_info()[0]
-    table[0] = start + 8 * (len(table) - 2)
-    _threads.run(kernel.address, start, min(torch.get_num_threads(), tasks))
+    run_once(kernel.address, words, min(torch.get_num_threads(), tasks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor
 from reimpl.functional._dispatch import call, opmath_dtype, scalar_type_name
 from reimpl.functional._plain import in_blocks, masked, plain_on_cpu
 from reimpl.functional._traced import rectify
-from reimpl.functional.kernels import final_kernels_for, kernels_for
+from reimpl.functional.kernels import attempt, final_kernels_for, kernels_for, teach
+
+# The compiled node's keys: a name, and whether the input is kept in place of the output.
+_RELU, _SIGMOID, _TANH = (("relu", False), ("sigmoid", False), ("tanh", False))
+_LEAKY_RELU = ("leaky_relu", False), ("leaky_relu", True)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -32,7 +37,9 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         raise NotImplementedError("Boolean inputs not supported for relu")
     if input.is_complex():
         raise NotImplementedError("clamp is not supported for complex types")
-    output: Tensor = call(_ReLU, _rectify, input, operator=rectify)
+    output: Tensor | None = attempt(_RELU, input)
+    if output is None:
+        output = call(_ReLU, _rectify, input, operator=rectify)
     return input.copy_(output) if inplace else output
 
 
@@ -56,7 +63,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     if not input.is_floating_point():
         kernel = f"leaky_relu_{input.device.type}"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
-    output: Tensor = call(_LeakyReLU, _leak, input, negative_slope)
+    output: Tensor | None = attempt(_LEAKY_RELU[negative_slope < 0], input, negative_slope)
+    if output is None:
+        output = call(_LeakyReLU, _leak, input, negative_slope)
     return input.copy_(output) if inplace else output
 
 
@@ -73,7 +82,8 @@ def sigmoid(input: Tensor) -> Tensor:
 
     Source: F2; N1, N2, N3. PyTorch: :func:`torch.sigmoid`.
     """
-    return call(_Sigmoid, logistic, _floating(input))  # type: ignore[no-any-return]
+    done: Tensor | None = attempt(_SIGMOID, input)
+    return call(_Sigmoid, logistic, _floating(input)) if done is None else done
 
 
 def relu_(input: Tensor) -> Tensor:
@@ -110,7 +120,8 @@ def tanh(input: Tensor) -> Tensor:
 
     Source: F2; N1, N3. PyTorch: :func:`torch.tanh`.
     """
-    return call(_Tanh, hyperbolic_tangent, _floating(input))  # type: ignore[no-any-return]
+    done: Tensor | None = attempt(_TANH, input)
+    return call(_Tanh, hyperbolic_tangent, _floating(input)) if done is None else done
 
 
 def _into(input: Tensor, output: Tensor) -> Tensor:
@@ -145,12 +156,18 @@ class _FromOutput(torch.autograd.Function):
         """The gradient of the input, given that of the output."""
         raise NotImplementedError
 
+    @classmethod
+    def through(cls, options: Any, grads: tuple[Tensor], saved: tuple[Tensor], *_: object) -> Tensor:
+        """:meth:`error` as the compiled node calls it."""
+        return cls.error(*grads, *saved)
+
 
 class _ReLU(_FromOutput):
     @staticmethod
     def forward(input: Tensor) -> Tensor:
         kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
+            teach(_RELU, kernels, _ReLU.through, input)
             return kernels.forward("relu", input)  # type: ignore[no-any-return]
         # Several times faster than the composition's choice; its derivative, shared out at 0, is not called for.
         return torch.maximum(input.new_zeros(()), input)
@@ -180,6 +197,7 @@ class _LeakyReLU(torch.autograd.Function):
     def forward(input: Tensor, slope: float) -> Tensor:
         kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
+            teach(_LEAKY_RELU[slope < 0], kernels, _LeakyReLU.through, input)
             return kernels.forward("leaky_relu", input, slope)  # type: ignore[no-any-return]
         # The maximum is several times faster than a choice. At slope 0 it would meet 0 times infinity.
         if not 0 < slope <= 1:
@@ -196,6 +214,11 @@ class _LeakyReLU(torch.autograd.Function):
         input, ctx.slope = inputs
         # The output has the sign of the input unless the slope is negative, and survives an in-place call.
         ctx.save_for_backward(input if ctx.slope < 0 else output)
+
+    @staticmethod
+    def through(options: Any, grads: tuple[Tensor], saved: tuple[Tensor], numbers: Any, *_: object) -> Tensor:
+        """:meth:`backward` as the compiled node calls it."""
+        return _LeakyReLU.backward(SimpleNamespace(saved_tensors=saved, slope=numbers[0]), *grads)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -239,6 +262,7 @@ class _Sigmoid(_FromOutput):
             return logistic(input)
         kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
+            teach(_SIGMOID, kernels, _Sigmoid.through, input)
             return kernels.forward("sigmoid", input)  # type: ignore[no-any-return]
         # The overflow of exp(-x) ends as 1/inf = 0, as it should; only a derivative would suffer from it.
         if plain_on_cpu(input):
@@ -284,6 +308,7 @@ class _Tanh(_FromOutput):
             return hyperbolic_tangent(input)
         kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
+            teach(_TANH, kernels, _Tanh.through, input)
             return kernels.forward("tanh", input)  # type: ignore[no-any-return]
         if plain_on_cpu(input):
             return _tanh_in_place(input)

@@ -20,9 +20,12 @@ from reimpl.functional._pooling.windows import (
     check_two_or_three,
     left_out,
     one,
+    options_key,
     plan_windows,
 )
-from reimpl.functional.kernels import final_kernels_for, kernels_for
+from reimpl.functional.kernels import attempt, final_kernels_for, kernels_for, teach
+
+_KERNELS = "_pooling.numba"
 
 
 def avg_pool2d(
@@ -54,13 +57,22 @@ def avg_pool2d(
 
     Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.avg_pool2d`.
     """
+    key = options_key("avg_pool2d", kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    done: Tensor | None = attempt(key, input)
+    if done is not None:
+        return done
     if divisor_override == 0:
         raise RuntimeError("divisor must be not zero")
     windows = plan_windows("avg_pool2d", input, kernel_size, stride, padding, 1, ceil_mode)
     if input.dtype != torch.int64:
         check_floating("avg_pool2d", input)
     output: Tensor = call(_AvgPool, _windowed_means, input, windows, count_include_pad, divisor_override)
-    return output.contiguous(memory_format=memory_format_of(input))
+    output = output.contiguous(memory_format=memory_format_of(input))
+    kernels = kernels_for(_KERNELS, input, output)
+    if key and kernels and kernels.worth_it(input):
+        lines = kernels.bounds(windows, (input.shape[-2], input.shape[-1]), count_include_pad, divisor_override)
+        teach(key, kernels, _through_windows, input, output, lines, None)
+    return output
 
 
 def avg_pool1d(
@@ -114,6 +126,10 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
 
     Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.adaptive_avg_pool2d`.
     """
+    key = options_key("adaptive_avg_pool2d", output_size)
+    done: Tensor | None = attempt(key, input)
+    if done is not None:
+        return done
     wanted: Sequence[int | None] = (
         (output_size, output_size) if output_size is None or isinstance(output_size, int) else output_size
     )
@@ -137,7 +153,12 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
             )
     check_floating("adaptive_avg_pool2d", input)
     output: Tensor = call(_AdaptiveAvgPool2d, _means, input, (sizes[0], sizes[1]))
-    return output.contiguous(memory_format=memory_format_of(input))
+    output = output.contiguous(memory_format=memory_format_of(input))
+    kernels = kernels_for(_KERNELS, input, output)
+    if key and kernels and kernels.worth_it(input) and output.numel():
+        lines = kernels.adaptive((sizes[0], sizes[1]), (input.shape[-2], input.shape[-1]))
+        teach(key, kernels, _through_grid, input, output, lines, None)
+    return output
 
 
 def _window_sums(input: Tensor, dim: int, kernel: int, stride: int, windows: int) -> Tensor:
@@ -209,7 +230,7 @@ class _AvgPool(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, windows: Windows, include_pad: bool, override: int | None) -> Tensor:
-        kernels = kernels_for("_pooling.numba", input)
+        kernels = kernels_for(_KERNELS, input)
         if kernels and kernels.worth_it(input):
             lines = kernels.bounds(windows, (input.shape[-2], input.shape[-1]), include_pad, override)
             return kernels.means(input, lines, windows.output)  # type: ignore[no-any-return]
@@ -223,21 +244,41 @@ class _AvgPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         windows, include_pad, override = ctx.options
-        kernels = final_kernels_for("_pooling.numba", grad)
+        kernels = final_kernels_for(_KERNELS, grad)
         if kernels and kernels.worth_spreading(grad, ctx.plane):
             lines = kernels.bounds(windows, ctx.plane, include_pad, override)
             return kernels.spread(grad, lines, ctx.plane, ctx.layout), None, None, None
-        spread = grad.to(opmath_dtype(grad.dtype))
-        spread = spread / _divisors(windows, ctx.plane, include_pad, override, spread)
-        if ctx.layout == torch.channels_last and _pooling_plain.runs_plainly(spread):
-            return _pooling_plain.spread(spread, windows, ctx.plane), None, None, None
-        for i, dim in enumerate((grad.dim() - 2, grad.dim() - 1)):
-            spread = _spread(spread, dim, windows.kernel[i], windows.stride[i])
-            # From the padded plane back to the plane: cut off what lies outside, and add what no window reached.
-            before, size = windows.padding[i], ctx.plane[i]
-            after = size - (spread.shape[dim] - before)
-            spread = pad_constant(spread, (0, 0) * (grad.dim() - 1 - dim) + (-before, after))
-        return spread.to(grad.dtype).contiguous(memory_format=ctx.layout), None, None, None
+        return _over_windows(grad, windows, include_pad, override, ctx.plane, ctx.layout), None, None, None
+
+
+def _over_windows(
+    grad: Tensor,
+    windows: Windows,
+    include_pad: bool,
+    override: int | None,
+    plane: tuple[int, int],
+    layout: torch.memory_format,
+) -> Tensor:
+    """The gradient of the input from that of the means of windows."""
+    spread = grad.to(opmath_dtype(grad.dtype))
+    spread = spread / _divisors(windows, plane, include_pad, override, spread)
+    if layout == torch.channels_last and _pooling_plain.runs_plainly(spread):
+        return _pooling_plain.spread(spread, windows, plane)
+    for i, dim in enumerate((grad.dim() - 2, grad.dim() - 1)):
+        spread = _spread(spread, dim, windows.kernel[i], windows.stride[i])
+        # From the padded plane back to the plane: cut off what lies outside, and add what no window reached.
+        before, size = windows.padding[i], plane[i]
+        after = size - (spread.shape[dim] - before)
+        spread = pad_constant(spread, (0, 0) * (grad.dim() - 1 - dim) + (-before, after))
+    return spread.to(grad.dtype).contiguous(memory_format=layout)
+
+
+def _through_windows(options: Any, grads: tuple[Tensor], saved: Any, numbers: Any, shape: Any) -> Tensor:
+    """The same as the compiled node asks for it."""
+    kernel_size, stride, padding, ceil_mode, include_pad, override = options
+    (grad,) = grads
+    windows = plan_windows("avg_pool2d", grad.new_empty(shape), kernel_size, stride, padding, 1, ceil_mode)
+    return _over_windows(grad, windows, include_pad, override, (shape[-2], shape[-1]), memory_format_of(grad))
 
 
 def _adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
@@ -275,6 +316,11 @@ def _means(input: Tensor, sizes: tuple[int, int]) -> Tensor:
     return (sums / _areas((input.shape[-2], input.shape[-1]), sizes, x)).to(input.dtype)
 
 
+def _is_whole(tensor: Tensor, sizes: tuple[int, int], layout: torch.memory_format) -> bool:
+    """Whether means are taken over whole planes, on CUDA, where PyTorch's reduction is as good as a kernel."""
+    return sizes == (1, 1) and layout == torch.contiguous_format and not tensor.is_cpu
+
+
 class _AdaptiveAvgPool2d(torch.autograd.Function):
     r"""Each element gets the gradients of the windows that hold it, each divided by its window's area."""
 
@@ -282,10 +328,13 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, sizes: tuple[int, int]) -> Tensor:
-        kernels = kernels_for("_pooling.numba", input)
-        # over whole planes, PyTorch's reduction is as good
-        whole = sizes == (1, 1) and input.is_contiguous()
-        if kernels and not whole and kernels.worth_it(input) and 0 not in sizes:
+        kernels = kernels_for(_KERNELS, input)
+        if (
+            kernels
+            and not _is_whole(input, sizes, memory_format_of(input))
+            and kernels.worth_it(input)
+            and 0 not in sizes
+        ):
             lines = kernels.adaptive(sizes, (input.shape[-2], input.shape[-1]))
             return kernels.means(input, lines, sizes)  # type: ignore[no-any-return]
         return _means(input, sizes)
@@ -297,13 +346,24 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        kernels = final_kernels_for("_pooling.numba", grad)
-        whole = ctx.sizes == (1, 1) and ctx.layout == torch.contiguous_format
-        if kernels and not whole and kernels.worth_spreading(grad, ctx.plane):
+        kernels = final_kernels_for(_KERNELS, grad)
+        if kernels and not _is_whole(grad, ctx.sizes, ctx.layout) and kernels.worth_spreading(grad, ctx.plane):
             return kernels.spread(grad, kernels.adaptive(ctx.sizes, ctx.plane), ctx.plane, ctx.layout), None
-        if ctx.sizes == (1, 1):
-            return grad.expand(*grad.shape[:-2], *ctx.plane) / prod(ctx.plane), None
-        g = grad.to(opmath_dtype(grad.dtype))
-        g = g / _areas(ctx.plane, ctx.sizes, g)
-        spread = _adaptive_sums(_adaptive_sums(g, g.dim() - 2, ctx.plane[0]), g.dim() - 1, ctx.plane[1])
-        return spread.to(grad.dtype).contiguous(memory_format=ctx.layout), None
+        return _over_grid(grad, ctx.plane, ctx.layout), None
+
+
+def _over_grid(grad: Tensor, plane: tuple[int, int], layout: torch.memory_format) -> Tensor:
+    """The gradient of the input from that of the means of a grid of windows."""
+    sizes = (grad.shape[-2], grad.shape[-1])
+    if sizes == (1, 1):
+        return grad.expand(*grad.shape[:-2], *plane) / prod(plane)
+    g = grad.to(opmath_dtype(grad.dtype))
+    g = g / _areas(plane, sizes, g)
+    spread = _adaptive_sums(_adaptive_sums(g, g.dim() - 2, plane[0]), g.dim() - 1, plane[1])
+    return spread.to(grad.dtype).contiguous(memory_format=layout)
+
+
+def _through_grid(options: Any, grads: tuple[Tensor], saved: Any, numbers: Any, shape: Any) -> Tensor:
+    """The same as the compiled node asks for it."""
+    (grad,) = grads
+    return _over_grid(grad, (shape[-2], shape[-1]), memory_format_of(grad))

@@ -57,9 +57,10 @@ class use_kernels:
     stands then. Until the switch is first set, convolutions and maximum pooling that ``torch.compile`` has put
     into a graph run through kernels on the CPU where Numba is installed, and nothing else does.
 
-    On Linux with a C++ compiler (``CXX``, or ``c++``) and Python's headers, softmax and the losses on the CPU run both
-    their passes without Python, in an autograd node that is compiled once in the background, some 12 seconds, and
-    taken up when it is there. Without it, and for whatever it does not do, the results are the same bits.
+    On Linux with a C++ compiler (``CXX``, or ``c++``) and Python's headers, layers on the CPU other than convolutions
+    run both their passes without Python, in an autograd node that is compiled once in the background, some 12 seconds,
+    and taken up when it is there. Without it, and for whatever it does not do, the results are the same bits, but for
+    running averages, which may differ by a rounding.
 
     Args:
         mode: on or off, in compiled code too.
@@ -107,16 +108,16 @@ def _switch_node() -> None:
         _native.switch(_enabled)
 
 
-def attempt(key: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+def attempt(key: tuple[Any, ...] | None, *arguments: Tensor | float | None) -> Any:
     """A layer done by the compiled node, recorded for the backward pass, or ``None`` where it does not do that.
 
     Args:
-        key: the layer's name, and its options.
-        tensors: its arguments; the first may want a gradient.
+        key: the layer's name, and its options; ``None`` where these cannot be a key.
+        arguments: tensors, and numbers that can change from call to call.
     """
-    if not _enabled or _native is None or torch.compiler.is_compiling():
+    if not _enabled or _native is None or key is None or torch.compiler.is_compiling():
         return None
-    return _native.attempt(key, *tensors)
+    return _native.attempt(key, *arguments)
 
 
 def teach(key: tuple[Any, ...], worker: Any, differentiate: Callable[..., Any], *arguments: Any) -> None:
@@ -126,9 +127,10 @@ def teach(key: tuple[Any, ...], worker: Any, differentiate: Callable[..., Any], 
     Args:
         key: as for :func:`attempt`.
         worker: its ``plan_of`` makes the plan, given the key and the arguments.
-        differentiate: the gradient by differentiable operators, given the options, the gradients of the outputs, what
-            was saved, the numbers carried, and the shape of the first argument.
-        arguments: the tensors.
+        differentiate: the gradients of all arguments, or of the first alone, by differentiable operators, given the
+            options, the gradients of the outputs, what was saved, the numbers carried, and the shape of the first
+            argument.
+        arguments: the tensors, and whatever else the plan depends on.
     """
     if _native is not None and _native.ready() and hasattr(worker, "plan_of"):
         plan = worker.plan_of(key, *arguments)

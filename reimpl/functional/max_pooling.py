@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import call, memory_format_of, scalar_type_name
-from reimpl.functional._pooling.largest import Grid, search, spread
+from reimpl.functional._pooling.largest import Grid, learn, search, spread
 from reimpl.functional._pooling.operators import max_pool
 from reimpl.functional._pooling.windows import (
     Size,
@@ -20,9 +20,11 @@ from reimpl.functional._pooling.windows import (
     check_two_or_three,
     left_out,
     one,
+    options_key,
     plan_windows,
     window_count,
 )
+from reimpl.functional.kernels import attempt
 
 
 def max_pool2d(
@@ -54,12 +56,16 @@ def max_pool2d(
 
     Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.max_pool2d`.
     """
+    key = options_key("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode)
+    done: Tensor | None = None if return_indices else attempt(key, input)
+    if done is not None:
+        return done
     windows = plan_windows("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
     if input.numel():
         _refuse_windows_of_padding(input, windows)
     if input.dtype == torch.bool or input.is_complex():
         raise NotImplementedError(f"\"max_pool2d\" not implemented for '{scalar_type_name(input.dtype)}'")
-    return _pool(input, windows, return_indices)
+    return _pool(input, windows, return_indices, key)
 
 
 def max_pool1d(
@@ -110,6 +116,10 @@ def adaptive_max_pool2d(input: Tensor, output_size: int | Sequence[int | None], 
 
     Source: F9. PyTorch: :func:`torch.nn.functional.adaptive_max_pool2d`.
     """
+    key = options_key("adaptive_max_pool2d", output_size)
+    done: Tensor | None = None if return_indices else attempt(key, input)
+    if done is not None:
+        return done
     if not isinstance(output_size, int) and input.dim() <= len(output_size):
         raise ValueError(f"Input dimension should be at least {len(output_size) + 1}")
     wanted: Sequence[int | None] = (output_size, output_size) if isinstance(output_size, int) else output_size
@@ -128,7 +138,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: int | Sequence[int | None], 
     if min(rows, columns) < 0:
         raise RuntimeError(f"Trying to create tensor with negative dimension {min(shape)}: {shape}")
     check_floating("adaptive_max_pool2d", input)
-    return _pool(input, Grid((rows, columns)), return_indices)
+    return _pool(input, Grid((rows, columns)), return_indices, key)
 
 
 def _plan_line(
@@ -184,11 +194,12 @@ def _refuse_windows_of_padding(input: Tensor, windows: Windows) -> None:
             )
 
 
-def _pool(input: Tensor, windows: Windows | Grid, return_indices: bool) -> Any:
+def _pool(input: Tensor, windows: Windows | Grid, return_indices: bool, key: tuple[object, ...] | None = None) -> Any:
     operator = max_pool if isinstance(windows, Windows) and input.is_cpu and input.is_floating_point() else None
     values, indices = call(_MaxPool, _composition, input, windows, operator=operator)
     layout = memory_format_of(input)
     values = values.contiguous(memory_format=layout)
+    learn(key, input, values, windows)
     return (values, indices.contiguous(memory_format=layout)) if return_indices else values
 
 

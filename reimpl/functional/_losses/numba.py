@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -10,7 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reimpl.functional._node.plan import Address, Layout, Plan, Scratch, Word, bits, dense, number_of, run, step
+from reimpl.functional._node.plan import (
+    COUNTERS,
+    Address,
+    Launch,
+    Layout,
+    Plan,
+    Scratch,
+    Step,
+    Word,
+    bits,
+    dense,
+    number_of,
+    run,
+    step,
+)
 from reimpl.functional._numba_source import load
 
 _KERNELS = load(Path(__file__).with_name("numba_kernels.py"))
@@ -39,6 +54,12 @@ class Blocks(NamedTuple):
     def scratch(self) -> Scratch:
         """The threads' scratch memory."""
         return Scratch((self.room * self.threads + 1) // 2)
+
+
+def losses_step(kernel: int, words: Sequence[Word], threads: int, last: Sequence[Word] = ()) -> Step:
+    """The step of a kernel that has its words from the third on, and where there are ``last`` words :data:`FINISH`."""
+    launches = [Launch(kernel, (COUNTERS, 0, 0, *words), threads), *([Launch(FINISH, last, 1)] if last else ())]
+    return step(*launches)
 
 
 def shared(shape: tuple[int, ...], dim: int, threads: int, least: int = LEAST_SHARED) -> Blocks:
@@ -76,8 +97,8 @@ def _softmax_plan(shape: torch.Size, dim: int, log: bool, threads: int) -> Plan:
     return Plan(
         (dense(*shape),),
         (dense(*shape),),
-        step(_FORWARD, forward, blocks.threads),
-        step(_BACKWARD, backward, blocks.threads),
+        losses_step(_FORWARD, forward, blocks.threads),
+        losses_step(_BACKWARD, backward, blocks.threads),
         saved=(1,),
     )
 
@@ -147,8 +168,8 @@ def index_plan(
     return Plan(
         (whole, indices, dense(shape[1]) if weighted else None),
         (loss, whole),
-        step(_LOSS_FORWARD, forward, blocks.threads, 0 if separate else FINISH, last),
-        step(_LOSS_BACKWARD, backward, blocks.threads),
+        losses_step(_LOSS_FORWARD, forward, blocks.threads, last),
+        losses_step(_LOSS_BACKWARD, backward, blocks.threads),
         saved=(4, 1, 2) if weighted else (4, 1),
         carried=() if separate else ((24, 19),),
         refusal=19,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._losses.numba import LEAST_SHARED
-from reimpl.functional._node.plan import Address, Plan, Scratch, Word, dense, run, step
+from reimpl.functional._node.plan import COUNTERS, Address, Launch, Plan, Scratch, Word, dense, run, step
 from reimpl.functional._numba_source import load
 
 _KERNELS = load(Path(__file__).with_name("numba_pointwise_kernels.py"))
@@ -25,7 +25,7 @@ def pointwise_plan(kind: str, shape: torch.Size, reduction: str, threads: int) -
     numbers, separate = shape.numel(), reduction == "none"
     tasks, divisor = -(-numbers // _BLOCK), numbers if reduction == "mean" else 1
     threads = min(threads, tasks) if numbers >= LEAST_SHARED else 1
-    common: tuple[Word, ...] = (numbers, _BLOCK, tasks, _KINDS[kind], Address(0), Address(1))
+    common: tuple[Word, ...] = (COUNTERS, 0, 0, numbers, _BLOCK, tasks, _KINDS[kind], Address(0), Address(1))
     forward: tuple[Word, ...] = (*common, Address(2) if separate else 0, Scratch(tasks), 0, Address(2), divisor)
     # input, target, gradient, result
     backward: tuple[Word, ...] = (*common, Address(3), Address(2), divisor)
@@ -33,8 +33,8 @@ def pointwise_plan(kind: str, shape: torch.Size, reduction: str, threads: int) -
     return Plan(
         (whole, whole),
         (whole if separate else dense(),),
-        step(_FORWARD, forward, threads, 0 if separate else _FINISH),
-        step(_BACKWARD, backward, threads),
+        step(Launch(_FORWARD, forward, threads), *(() if separate else (Launch(_FINISH, None, 1),))),
+        step(Launch(_BACKWARD, backward, threads)),
         saved=(0, 1),
         refusal=11,
     )

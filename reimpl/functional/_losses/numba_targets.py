@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._losses import plain_targets as _losses_plain_targets
-from reimpl.functional._losses.numba import FINISH, LEAST_SHARED, finish_words, of_samples, shared
-from reimpl.functional._node.plan import Address, Plan, Scratch, Word, bits, dense, number_of, run, step
+from reimpl.functional._losses.numba import LEAST_SHARED, finish_words, losses_step, of_samples, shared
+from reimpl.functional._node.plan import Address, Plan, Scratch, Word, bits, dense, number_of, run
 from reimpl.functional._numba_source import load
 
 _KERNELS = load(Path(__file__).with_name("numba_targets_kernels.py"))
@@ -42,8 +42,8 @@ def picked_plan(shape: torch.Size, weighted: bool, ignore_index: int, reduction:
     return Plan(
         (dense(*shape), indices, dense(shape[1]) if weighted else None),
         (loss,),
-        step(_PICK, forward, there.threads, 0 if separate else FINISH, last),
-        step(_SCATTER, backward, back.threads),
+        losses_step(_PICK, forward, there.threads, last),
+        losses_step(_SCATTER, backward, back.threads),
         saved=(1, 2) if weighted else (1,),
         carried=() if separate else ((20, 12),),
         refusal=12,
@@ -113,8 +113,8 @@ def probability_plan(shape: torch.Size, weighted: bool, smoothing: float, reduct
     return Plan(
         (whole, whole, dense(shape[1]) if weighted else None),
         (loss, whole),
-        step(_FORWARD, forward, blocks.threads, 0 if separate else FINISH, last),
-        step(_BACKWARD, backward, blocks.threads),
+        losses_step(_FORWARD, forward, blocks.threads, last),
+        losses_step(_BACKWARD, backward, blocks.threads),
         saved=(4, 1, 2) if weighted else (4, 1),
     )
 

@@ -15,8 +15,10 @@ import sysconfig
 import tempfile
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -31,11 +33,13 @@ from reimpl.functional import kernels
 from reimpl.functional._node.plan import Layout, Plan, Step
 from reimpl.optim import _kernel_cache, _threads
 
-_SOURCE = Path(__file__).with_name("node.cpp")
-_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
-
+_SOURCE, _HEADER = (Path(__file__).with_name(name) for name in ("node.cpp", "plan.h"))
 # As many as a site of the node keeps.
 _MOST_PLANS = 32
+_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", f"-DMOST_PLANS={_MOST_PLANS}")
+
+# Builds that stay in the cache folder: of a few versions of PyTorch, Python and this library.
+_MOST_KEPT = 8
 
 _LOCK = threading.Lock()
 _module: ModuleType | None = None
@@ -46,18 +50,18 @@ Key = tuple[Any, ...]
 # Of each layer met its site in the node, and the plans given to that.
 _SITES: dict[Key, tuple[Any, deque[Plan]]] = {}
 
-Differentiate = Callable[[Key, tuple[Tensor | None, ...], tuple[Tensor, ...], list[float], list[int]], Tensor | None]
-"""The first argument's gradient by differentiable operators, for the layer's options, from the gradients of all
-outputs, what is saved, the numbers carried, and the argument's shape."""
+Differentiate = Callable[[Key, tuple[Tensor | None, ...], tuple[Tensor, ...], list[float], list[int]], Any]
+"""The gradients of all arguments, or of the first alone, by differentiable operators, for the layer's options, from the
+gradients of all outputs, what is saved, the numbers carried, and the first argument's shape."""
 
 
-def attempt(key: Key, *tensors: Tensor | None) -> Tensor | None:
-    """The first output of a layer for such tensors, recorded for the backward pass, where a plan that it was taught
-    (:func:`teach`) does; ``None`` where none does."""
+def attempt(key: Key, *arguments: Tensor | float | None) -> Tensor | None:
+    """The first output of a layer for such tensors and numbers, recorded for the backward pass, where a plan that it
+    was taught (:func:`teach`) does; ``None`` where none does."""
     site = _SITES.get(key)
     if site is None or forward_ad._current_level >= 0:
         return None
-    return _module.call(site[0], *tensors)  # type: ignore[no-any-return, union-attr]
+    return _module.call(site[0], *arguments)  # type: ignore[no-any-return, union-attr]
 
 
 def teach(key: Key, plan: Plan, differentiate: Differentiate) -> None:
@@ -67,7 +71,7 @@ def teach(key: Key, plan: Plan, differentiate: Differentiate) -> None:
         known = _SITES.get(key)
         if known is None:
             name = "".join(part.title() for part in key[0].split("_")) + "KernelBackward"
-            known = _module.site(name, partial(differentiate, key[1:])), deque(maxlen=_MOST_PLANS)
+            known = _module.site(name, partial(_gradients, differentiate, key[1:])), deque(maxlen=_MOST_PLANS)
         site, plans = known
         if plan not in plans:
             _module.add(site, _compiled(_module, plan))
@@ -75,26 +79,37 @@ def teach(key: Key, plan: Plan, differentiate: Differentiate) -> None:
         _SITES[key] = known
 
 
-_DTYPES = {torch.float32: 6, torch.int64: 4}
+def _gradients(differentiate: Differentiate, options: Key, *given: Any) -> tuple[Tensor | None, ...]:
+    """Those of the arguments whose numbers come last."""
+    *others, wanted = given
+    found = differentiate(options, *others)
+    return tuple(found[i] for i in wanted) if isinstance(found, tuple) else (found,)
+
+
+# PyTorch's numbers of them, c10::ScalarType
+_DTYPES = {torch.float32: 6, torch.float64: 7, torch.bfloat16: 15, torch.int64: 4}
 
 
 def _compiled(module: ModuleType, plan: Plan) -> Any:
     def layout(given: Layout | None) -> Any:
         if given is None:
             return module.Layout(-1, [], [])
-        return module.Layout(_DTYPES[given.dtype], list(given.sizes), list(given.strides))
+        return module.Layout(_DTYPES[given.dtype], given.sizes, given.strides)
 
     def step(given: Step) -> Any:
-        return module.Step(
-            *(given.kernel, given.finish, given.finish_at, given.threads),
-            *(given.words.tolist(), list(given.addresses), list(given.inside)),
-        )
+        result = module.Step()
+        for field in fields(Step):
+            value = getattr(given, field.name)
+            setattr(result, field.name, value.tolist() if isinstance(value, array) else value)
+        return result
 
-    layouts = [layout(given) for given in (*plan.arguments, *plan.outputs)]
-    return module.Plan(
-        *(torch.get_num_threads(), layouts, len(plan.arguments), step(plan.forward), step(plan.backward)),
-        *(list(plan.saved), layout(plan.outputs[0]), layout(plan.arguments[0]), list(plan.carried), plan.refusal),
-    )
+    result = module.Plan()
+    result.threads, result.arguments = torch.get_num_threads(), len(plan.arguments)
+    result.layouts = [layout(given) for given in (*plan.arguments, *plan.outputs)]
+    result.forward, result.backward = step(plan.forward), step(plan.backward)
+    for name in ("saved", "carried", "refusal", "differentiable", "changed"):
+        setattr(result, name, getattr(plan, name))
+    return result
 
 
 def switch(on: bool) -> None:
@@ -141,7 +156,8 @@ def _path() -> Path | None:
     folder = _kernel_cache.folder()
     if folder is None or not sys.platform.startswith("linux"):
         return None
-    stamp = "\n".join((sys.version, torch.__version__, str(torch.__file__), *_FLAGS, _SOURCE.read_text()))
+    sources = (_SOURCE.read_text(), _HEADER.read_text())
+    stamp = "\n".join((sys.version, torch.__version__, str(torch.__file__), *_FLAGS, *sources))
     name = f"reimpl_node_{sha256(stamp.encode()).hexdigest()[:24]}"
     return folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
 
@@ -176,11 +192,26 @@ def build(path: Path) -> bool:
             atexit.unregister(process.kill)
             if process.returncode == 0:
                 os.replace(beside, path)
+                _prune(path.parent)
             elif process.returncode > 0:
                 failure.write_text(said)
             return process.returncode == 0
         finally:
             Path(beside).unlink(missing_ok=True)
+
+
+def _prune(folder: Path) -> None:
+    """Remove what was kept of nodes, but for those used last; a process that has one open goes on with it."""
+    ages: dict[str, float] = {}
+    for path in folder.glob("reimpl_node_*"):
+        # another process may be about the same
+        with contextlib.suppress(OSError):
+            name = path.name.partition(".")[0]
+            ages[name] = max(ages.get(name, 0.0), path.stat().st_mtime)
+    for name in sorted(ages, key=lambda name: ages[name], reverse=True)[_MOST_KEPT:]:
+        for path in folder.glob(f"{name}.*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _command(compiler: str, path: Path, output: str) -> list[str]:
@@ -213,6 +244,9 @@ def take_up(path: Path) -> None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        # the time of the last use
+        with contextlib.suppress(OSError):
+            os.utime(path)
         module.use_threads(ctypes.cast(cast(Any, _threads._fork_call()), ctypes.c_void_p).value)
     except (ImportError, OSError, AttributeError):
         path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from reimpl.functional._dispatch import memory_format_of, opmath_dtype
 from reimpl.functional._norm import plain as _norm_plain
 from reimpl.functional._norm.chain import Chain, like, other_dims, per_channel
 from reimpl.functional._plain import ordinary
-from reimpl.functional.kernels import kernels_for
+from reimpl.functional.kernels import kernels_for, teach
 
 
 def normalize_by_batch(
@@ -229,3 +230,31 @@ def _infer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if bias_wanted:
         grad_bias = like(g.sum(other_dims(x)), ctx.bias_dtype)
     return grad_input, None, None, grad_weight, grad_bias, None, None
+
+
+def learn(key: tuple[Any, ...], input: Tensor, *vectors: Tensor | None) -> None:
+    """Let the compiled node do, from here on, what kernels have just done to such tensors: running averages (mean and
+    variance in evaluation), weight and bias.
+
+    Args:
+        key: a name, and: training, :math:`\\epsilon`, rectified, whether there is a weight.
+    """
+    kernels = kernels_for("_norm.numba", input, *vectors)
+    if kernels and kernels.worth_it(input):
+        teach(key, kernels, _through, input, *vectors)
+
+
+def _through(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of all arguments from those of output, mean and variance, by differentiable operators."""
+    training, eps, relu, weighted = options
+    input, *weights, mean, var = saved[: 3 + weighted]
+    weight, rectified = weights[0] if weighted else None, saved[-1] if relu else None
+    grad = torch.zeros_like(input) if grads[0] is None else grads[0]
+    if training:
+        _, to_mean, to_var = grads
+        kept = (input, weight, mean, var, rectified)
+        to_input, to_weight, to_bias = BatchNormTraining.gradients(grad, to_mean, to_var, kept, eps, True)
+        return to_input, None, None, to_weight.to(mean.dtype), to_bias.to(mean.dtype)
+    tensors, asked = (input, mean, var, weight, rectified), (True, False, False, True, True)
+    ctx = SimpleNamespace(saved_tensors=tensors, needs_input_grad=asked, eps=eps, bias_dtype=mean.dtype)
+    return tuple(_infer_backward(ctx, grad)[:5])

@@ -27,7 +27,9 @@ STORED, REAL = np.float32, np.float32
 # What stands in the words of the table; of the bits of PHASES: collect sums, apply them.
 (COUNTER, PHASES, FIXED, RELU, EPS, CHANNELS, SIZE, ROWS, BLOCK, FOLD, TASKS, CHUNKS, STRIPS, UNIFORM) = range(14)
 (SCRATCH, PLACES, PARTIALS, SOURCE, OUTPUT, MEANS, VARIANCES, WEIGHT, BIAS) = range(14, 23)
-(ERRORS, TARGET, GRAD_MEANS, GRAD_VARIANCES, WORDS) = range(23, 28)
+(ERRORS, TARGET, GRAD_MEANS, GRAD_VARIANCES) = range(23, 27)
+# What comes last: running averages forward, sums or gradients of the vectors backward.
+(FIRST, SECOND, MOMENTUM, SCALED, WORDS) = range(27, 32)
 COLLECT, APPLY = 1, 2
 FORWARD_ROWS, BACKWARD_ROWS = 4, 6
 
@@ -393,3 +395,36 @@ def backward(task: Any) -> None:
         settled = j
         if w[PHASES] & APPLY:
             gradient(w, mean, scale, slope, offset, j, i)
+
+
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
+def move_averages(task: Any) -> None:
+    """The running averages moved towards the batch's mean and its variance, divided by the number of values less 1."""
+    w = carray(task, (WORDS,), np.int64)
+    momentum = carray(task, (WORDS,), np.float64)[MOMENTUM]
+    means, variances = vector(w, MEANS), vector(w, VARIANCES)
+    running_means, running_variances = vector(w, FIRST), vector(w, SECOND)
+    count = w[ROWS] * w[SIZE]
+    corrected = momentum * (count / (count - 1))
+    for c in range(w[CHANNELS]):
+        running_means[c] = REAL((1.0 - momentum) * running_means[c] + momentum * means[c])
+        running_variances[c] = REAL((1.0 - momentum) * running_variances[c] + corrected * variances[c])
+
+
+@cfunc("void(voidptr)", cache=True, error_model="numpy")
+def add_up(task: Any) -> None:
+    """The sums of g and g (x - mean) over all chunks, the second one times 1 / sqrt(var + eps) where ``SCALED``."""
+    w = carray(task, (WORDS,), np.int64)
+    eps = carray(task, (WORDS,), np.float64)[EPS]
+    sums = carray(pointer(w[PARTIALS]), (w[CHUNKS], 2, w[CHANNELS]), np.float64)
+    variances = vector(w, VARIANCES)
+    for c in range(w[CHANNELS]):
+        sum_g, sum_g_centred = 0.0, 0.0
+        for i in range(w[CHUNKS]):
+            sum_g += sums[i, 0, c]
+            sum_g_centred += sums[i, 1, c]
+        if w[SECOND]:
+            s = REAL(1) / np.sqrt(variances[c] + REAL(eps)) if w[SCALED] else REAL(1)
+            vector(w, SECOND)[c] = s * REAL(sum_g_centred)
+        if w[FIRST]:
+            vector(w, FIRST)[c] = REAL(sum_g)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import pad as pad_constant
 from reimpl.functional._dispatch import opmath_dtype
 from reimpl.functional._pooling import plain as _pooling_plain
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
-from reimpl.functional.kernels import final_kernels_for, kernels_for
+from reimpl.functional.kernels import final_kernels_for, kernels_for, teach
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,8 @@ def search(input: Tensor, windows: Windows | Grid) -> tuple[Tensor, Tensor]:
     """Maxima and their places."""
     kernels = kernels_for("_pooling.numba", input)
     if kernels and kernels.worth_it(input) and 0 not in windows.output:
-        step = (1, 1) if isinstance(windows, Grid) else windows.dilation
         lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
-        return kernels.largest(input, lines, windows.output, step)  # type: ignore[no-any-return]
+        return kernels.largest(input, lines, windows.output, _apart(windows))  # type: ignore[no-any-return]
     if isinstance(windows, Grid):
         found = _pooling_plain.largest_of_grid(input, windows.output) if _plainly(input, windows) else None
         return found or _search_grid(input, windows)
@@ -43,6 +43,22 @@ def _plainly(input: Tensor, windows: Windows | Grid) -> bool:
 def _lines(kernels: Any, windows: Windows | Grid, plane: tuple[int, int]) -> Any:
     """Where the windows lie, as the kernels want to know it."""
     return kernels.adaptive(windows.output, plane) if isinstance(windows, Grid) else kernels.bounds(windows, plane)
+
+
+def _apart(windows: Windows | Grid) -> tuple[int, int]:
+    return (1, 1) if isinstance(windows, Grid) else windows.dilation
+
+
+def learn(key: tuple[object, ...] | None, input: Tensor, values: Tensor, windows: Windows | Grid) -> None:
+    """Let the compiled node do, from here on, what kernels have just done to such an input."""
+    kernels = kernels_for("_pooling.numba", input, values) if key else None
+    if key and kernels and kernels.worth_it(input) and values.numel():
+        lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
+        teach(key, kernels, _through, input, values, lines, _apart(windows))
+
+
+def _through(options: Any, grads: tuple[Tensor], saved: tuple[Tensor], numbers: Any, shape: Any) -> Tensor:
+    return scattered(*grads, *saved, (shape[-2], shape[-1]))
 
 
 def _search_taps(input: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -118,7 +134,12 @@ def spread(
         return kernels.scatter(grad, places, (height, width), lines, layout)  # type: ignore[no-any-return]
     if _pooling_plain.runs_plainly(grad):
         return _pooling_plain.scatter(grad, places, (height, width), layout)
+    return scattered(grad, places, (height, width)).contiguous(memory_format=layout)
+
+
+def scattered(grad: Tensor, places: Tensor, plane: tuple[int, int]) -> Tensor:
+    """:func:`spread` in differentiable operators."""
     outer, count = grad.shape[:-2], grad.shape[-2] * grad.shape[-1]
     flat = grad.to(opmath_dtype(grad.dtype)).reshape(*outer, count)
-    result = flat.new_zeros(*outer, height * width).scatter_add(-1, places.reshape(*outer, count), flat)
-    return result.reshape(*outer, height, width).to(grad.dtype).contiguous(memory_format=layout)
+    result = flat.new_zeros(*outer, prod(plane)).scatter_add(-1, places.reshape(*outer, count), flat)
+    return result.reshape(*outer, *plane).to(grad.dtype)

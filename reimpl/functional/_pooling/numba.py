@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from array import array
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reimpl.functional._numba_source import load, run
+from reimpl.functional._node.plan import (
+    COUNTERS,
+    Address,
+    Constants,
+    Launch,
+    Layout,
+    Plan,
+    Room,
+    Step,
+    Word,
+    layout_of,
+    run,
+    step,
+)
+from reimpl.functional._numba_source import load
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 
 _KERNELS = load(Path(__file__).with_name("numba_kernels.py"))
-# Below so many numbers PyTorch's own operators are as good.
-_LEAST_NUMBERS = 1 << 10
 Bounds = tuple[tuple[int, int, int], ...]
 
 
 def worth_it(input: Tensor) -> bool:
-    """Whether the input is laid out in planes or channels_last, and there is enough of it."""
-    return input.numel() >= _LEAST_NUMBERS and (
+    """Whether there are numbers, laid out in planes or channels_last."""
+    return input.numel() > 0 and (
         input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
     )
 
 
 def worth_spreading(grad: Tensor, plane: tuple[int, int]) -> bool:
-    """Whether there is enough of what the gradient goes to."""
-    return grad.numel() > 0 and prod(grad.shape[:-2]) * prod(plane) >= _LEAST_NUMBERS
+    """Whether there are gradients, and numbers that they go to."""
+    return grad.numel() > 0 and prod(plane) > 0
 
 
 @lru_cache(64)
@@ -52,12 +64,7 @@ def adaptive(output: tuple[int, int], plane: tuple[int, int]) -> Bounds:
     return tuple((start, end, end - start) for start, end in each)
 
 
-@lru_cache(64)
-def _table(lines: Bounds) -> array[int]:
-    return array("q", [number for line in lines for number in line])
-
-
-def layout_of(input: Tensor) -> torch.memory_format:
+def _format_of(input: Tensor) -> torch.memory_format:
     """Planes, or else channels_last."""
     return torch.contiguous_format if input.is_contiguous() else torch.channels_last
 
@@ -69,60 +76,121 @@ def _empty(
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
-def _shares(input: Tensor, layout: torch.memory_format) -> tuple[int, int, int, int]:
-    """Tasks, number of planes or images, how many of them a task has, and channels that lie side by side."""
-    channels = 1 if layout == torch.contiguous_format else input.shape[1]
-    count = prod(input.shape[:-2]) // channels
-    tasks = max(1, min(torch.get_num_threads(), count))
-    return tasks, count, -(-count // tasks), channels
+def _shares(shape: tuple[int, ...], by_pixel: bool, threads: int) -> tuple[int, int, int, int]:
+    """Threads, number of planes or images, how many of them a thread has, and channels that lie side by side."""
+    channels = shape[1] if by_pixel else 1
+    count = prod(shape[:-2]) // channels
+    threads = max(1, min(threads, count))
+    return threads, count, -(-count // threads), channels
+
+
+def _table(lines: Bounds) -> Constants:
+    return Constants(number for line in lines for number in line)
+
+
+@lru_cache(256)
+def _search_step(
+    shape: tuple[int, ...], by_pixel: bool, lines: Bounds, output: tuple[int, int], apart: tuple[int, int], threads: int
+) -> Step:
+    """Input to values and places."""
+    threads, *shares = _shares(shape, by_pixel, threads)
+    pairs = apart == (1, 1) and all(end - first == 2 for first, end, _ in lines)
+    words: tuple[Word, ...] = (
+        COUNTERS,
+        *shares,
+        *shape[-2:],
+        *output,
+        *apart,
+        _table(lines),
+        Address(0),
+        Address(1),
+        Address(2),
+    )
+    return step(Launch(_KERNELS.largest.address, (*words, int(pairs)), threads))
+
+
+@lru_cache(256)
+def _scatter_step(shape: tuple[int, ...], by_pixel: bool, plane: tuple[int, int], threads: int) -> Step:
+    """Places of such a shape, and gradients, to the gradient of the input."""
+    threads, *shares = _shares(shape, by_pixel, threads)
+    sizes = (shares[-1] * prod(plane), shares[-1] * prod(shape[-2:]))
+    words: tuple[Word, ...] = (COUNTERS, *shares, *sizes, Address(1), Address(0), Address(2))
+    return step(Launch(_KERNELS.scatter.address, words, threads))
+
+
+@lru_cache(256)
+def _average_step(
+    shape: tuple[int, ...], by_pixel: bool, lines: Bounds, output: tuple[int, int], back: bool, threads: int
+) -> Step:
+    """Input to means, or ``back``: the gradient of the means to that of the input."""
+    threads, *shares = _shares(shape, by_pixel, threads)
+    tensors: tuple[Word, ...] = (Address(1), Address(0)) if back else (Address(0), Address(1))
+    room = Room(-(-threads * shares[-1] // 2))
+    words: tuple[Word, ...] = (COUNTERS, *shares, *shape[-2:], *output, _table(lines), *tensors, int(back), room)
+    return step(Launch(_KERNELS.average.address, words, threads))
+
+
+@lru_cache(256)
+def _largest_plan(
+    given: Layout, values: Layout, lines: Bounds, apart: tuple[int, int], by_pixel: bool, threads: int
+) -> Plan:
+    output = (values.sizes[-2], values.sizes[-1])
+    return Plan(
+        (given,),
+        (values, values._replace(dtype=torch.int64)),
+        _search_step(given.sizes, by_pixel, lines, output, apart, threads),
+        _scatter_step(values.sizes, by_pixel, (given.sizes[-2], given.sizes[-1]), threads),
+        saved=(2,),
+    )
+
+
+@lru_cache(256)
+def _means_plan(given: Layout, means: Layout, lines: Bounds, by_pixel: bool, threads: int) -> Plan:
+    output = (means.sizes[-2], means.sizes[-1])
+    there, back = (_average_step(given.sizes, by_pixel, lines, output, way, threads) for way in (False, True))
+    return Plan((given,), (means,), there, back, saved=())
+
+
+def plan_of(
+    key: tuple[Any, ...], input: Tensor, output: Tensor, lines: Bounds, apart: tuple[int, int] | None
+) -> Plan | None:
+    """The plan of a layer that has made the output of the input, as :func:`largest` does where elements of a window are
+    so far ``apart``, or as :func:`means` does."""
+    if not output.is_contiguous(memory_format=_format_of(input)):
+        return None
+    layouts, others = (layout_of(input), layout_of(output), lines), (not input.is_contiguous(), torch.get_num_threads())
+    return _means_plan(*layouts, *others) if apart is None else _largest_plan(*layouts, apart, *others)
 
 
 def largest(input: Tensor, lines: Bounds, output: tuple[int, int], step: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The largest number of each window, whose elements are ``step`` apart, and its place in the plane."""
-    layout = layout_of(input)
+    layout, by_pixel = _format_of(input), not input.is_contiguous()
     values, places = _empty(input, output, layout), _empty(input, output, layout, torch.int64)
-    tasks, *shares = _shares(input, layout)
-    pairs = step == (1, 1) and all(end - first == 2 for first, end, _ in lines)
-    table = _table(lines)
-    words = [
-        *(*shares, *input.shape[-2:], *output, *step, table.buffer_info()[0]),
-        *(input.data_ptr(), values.data_ptr(), places.data_ptr(), int(pairs)),
-    ]
-    run(_KERNELS.largest, words, tasks)
+    search = _search_step(tuple(input.shape), by_pixel, lines, output, step, torch.get_num_threads())
+    run(search, (input, values, places))
     return values, places
 
 
 def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], lines: Bounds, layout: torch.memory_format) -> Tensor:
     """The gradient, in that layout, of what :func:`largest` was taken of; the places suffice here, ``lines`` are for
     the twin."""
-    result = _empty(grad, plane, layout)
+    result, by_pixel = _empty(grad, plane, layout), layout == torch.channels_last
     grad, places = grad.contiguous(memory_format=layout), places.contiguous(memory_format=layout)
-    tasks, *shares = _shares(places, layout)
-    sizes = (shares[-1] * prod(plane), shares[-1] * prod(grad.shape[-2:]))
-    run(_KERNELS.scatter, [*shares, *sizes, grad.data_ptr(), places.data_ptr(), result.data_ptr()], tasks)
+    run(_scatter_step(tuple(places.shape), by_pixel, plane, torch.get_num_threads()), (places, grad, result))
     return result
-
-
-def _average(whole: Tensor, means: Tensor, lines: Bounds, layout: torch.memory_format, back: bool) -> None:
-    tasks, *shares = _shares(whole, layout)
-    scratch, table = whole.new_empty(tasks * shares[-1]), _table(lines)
-    words = [
-        *(*shares, *whole.shape[-2:], *means.shape[-2:], table.buffer_info()[0]),
-        *(whole.data_ptr(), means.data_ptr(), int(back), scratch.data_ptr()),
-    ]
-    run(_KERNELS.average, words, tasks)
 
 
 def means(input: Tensor, lines: Bounds, output: tuple[int, int]) -> Tensor:
     """The mean of each window."""
-    layout = layout_of(input)
-    result = _empty(input, output, layout)
-    _average(input, result, lines, layout, back=False)
+    result, by_pixel = _empty(input, output, _format_of(input)), not input.is_contiguous()
+    run(_average_step(tuple(input.shape), by_pixel, lines, output, False, torch.get_num_threads()), (input, result))
     return result
 
 
 def spread(grad: Tensor, lines: Bounds, plane: tuple[int, int], layout: torch.memory_format) -> Tensor:
     """The gradient, in that layout, of what :func:`means` was taken of."""
     result, grad = _empty(grad, plane, layout), grad.contiguous(memory_format=layout)
-    _average(result, grad, lines, layout, back=True)
+    shape, output = tuple(result.shape), (grad.shape[-2], grad.shape[-1])
+    by_pixel = layout == torch.channels_last
+    run(_average_step(shape, by_pixel, lines, output, True, torch.get_num_threads()), (grad, result))
     return result

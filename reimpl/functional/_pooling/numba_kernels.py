@@ -19,6 +19,16 @@ _ZERO, _LOWEST = np.float32(0.0), np.float32(-np.inf)
 _LANES = {"reassoc", "nsz"}
 
 
+@njit(inline="always")
+def floats(address: Any, n: Any) -> Any:
+    return carray(pointer(address), (n,), np.float32)
+
+
+@njit(inline="always")
+def longs(address: Any, n: Any) -> Any:
+    return carray(pointer(address), (n,), np.int64)
+
+
 @njit(error_model="numpy")
 def better(x: Any, best: Any) -> Any:
     """Whether x takes the place of the best so far; NaN, unequal to itself, always does."""
@@ -55,8 +65,8 @@ def largest_of_pairs(x: Any, y: Any, places: Any, rows: Any, columns: Any, width
 
 
 @njit(error_model="numpy")
-def better_channels(x: Any, y: Any, places: Any, place: Any, channels: Any) -> None:
-    for c in range(channels):
+def better_channels(x: Any, y: Any, places: Any, place: Any) -> None:
+    for c in range(len(y)):
         wins = better(x[c], y[c])
         y[c], places[c] = x[c] if wins else y[c], place if wins else places[c]
 
@@ -65,17 +75,18 @@ def better_channels(x: Any, y: Any, places: Any, place: Any, channels: Any) -> N
 def largest_of_image(
     x: Any, y: Any, places: Any, rows: Any, columns: Any, width: Any, down: Any, right: Any, channels: Any
 ) -> None:
-    at = 0
+    """Of channels side by side; the first three are addresses, since slices would take as long as the work."""
     for i in range(len(rows)):
         for j in range(len(columns)):
-            best, where = y[at : at + channels], places[at : at + channels]
+            best, where = floats(y, channels), longs(places, channels)
             first = rows[i, 0] * width + columns[j, 0]
             for c in range(channels):
                 best[c], where[c] = _LOWEST, first
             for h in range(rows[i, 0], rows[i, 1], down):
                 for k in range(h * width + columns[j, 0], h * width + columns[j, 1], right):
-                    better_channels(x[k * channels : (k + 1) * channels], best, where, k, channels)
-            at += channels
+                    better_channels(floats(x + 4 * k * channels, channels), best, where, k)
+            y += 4 * channels
+            places += 8 * channels
 
 
 @njit(error_model="numpy")
@@ -93,14 +104,17 @@ def best_of_four(a: Any, b: Any, c: Any, d: Any, y: Any, places: Any, first: Any
 
 @njit(error_model="numpy")
 def largest_of_image_pairs(x: Any, y: Any, places: Any, rows: Any, columns: Any, width: Any, channels: Any) -> None:
-    at = 0
+    """:func:`largest_of_image` for windows of 2 x 2."""
+    pixel = 4 * channels
     for i in range(len(rows)):
         for j in range(len(columns)):
             first = rows[i, 0] * width + columns[j, 0]
-            up, down = x[first * channels :], x[(first + width) * channels :]
-            y_here, places_here = y[at : at + channels], places[at : at + channels]
-            best_of_four(up, up[channels:], down, down[channels:], y_here, places_here, first, width)
-            at += channels
+            up, down = x + pixel * first, x + pixel * (first + width)
+            a, b = floats(up, channels), floats(up + pixel, channels)
+            c, d = floats(down, channels), floats(down + pixel, channels)
+            best_of_four(a, b, c, d, floats(y, channels), longs(places, channels), first, width)
+            y += pixel
+            places += 8 * channels
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
@@ -117,13 +131,12 @@ def largest(task: Any) -> None:
         if first >= count:
             return
         for n in range(first, min(count, first + block)):
-            x = carray(pointer(w[11] + 4 * n * size), (size,), np.float32)
-            y = carray(pointer(w[12] + 4 * n * outputs), (outputs,), np.float32)
-            places = carray(pointer(w[13] + 8 * n * outputs), (outputs,), np.int64)
+            at_x, at_y, at_places = w[11] + 4 * n * size, w[12] + 4 * n * outputs, w[13] + 8 * n * outputs
+            x, y, places = floats(at_x, size), floats(at_y, outputs), longs(at_places, outputs)
             if channels > 1 and pairs:
-                largest_of_image_pairs(x, y, places, rows, columns, width, channels)
+                largest_of_image_pairs(at_x, at_y, at_places, rows, columns, width, channels)
             elif channels > 1:
-                largest_of_image(x, y, places, rows, columns, width, down, right, channels)
+                largest_of_image(at_x, at_y, at_places, rows, columns, width, down, right, channels)
             elif pairs:
                 largest_of_pairs(x, y, places, rows, columns, width)
             else:
@@ -131,8 +144,8 @@ def largest(task: Any) -> None:
 
 
 @njit(error_model="numpy")
-def clear(d: Any, n: Any) -> None:
-    for i in range(n):
+def clear(d: Any) -> None:
+    for i in range(len(d)):
         d[i] = _ZERO
 
 
@@ -146,10 +159,9 @@ def scatter(task: Any) -> None:
         if first >= count:
             return
         for n in range(first, min(count, first + block)):
-            g = carray(pointer(w[6] + 4 * n * outputs), (outputs,), np.float32)
-            places = carray(pointer(w[7] + 8 * n * outputs), (outputs,), np.int64)
-            d = carray(pointer(w[8] + 4 * n * size), (size,), np.float32)
-            clear(d, size)
+            g, places = floats(w[6] + 4 * n * outputs, outputs), longs(w[7] + 8 * n * outputs, outputs)
+            d = floats(w[8] + 4 * n * size, size)
+            clear(d)
             if channels == 1:
                 for k in range(outputs):
                     d[places[k]] += g[k]
@@ -160,16 +172,47 @@ def scatter(task: Any) -> None:
 
 
 @njit(error_model="numpy", fastmath=_LANES)
-def row_sum(x: Any, first: Any, end: Any) -> Any:
+def row_sum(x: Any) -> Any:
     total = _ZERO
-    for k in range(first, end):
+    for k in range(len(x)):
         total += x[k]
     return total
 
 
 @njit(error_model="numpy")
-def add_channels(x: Any, y: Any, channels: Any) -> None:
-    for c in range(channels):
+def fill(d: Any, value: Any) -> None:
+    for k in range(len(d)):
+        d[k] = value
+
+
+@njit(error_model="numpy", fastmath=_LANES)
+def means_of_whole(x: Any, y: Any, size: Any, divisor: Any) -> None:
+    """Planes whose only window is all of them; in small ones few sums at a time, which wait less for each other."""
+    for n in range(len(y)):
+        plane = x[n * size : (n + 1) * size]
+        if size >= 64:
+            y[n] = row_sum(plane) / divisor
+            continue
+        a, b, c, d = _ZERO, _ZERO, _ZERO, _ZERO
+        for k in range(size // 4):
+            a += plane[4 * k]
+            b += plane[4 * k + 1]
+            c += plane[4 * k + 2]
+            d += plane[4 * k + 3]
+        for k in range(size // 4 * 4, size):
+            a += plane[k]
+        y[n] = ((a + b) + (c + d)) / divisor
+
+
+@njit(error_model="numpy")
+def spread_over_whole(g: Any, d: Any, size: Any, divisor: Any) -> None:
+    for n in range(len(g)):
+        fill(d[n * size : (n + 1) * size], g[n] / divisor)
+
+
+@njit(error_model="numpy")
+def add(x: Any, y: Any) -> None:
+    for c in range(len(y)):
         y[c] += x[c]
 
 
@@ -180,7 +223,7 @@ def means_of_plane(x: Any, y: Any, rows: Any, columns: Any, width: Any) -> None:
         for j in range(len(columns)):
             total = _ZERO
             if columns[j, 1] - columns[j, 0] == width:
-                total = row_sum(x, rows[i, 0] * width, rows[i, 1] * width)
+                total = row_sum(x[rows[i, 0] * width : rows[i, 1] * width])
             else:
                 for h in range(rows[i, 0], rows[i, 1]):
                     for k in range(h * width + columns[j, 0], h * width + columns[j, 1]):
@@ -191,22 +234,23 @@ def means_of_plane(x: Any, y: Any, rows: Any, columns: Any, width: Any) -> None:
 
 @njit(error_model="numpy")
 def means_of_image(x: Any, y: Any, rows: Any, columns: Any, width: Any, channels: Any) -> None:
-    at = 0
+    """Of channels side by side, at addresses."""
     for i in range(len(rows)):
         for j in range(len(columns)):
-            mean = y[at : at + channels]
-            clear(mean, channels)
+            mean = floats(y, channels)
+            clear(mean)
             for h in range(rows[i, 0], rows[i, 1]):
                 for k in range(h * width + columns[j, 0], h * width + columns[j, 1]):
-                    add_channels(x[k * channels : (k + 1) * channels], mean, channels)
+                    add(floats(x + 4 * k * channels, channels), mean)
             divisor = np.float32(rows[i, 2] * columns[j, 2])
             for c in range(channels):
                 mean[c] /= divisor
-            at += channels
+            y += 4 * channels
 
 
 @njit(error_model="numpy")
 def spread_over_plane(g: Any, d: Any, rows: Any, columns: Any, width: Any) -> None:
+    clear(d)
     at = 0
     for i in range(len(rows)):
         for j in range(len(columns)):
@@ -219,16 +263,16 @@ def spread_over_plane(g: Any, d: Any, rows: Any, columns: Any, width: Any) -> No
 
 @njit(error_model="numpy")
 def spread_over_image(g: Any, d: Any, rows: Any, columns: Any, width: Any, channels: Any, share: Any) -> None:
-    at = 0
+    """Over channels side by side; the first two are addresses."""
     for i in range(len(rows)):
         for j in range(len(columns)):
-            divisor = np.float32(rows[i, 2] * columns[j, 2])
+            divisor, errors = np.float32(rows[i, 2] * columns[j, 2]), floats(g, channels)
             for c in range(channels):
-                share[c] = g[at + c] / divisor
+                share[c] = errors[c] / divisor
             for h in range(rows[i, 0], rows[i, 1]):
                 for k in range(h * width + columns[j, 0], h * width + columns[j, 1]):
-                    add_channels(share, d[k * channels : (k + 1) * channels], channels)
-            at += channels
+                    add(share, floats(d + 4 * k * channels, channels))
+            g += 4 * channels
 
 
 @cfunc("void(voidptr)", cache=True, error_model="numpy")
@@ -240,22 +284,30 @@ def average(task: Any) -> None:
     windows = carray(pointer(w[8]), (n_rows + n_columns, 3), np.int64)
     rows, columns = windows[:n_rows], windows[n_rows:]
     size, outputs = channels * height * width, channels * n_rows * n_columns
+    whole = outputs == 1 and (rows[0, 1] - rows[0, 0]) * (columns[0, 1] - columns[0, 0]) == size
     while True:
         turn = take(counter)
         first = turn * block
         if first >= count:
             return
-        share = carray(pointer(scratch + 4 * turn * channels), (channels,), np.float32)
-        for n in range(first, min(count, first + block)):
-            x = carray(pointer(w[9] + 4 * n * size), (size,), np.float32)
-            y = carray(pointer(w[10] + 4 * n * outputs), (outputs,), np.float32)
+        if whole:
+            planes, divisor = min(count - first, block), np.float32(rows[0, 2] * columns[0, 2])
+            x, y = floats(w[9] + 4 * first * size, planes * size), floats(w[10] + 4 * first, planes)
             if back:
-                clear(x, size)
-                if channels == 1:
-                    spread_over_plane(y, x, rows, columns, width)
-                else:
-                    spread_over_image(y, x, rows, columns, width, channels, share)
-            elif channels == 1:
-                means_of_plane(x, y, rows, columns, width)
+                spread_over_whole(y, x, size, divisor)
             else:
-                means_of_image(x, y, rows, columns, width, channels)
+                means_of_whole(x, y, size, divisor)
+            continue
+        share = floats(scratch + 4 * turn * channels, channels)
+        for n in range(first, min(count, first + block)):
+            at_x, at_y = w[9] + 4 * n * size, w[10] + 4 * n * outputs
+            x, y = floats(at_x, size), floats(at_y, outputs)
+            if channels > 1 and back:
+                clear(x)
+                spread_over_image(at_y, at_x, rows, columns, width, channels, share)
+            elif channels > 1:
+                means_of_image(at_x, at_y, rows, columns, width, channels)
+            elif back:
+                spread_over_plane(y, x, rows, columns, width)
+            else:
+                means_of_plane(x, y, rows, columns, width)

@@ -35,6 +35,19 @@ class Windows:
         return self.padding[1], beyond[1], self.padding[0], beyond[0]
 
 
+def options_key(name: str, *options: object) -> tuple[object, ...] | None:
+    """The name and options of a layer as a key of a dictionary; ``None`` where they are not whole numbers, or pairs of
+    them in a tuple, which comparison tells apart from all else."""
+    for option in options:
+        kind = type(option)
+        if kind is tuple:
+            if not all(type(number) is int for number in option):  # type: ignore[attr-defined]
+                return None
+        elif kind is not int and option is not None and kind is not bool:
+            return None
+    return name, *options
+
+
 def plan_windows(
     name: str,
     input: Tensor,

@@ -53,8 +53,9 @@ _TERMS = 384
 _NUMBERS, _PIXELS, _PIXELS_OF_ONE_TAP = 512, 2048, 256
 # Groups are taken one by one: so many at most, of so many channels at least. All in one go is better for others.
 _MOST_GROUPS, _LEAST_CHANNELS = 8, 16
-# What it costs there to leave a tap's padding out, in channels: the output's gradients are gathered too.
-_COST = 25
+# What it costs there to leave a tap's padding out, in channels: the output's gradients are gathered too, and rows of
+# taps that would share their numbers do not.
+_COST, _COST_OF_SHARED = 25, 50
 
 
 def fits(geometry: Geometry, outputs: int, channels: int, *tensors: Tensor | None) -> bool:
@@ -232,28 +233,29 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     groups, output = geometry.groups, _plane(grad)
     channels, outputs = input.shape[1] // groups, grad.shape[1] // groups
     cut = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
-    batch_last = any(strip.order == IMAGES_LAST for strip in cut)
+    order = cut[0].order
     pixels = _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS
     blocks = list(parts(input.shape[0], prod(output), input.device, budget=pixels))
     windows = Windows(input, blocks, cut)
     turned = grad.new_zeros(grad.shape[1], *kernel, channels)
     for part in blocks:
         windows.load(input[part])
-        errors = _errors(grad[part], batch_last)
+        errors = _errors(grad[part], order)
         for group in range(groups):
             own = slice(group * outputs, (group + 1) * outputs)
             for region, rows in (pair for strip in cut for pair in windows.matrices(strip, group * channels)):
-                left = errors[own, region.down, region.across] if batch_last else errors[own]
+                left = errors[own, region.down, region.across] if order == IMAGES_LAST else errors[own]
                 box = turned[own, region.box.rows, region.box.columns, region.box.channels]
                 box.add_(product(left.reshape(outputs, -1), rows).view(outputs, *region.box.sizes))
     return taps_last(turned)
 
 
-def _errors(grad: Tensor, batch_last: bool) -> Tensor:
-    """The output's gradients by channel, ``(O, N, H', W')``, or ``(O, H', W', N)``."""
+def _errors(grad: Tensor, order: str) -> Tensor:
+    """The output's gradients by channel, ``(O, H', W', N)`` with images last, else their windows in ``order``."""
     count, outputs, *plane = grad.shape
-    errors = grad.transpose(0, 1).contiguous()
-    return transposed(errors.view(outputs, count, prod(plane))).view(outputs, *plane, count) if batch_last else errors
+    if order == IMAGES_LAST:
+        return transposed(grad.reshape(1, count, -1)).view(outputs, *plane, count)
+    return grad.permute((1, 2, 0, 3) if order == ROWS_FIRST else (1, 0, 2, 3)).contiguous()
 
 
 @lru_cache(maxsize=256)
@@ -263,11 +265,12 @@ def _cut_for_weight(
     """A window in boxes, with their regions where it pays to leave the padding out."""
     single = reached(partitions(kernel, channels, channels)[0], size, output, geometry)
     taken = sum(prod(region.size) for region in single)
-    if taken * (channels + _COST) < prod(kernel) * prod(output) * channels:
+    cost = _COST_OF_SHARED if geometry.stride[0] == 1 else _COST
+    if taken * (channels + cost) < prod(kernel) * prod(output) * channels:
         return strips(single, IMAGES_LAST)
     boxes = partitions(kernel, channels, max(channels, _NUMBERS))[-1]
     whole = [Region(box, slice(0, output[0]), slice(0, output[1]), geometry) for box in boxes]
-    return strips(whole, IMAGES_LAST if kernel[0] > 1 else IMAGES_FIRST)
+    return strips(whole, ROWS_FIRST if kernel[0] > 1 else IMAGES_FIRST)
 
 
 def _plane(tensor: Tensor) -> tuple[int, int]:

@@ -76,8 +76,7 @@ def taps_first_of_adjoint(weight: Tensor) -> Tensor:
     outputs, channels, *kernel = weight.shape
     if not weight.is_contiguous():
         return weight.permute(2, 3, 0, 1).contiguous()
-    turned = transposed(weight.view(outputs, channels, prod(kernel)))
-    return turned.transpose(0, 1).contiguous().view(*kernel, outputs, channels)
+    return transposed(weight.view(1, outputs * channels, prod(kernel))).view(*kernel, outputs, channels)
 
 
 def taps_last(turned: Tensor) -> Tensor:

@@ -148,13 +148,16 @@ _DTYPES = {
 }
 SUPPORTED_DTYPES = frozenset(_DTYPES)
 _COMPARISONS = {"gt": ">", "lt": "<", "eq": "=="}
-_PAST = "_past"
+_PAST, _EXACT = "_past", "_exact"
+_SIMPLE = ("0.0", "1.0", "-1.0")
 
 
 def _functions(program: Program, dtype: torch.dtype, form: str) -> str:
     """``element``, the rule for a line of numbers or for one, and ``chunk``, the loop; ``form`` ends their names."""
     _, size, kind, width = _DTYPES[dtype]
     names, scalars = program.inputs, [f"a{k}" for k in range(len(program.scalars))]
+    # what the compiler knows, it needs not compute with
+    values = [f"real({code})" if code in _SIMPLE else a for a, code in zip(scalars, program.scalars, strict=True)]
 
     def line(operation: Operation) -> str:
         result, name, *operands = operation
@@ -164,7 +167,13 @@ def _functions(program: Program, dtype: torch.dtype, form: str) -> str:
         return f"{result} = lanes.{name}({', '.join(operands)})"
 
     past = program.written_blindly if form.endswith(_PAST) else []
-    stores = [f"lanes.store{_PAST if name in past else ''}{kind}({name}_at, {x})" for name, x in program.stores.items()]
+    unrounded = _exact(program) if dtype == torch.bfloat16 else set()
+
+    def store(name: str, x: str) -> str:
+        way = _PAST if name in past else _EXACT if x in unrounded else ""
+        return f"lanes.store{way}{kind}({name}_at, {x})"
+
+    stores = [store(name, x) for name, x in program.stores.items()]
     loads = [f"{name} = lanes.load{kind}({name}_at, like)" for name in names if name in program.read]
     places = [f"{name}_start + i * {size}" for name in names]
     return _FUNCTIONS_TEMPLATE.format(
@@ -174,9 +183,18 @@ def _functions(program: Program, dtype: torch.dtype, form: str) -> str:
         body=_lines(4, [*loads, *map(line, program.operations), *stores]),
         width=width,
         first=f"min(n, (-{past[0]}_start) % {_numba_lanes.LINE} // {size})" if past else "0",
-        each=", ".join([*places, *scalars]),
-        line=", ".join([*places, *(f"lanes.spread({a}, {width})" for a in scalars)]),
+        each=", ".join([*places, *values]),
+        line=", ".join([*places, *(f"lanes.spread({a}, {width})" for a in values)]),
     )
+
+
+def _exact(program: Program) -> set[str]:
+    """What a program only chooses among its inputs and simple numbers: nothing is to be rounded."""
+    exact = {*program.inputs, *(f"a{k}" for k, code in enumerate(program.scalars) if code in _SIMPLE)}
+    for result, name, *operands in program.operations:
+        if name == "select" and exact.issuperset(operands[1:]):
+            exact.add(result)
+    return exact
 
 
 def _dispatch(program: Program, dtype: torch.dtype, arguments: str) -> tuple[list[str], list[str]]:

@@ -204,16 +204,20 @@ def _widen_bfloat16(builder: Any, bits: Any, kind: ir.Type) -> Any:
     return builder.bitcast(builder.shuffle_vector(evens, odds, order), kind)
 
 
-def _narrow_bfloat16(builder: Any, x: Any) -> Any:
+def _half(builder: Any, x: Any, place: int) -> Any:
+    """The low (0) or the high (1) half of each number, in the order of memory."""
     bits = builder.bitcast(x, _with_element(x.type, _WORD))
     halves = _with_element(x.type, _HALF_WORD)
-    if isinstance(x.type, ir.VectorType):
-        both = builder.bitcast(bits, ir.VectorType(_HALF_WORD, 2 * halves.count))
-        order = [2 * (i // 2 + (i % 2) * (halves.count // 2)) for i in range(halves.count)]
-        low, high = _permuted(builder, both, order), _permuted(builder, both, [i + 1 for i in order])
-    else:
-        low = builder.trunc(bits, halves)
-        high = builder.trunc(builder.lshr(bits, _constant(bits.type, 16)), halves)
+    if not isinstance(x.type, ir.VectorType):
+        return builder.trunc(builder.lshr(bits, _constant(bits.type, 16 * place)), halves)
+    both = builder.bitcast(bits, ir.VectorType(_HALF_WORD, 2 * halves.count))
+    order = [2 * (i // 2 + (i % 2) * (halves.count // 2)) + place for i in range(halves.count)]
+    return _permuted(builder, both, order)
+
+
+def _narrow_bfloat16(builder: Any, x: Any) -> Any:
+    low, high = _half(builder, x, 0), _half(builder, x, 1)
+    halves = high.type
     # up where the low half is beyond the middle, or on it beside an odd high half
     beyond = _call(builder, "uadd.sat", low, builder.and_(high, _constant(halves, 1)))
     up = builder.icmp_unsigned(">", beyond, _constant(halves, 0x8000))
@@ -230,6 +234,7 @@ store_past = _storer(lambda builder, x: x, streams=True)
 load_bfloat16 = _loader(_HALF_WORD, _widen_bfloat16)
 store_bfloat16 = _storer(_narrow_bfloat16)
 store_past_bfloat16 = _storer(_narrow_bfloat16, streams=True)
+store_exact_bfloat16 = _storer(lambda builder, x: _half(builder, x, 1))
 if HAS_HALF:
     load_float16 = _loader(ir.HalfType(), lambda builder, x, kind: builder.fpext(x, kind))
     store_float16 = _storer(_narrow_float16)

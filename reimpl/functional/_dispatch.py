@@ -72,11 +72,26 @@ def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Func
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = function.forward(*args)
+        if isinstance(output, tuple):
+            output = tuple(in_its_own_right(each, *args) for each in output)
+        else:
+            output = in_its_own_right(output, *args)
         function.setup_context(ctx, args, output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(function.__name__, (torch.autograd.Function,), {"__module__": function.__module__, **methods})
+
+
+def in_its_own_right(output: Any, *args: Any) -> Any:
+    """A result that is a view of what ``forward`` has made, as no view: autograd forbids to change such a one in place.
+
+    Inputs and views of these stay what they are.
+    """
+    if type(output) is not Tensor or not output._is_view() or is_batched(output):
+        return output
+    bases = [arg if arg._base is None else arg._base for arg in args if isinstance(arg, Tensor)]
+    return output if any(output._base is base for base in bases) else output.data
 
 
 def _transforming() -> bool:

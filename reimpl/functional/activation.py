@@ -63,9 +63,11 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     if not input.is_floating_point():
         kernel = f"leaky_relu_{input.device.type}"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
-    output: Tensor | None = attempt(_LEAKY_RELU[negative_slope < 0], input, negative_slope)
+    # the output has the sign of the input unless the slope is negative, and survives an in-place call
+    of_input = negative_slope < 0 or not inplace
+    output: Tensor | None = attempt(_LEAKY_RELU[of_input], input, negative_slope)
     if output is None:
-        output = call(_LeakyReLU, _leak, input, negative_slope)
+        output = call(_LeakyReLU, _leak, input, negative_slope, of_input)
     return input.copy_(output) if inplace else output
 
 
@@ -186,7 +188,7 @@ class _ReLU(_FromOutput):
         return torch.where(output <= 0, 0, grad)
 
 
-def _leak(input: Tensor, slope: float) -> Tensor:
+def _leak(input: Tensor, slope: float, of_input: bool = True) -> Tensor:
     return torch.where(input > 0, input, input * slope)
 
 
@@ -194,10 +196,10 @@ class _LeakyReLU(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, slope: float) -> Tensor:
+    def forward(input: Tensor, slope: float, of_input: bool) -> Tensor:
         kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
-            teach(_LEAKY_RELU[slope < 0], kernels, _LeakyReLU.through, input)
+            teach(_LEAKY_RELU[of_input], kernels, _LeakyReLU.through, input)
             return kernels.forward("leaky_relu", input, slope)  # type: ignore[no-any-return]
         # The maximum is several times faster than a choice. At slope 0 it would meet 0 times infinity.
         if not 0 < slope <= 1:
@@ -211,9 +213,8 @@ class _LeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, ctx.slope = inputs
-        # The output has the sign of the input unless the slope is negative, and survives an in-place call.
-        ctx.save_for_backward(input if ctx.slope < 0 else output)
+        input, ctx.slope, of_input = inputs
+        ctx.save_for_backward(input if of_input else output)
 
     @staticmethod
     def through(options: Any, grads: tuple[Tensor], saved: tuple[Tensor], numbers: Any, *_: object) -> Tensor:
@@ -221,23 +222,23 @@ class _LeakyReLU(torch.autograd.Function):
         return _LeakyReLU.backward(SimpleNamespace(saved_tensors=saved, slope=numbers[0]), *grads)[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (signed,) = ctx.saved_tensors
         kernels = final_kernels_for("_pointwise.numba", grad, signed)
         if kernels and kernels.worth_it(grad, signed):
-            return kernels.backward("leaky_relu", grad, signed, ctx.slope), None
+            return kernels.backward("leaky_relu", grad, signed, ctx.slope), None, None
         if 0 <= ctx.slope <= 1 and plain_on_cpu(grad, signed):
             result, slope = torch.empty_like(grad), grad.new_tensor(ctx.slope)
             for g, x, d in in_blocks(grad, signed, result):
                 # 1 or 0 as numbers of the gradient's dtype, then 1 or the slope
                 torch.maximum(torch.gt(x, 0, out=d), slope, out=d).mul_(g)
-            return result, None
+            return result, None, None
         positive = signed > 0
         if opmath_dtype(grad.dtype) != grad.dtype:
-            return torch.where(positive, grad, grad * ctx.slope), None
+            return torch.where(positive, grad, grad * ctx.slope), None, None
         # 1 and the slope, each exact, several times faster than a choice.
         one = positive.to(grad.dtype)
-        return grad * (one + (1 - one) * ctx.slope), None
+        return grad * (one + (1 - one) * ctx.slope), None, None
 
 
 def logistic(input: Tensor) -> Tensor:

@@ -226,10 +226,11 @@ class _SkipGram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        center, context, negative = (saved.to(grad.dtype) for saved in ctx.saved_tensors)
+        kept = ctx.saved_tensors
+        center, context, negative = (each.to(grad.dtype) for each in kept)
         true, drawn = _scores(center, context, negative)
         true_error = (-logistic(-true) * grad).unsqueeze(1)
         drawn_errors = (logistic(drawn) * grad.unsqueeze(1)).unsqueeze(2)
         grad_center = true_error * context + (drawn_errors * negative).sum(1)
         grads = grad_center, true_error * center, drawn_errors * center.unsqueeze(1)
-        return *(g.to(saved.dtype) for g, saved in zip(grads, ctx.saved_tensors, strict=True)), None
+        return *(g.to(each.dtype) for g, each in zip(grads, kept, strict=True)), None

@@ -115,9 +115,18 @@ def attempt(key: tuple[Any, ...] | None, *arguments: Tensor | float | None) -> A
         key: the layer's name, and its options; ``None`` where these cannot be a key.
         arguments: tensors, and numbers that can change from call to call.
     """
-    if not _enabled or _native is None or key is None or torch.compiler.is_compiling():
+    if not _enabled or _native is None or key is None or torch.compiler.is_compiling() or _hooks_saved_tensors():
         return None
     return _native.attempt(key, *arguments)
+
+
+def _hooks_saved_tensors() -> bool:
+    """Whether somebody looks at what is saved, such as a checkpoint, which tells by its order what it computes again:
+    the node, taught between the two passes, would save in another one."""
+    return _top_hooks is not None and _top_hooks(True) is not None
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def teach(key: tuple[Any, ...], worker: Any, differentiate: Callable[..., Any], *arguments: Any) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
+from reimpl.functional._dispatch import (
+    autocast_to_float32,
+    call,
+    in_its_own_right,
+    opmath_dtype,
+    scalar_type_name,
+)
 from reimpl.functional._losses import plain_targets as _losses_plain_targets
 from reimpl.functional._losses.plain import final_worker, worker
 from reimpl.functional._losses.reduction import reduced, resolve
@@ -217,19 +223,19 @@ class _WorkedPickedNegative(torch.autograd.Function):
         results = worker.picked_loss(input, indices, ignore_index, weight, reduction)
         if results is None:
             check_range(indices, input.shape[1], ignore_index)
-        loss: Tensor = results[0]
+        loss: Tensor = in_its_own_right(results[0])
         ctx.shape, ctx.ignore_index, ctx.divisor = input.shape, ignore_index, results[1]
         ctx.save_for_backward(indices, weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        indices, weight = ctx.saved_tensors
+        indices, weight = saved = ctx.saved_tensors
         works = final_worker(*_WORKERS, grad, weight)
         if works:
             options = (ctx.ignore_index, weight, ctx.divisor)
             return works.picked_loss_gradient(grad, ctx.shape, indices, *options), *(None,) * 5
-        return _through_picks((ctx.ignore_index,), (grad,), ctx.saved_tensors, (ctx.divisor,), ctx.shape), *(None,) * 5
+        return _through_picks((ctx.ignore_index,), (grad,), saved, (ctx.divisor,), ctx.shape), *(None,) * 5
 
 
 def _through_picks(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> Tensor:

@@ -233,7 +233,7 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     groups, output = geometry.groups, _plane(grad)
     channels, outputs = input.shape[1] // groups, grad.shape[1] // groups
     cut = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
-    order = cut[0].order
+    order = cut[0].order if cut else IMAGES_FIRST
     pixels = _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS
     blocks = list(parts(input.shape[0], prod(output), input.device, budget=pixels))
     windows = Windows(input, blocks, cut)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._dispatch import in_its_own_right, opmath_dtype
 from reimpl.functional._losses import plain_targets as _losses_plain_targets
 from reimpl.functional._losses.plain import final_worker
 from reimpl.functional._losses.targets import check_range, classes_that_count
@@ -115,18 +115,18 @@ class WorkedIndexLoss(torch.autograd.Function):
         ctx.options, ctx.dtype = (ignore_index, smoothing), input.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probabilities, indices, weight)
-        return loss, probabilities
+        return in_its_own_right(loss), probabilities
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
-        probabilities, indices, weight = ctx.saved_tensors
+        probabilities, indices, weight = saved = ctx.saved_tensors
         ignore_index, smoothing = ctx.options
         if grad is not None and grad_probabilities is None:
             worker = final_worker(*OF_INDICES, grad, probabilities, weight)
             if worker:
                 options = (ignore_index, weight, smoothing, ctx.divisor)
                 return worker.index_loss_gradient(grad, probabilities, indices, *options), *(None,) * 6
-        grads, saved = (grad, grad_probabilities), ctx.saved_tensors
+        grads = grad, grad_probabilities
         return _through_index_loss(ctx.options, grads, saved, ctx.divisor, ctx.dtype), *(None,) * 6
 
 
@@ -243,15 +243,15 @@ class WorkedProbabilityLoss(torch.autograd.Function):
         ctx.smoothing = smoothing
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probabilities, target, weight)
-        return loss, probabilities
+        return in_its_own_right(loss), probabilities
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_probabilities: Tensor | None) -> tuple[Tensor | None, ...]:
-        probabilities, target, weight = ctx.saved_tensors
+        probabilities, target, weight = saved = ctx.saved_tensors
         if grad is not None and grad_probabilities is None:
             worker = final_worker(*OF_PROBABILITIES, grad, probabilities, target, weight)
             if worker:
                 options = (weight, ctx.smoothing, ctx.divisor)
                 return worker.probability_loss_gradient(grad, probabilities, target, *options), *(None,) * 5
-        grads, saved = (grad, grad_probabilities), ctx.saved_tensors
+        grads = grad, grad_probabilities
         return _through_probability_loss(ctx.smoothing, grads, saved, ctx.divisor), *(None,) * 5

@@ -85,9 +85,9 @@ class PointwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target = ctx.saved_tensors
+        input, target = saved = ctx.saved_tensors
         if not final(grad):
-            return ctx.loss.through((ctx.reduction,), (grad,), ctx.saved_tensors), None, None, None
+            return ctx.loss.through((ctx.reduction,), (grad,), saved), None, None, None
         kernels = kernels_for(_KERNELS, grad, input, target)
         if kernels:
             return kernels.gradient(ctx.loss.name, grad, input, target, ctx.divisor), None, None, None

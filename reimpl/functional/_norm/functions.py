@@ -82,10 +82,11 @@ class BatchNormTraining(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors[:2]
+        # looked at once: a checkpoint unpacks what it has saved a single time
+        input, weight, *_ = saved = ctx.saved_tensors
         grad = torch.zeros_like(input) if grad is None else grad
         grad_input, to_weight, to_bias = BatchNormTraining.gradients(
-            grad, grad_mean, grad_var, ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0]
+            grad, grad_mean, grad_var, saved, ctx.eps, ctx.needs_input_grad[0]
         )
         return grad_input, like(to_weight, weight), like(to_bias, ctx.bias_dtype), None, None
 
@@ -183,23 +184,23 @@ class BatchNormInference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, mean, var, weight, rectified = ctx.saved_tensors
+        input, mean, var, weight, rectified = saved = ctx.saved_tensors
         final, eps = not torch.is_grad_enabled(), ctx.eps
         wanted, _, _, *of_vectors = ctx.needs_input_grad[:5]
         sums_wanted = any(of_vectors)
-        kernels = kernels_for("_norm.numba", grad, *ctx.saved_tensors) if final else None
+        kernels = kernels_for("_norm.numba", grad, *saved) if final else None
         grad_input = None
         if kernels and kernels.worth_it(input):
             statistics = (weight, mean, var, eps, wanted, sums_wanted)
             grad_input, sum_g, sums = kernels.infer_backward(grad, input, rectified, *statistics)
             chain = Chain(sum_g, sums, var, weight, eps)
-        elif final and sums_wanted and _overwritten(grad, *ctx.saved_tensors):
+        elif final and sums_wanted and _overwritten(grad, *saved):
             mean, var = _wide(input, mean, var)
             errors = _norm_plain.Errors(grad, rectified, input, mean)
             chain = Chain(errors.sum_g, errors.sum_g_centred, var, weight, eps)
             grad_input = errors.scaled(chain.scale) if wanted else None
         else:
-            return _infer_backward(ctx, grad)
+            return _infer_backward(ctx, saved, grad)
         to_weight = like(chain.to_weight, weight) if of_vectors[0] else None
         return (
             grad_input,
@@ -212,9 +213,9 @@ class BatchNormInference(torch.autograd.Function):
         )
 
 
-def _infer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _infer_backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     """The backward pass in operators that can be differentiated, and of what is not plain."""
-    input, mean, var, weight, rectified = ctx.saved_tensors
+    input, mean, var, weight, rectified = saved
     x = input.to(opmath_dtype(input.dtype))
     g, (mean, var) = _unrectified(grad, rectified).to(x.dtype), _wide(x, mean, var)
     if x.dim() < 2:
@@ -256,5 +257,5 @@ def _through(options: Any, grads: Any, saved: Any, numbers: Any, shape: Any) -> 
         to_input, to_weight, to_bias = BatchNormTraining.gradients(grad, to_mean, to_var, kept, eps, True)
         return to_input, None, None, to_weight.to(mean.dtype), to_bias.to(mean.dtype)
     tensors, asked = (input, mean, var, weight, rectified), (True, False, False, True, True)
-    ctx = SimpleNamespace(saved_tensors=tensors, needs_input_grad=asked, eps=eps, bias_dtype=mean.dtype)
-    return tuple(_infer_backward(ctx, grad)[:5])
+    ctx = SimpleNamespace(needs_input_grad=asked, eps=eps, bias_dtype=mean.dtype)
+    return tuple(_infer_backward(ctx, tensors, grad)[:5])

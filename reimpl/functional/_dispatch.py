@@ -59,7 +59,7 @@ def call(
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace can save no Function of Python's
         return composition(*args)
     if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
+        return _without_views(function).apply(*args)
     return _in_one(function).apply(*args)
 
 
@@ -70,17 +70,28 @@ def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Func
     Where they are apart, ``apply`` inspects the signature of ``forward`` at each call, 7 µs for one argument.
     """
 
+    run = _without_views(function).forward
+
     def forward(ctx: Any, *args: Any) -> Any:
-        output = function.forward(*args)
-        if isinstance(output, tuple):
-            output = tuple(in_its_own_right(each, *args) for each in output)
-        else:
-            output = in_its_own_right(output, *args)
+        output = run(*args)
         function.setup_context(ctx, args, output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(function.__name__, (torch.autograd.Function,), {"__module__": function.__module__, **methods})
+
+
+@cache
+def _without_views(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """``function`` with results that are views of nothing but inputs."""
+
+    def forward(*args: Any) -> Any:
+        output = function.forward(*args)
+        if isinstance(output, tuple):
+            return tuple(in_its_own_right(each, *args) for each in output)
+        return in_its_own_right(output, *args)
+
+    return type(function.__name__, (function,), {"__module__": function.__module__, "forward": staticmethod(forward)})
 
 
 def in_its_own_right(output: Any, *args: Any) -> Any:

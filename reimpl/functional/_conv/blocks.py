@@ -80,9 +80,7 @@ def convolve(
     """``C(x, w) + b``, of height and width ``output``."""
     kernel = _plane(weight)
     if taps.fits(input, kernel, output, geometry):
-        target = empty_planes(input, weight.shape[0], output, layout)
-        taps.multiply_into(target, input, weight.permute(2, 3, 1, 0), bias, geometry)
-        return target
+        return taps.multiply(input, weight.permute(2, 3, 1, 0), bias, output, geometry, layout)
     rows, columns = (list(range(size)) for size in kernel)
     filters = taps_first(weight).chunk(geometry.groups, 3)
     return _multiply(input, [_Factor(filters, rows, columns, output, geometry)], bias, weight.shape[0], output, layout)
@@ -95,14 +93,17 @@ def convolve_input(
     kernel, channels = _plane(weight), geometry.groups * weight.shape[1]
     pairs = list(phase_pairs(_plane(grad), size, kernel, geometry))
     if taps.fits(grad, kernel, _plane(grad), geometry):
-        target = empty_planes(grad, channels, size, layout)
-        if sum(down.number * across.number for down, across, _ in pairs) < prod(size):
-            target.zero_()
+        target = None
+        if geometry.stride != (1, 1):
+            target = empty_planes(grad, channels, size, layout)
+            if sum(down.number * across.number for down, across, _ in pairs) < prod(size):
+                target.zero_()
         for down, across, part in pairs:
             rows, columns = _places(down.taps, kernel[0]), _places(across.taps, kernel[1])
             filters = weight.permute(2, 3, 0, 1)[rows][:, columns]
-            taps.multiply_into(pixels_of(target, down, across, geometry), grad, filters, None, part)
-        return target
+            own = None if target is None else pixels_of(target, down, across, geometry)
+            result = taps.multiply(grad, filters, None, (down.number, across.number), part, layout, own)
+        return result if target is None else target
     by_group = taps_first_of_adjoint(weight).chunk(geometry.groups, 2)
     factors = []
     for down, across, part in pairs:

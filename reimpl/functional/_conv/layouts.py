@@ -50,9 +50,14 @@ def planes_of_pixels(pixels: Tensor, layout: torch.memory_format) -> Tensor:
     if w >= _LONG_ROW and rows.is_contiguous():
         return transposed(rows.view(h * n, w, c)).view(h, n, c, w).permute(1, 2, 0, 3)
     pixels = pixels.contiguous()
-    if h * w * pixels.element_size() < _CLASHING:
+    if not planes_clash((h, w), pixels.dtype):
         return transposed(pixels.view(n, h * w, c)).view(n, c, h, w)
     return transposed(pixels.view(n * h, w, c)).view(n, h, c, w).transpose(1, 2)
+
+
+def planes_clash(size: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether planes of such a size are written slowly pixel by pixel."""
+    return prod(size) * dtype.itemsize >= _CLASHING
 
 
 def empty_planes(like: Tensor, channels: int, size: tuple[int, int], layout: torch.memory_format) -> Tensor:

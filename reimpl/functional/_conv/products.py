@@ -24,25 +24,27 @@ _LEAST_WORK = 1 << 18
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``left @ right + bias``, shapes ``(M, K)``, ``(K, N)`` and ``(N)``; ``right`` best dense, or its transpose."""
+    """``left @ right + bias`` of :func:`ordinary` tensors of shapes ``(M, K)``, ``(K, N)`` and ``(N)``.
+
+    ``right`` is best dense, or else its transpose.
+    """
     if _fits(left, right) and (operator := _onednn()) is not None:
         return _apply(operator, left, right, bias)
     return left @ right if bias is None else torch.addmm(bias, left, right)
 
 
 def _fits(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN does these, and nobody looks on, for whom the operator would be news."""
+    """Whether oneDNN does these."""
     return (
         left.dtype is torch.float32 is right.dtype
         and left.device.type == "cpu"
         and left.shape[0] * left.shape[1] * right.shape[1] >= _LEAST_WORK
-        and ordinary(left, right)
         and torch._C._get_mkldnn_enabled()
     )
 
 
 def ordinary(*tensors: Tensor | None) -> bool:
-    """Plain tensors whose operators nobody records, traces or intercepts."""
+    """Plain tensors whose operators nobody records, traces or intercepts, for whom oneDNN's would be news."""
     return plain(*tensors) and unobserved(*tensors)
 
 

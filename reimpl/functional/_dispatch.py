@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -166,11 +166,10 @@ def memory_format_of(*tensors: Tensor) -> torch.memory_format:
     Read from the strides, as PyTorch's own suggestion is. Inside ``vmap`` the layout of the tensor that the map
     hides is unknown, and the answer is ``contiguous_format``.
     """
-    if not torch.compiler.is_compiling() and any(map(is_batched, tensors)):
-        return torch.contiguous_format
     for tensor in tensors:
-        if _strides_like_channels_last(tensor):
-            return CHANNELS_LAST[tensor.dim()]
+        if tensor.dim() in CHANNELS_LAST and _strides_like_channels_last(tensor.shape, tensor.stride()):
+            hidden = not torch.compiler.is_compiling() and any(map(is_batched, tensors))
+            return torch.contiguous_format if hidden else CHANNELS_LAST[tensor.dim()]
     return torch.contiguous_format
 
 
@@ -190,17 +189,17 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(tensor)
 
 
-def _strides_like_channels_last(tensor: Tensor) -> bool:
+def _strides_like_channels_last(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     """Strides that grow in the order channels, columns, rows, samples, and are not a contiguous tensor's."""
-    if tensor.dim() not in CHANNELS_LAST or tensor.stride(1) == 0:
+    if strides[1] == 0:
         return False
     least = 0
-    for d in (1, 3, 2, 0) if tensor.dim() == 4 else (1, 4, 3, 2, 0):
-        size, stride = tensor.shape[d], tensor.stride(d)
+    for d in (1, 3, 2, 0) if len(sizes) == 4 else (1, 4, 3, 2, 0):
+        size, stride = sizes[d], strides[d]
         if size == 0 or stride < least:
             return False
         # A batch of one, or planes of one element: the strides of the channels decide.
-        if d == 0 and least == tensor.stride(1):
+        if d == 0 and least == strides[1]:
             return False
         least = stride * max(size, 1)
     return True

@@ -54,7 +54,7 @@ def call(
     if forward_ad._current_level >= 0:
         return composition(*args)
     if torch.compiler.is_compiling():
-        whole = operator is not None and not torch.compiler.is_exporting() and not _transforming()
+        whole = operator is not None and not _exporting() and not _transforming()
         return operator(*args) if operator is not None and whole else composition(*args)
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace can save no Function of Python's
         return composition(*args)
@@ -110,8 +110,14 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# What torch.compiler.assume_constant_result does, without its import of all of Dynamo: Dynamo calls the function.
-_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _exporting() -> bool:
+    """Whether ``torch.export`` is at work; Dynamo of torch 2.11 takes PyTorch's own question for answered with yes."""
+    return torch.compiler.is_exporting()
+
+
+# What torch.compiler.assume_constant_result does, without its import of all of Dynamo: Dynamo calls the functions.
+for _asked in (_transforming, _exporting):
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:

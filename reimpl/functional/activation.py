@@ -15,7 +15,6 @@ from reimpl.functional.kernels import attempt, final_kernels_for, kernels_for, t
 
 # The compiled node's keys: a name, and whether the input is kept in place of the output.
 _RELU, _SIGMOID, _TANH = (("relu", False), ("sigmoid", False), ("tanh", False))
-_LEAKY_RELU = ("leaky_relu", False), ("leaky_relu", True)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -65,7 +64,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
     # the output has the sign of the input unless the slope is negative, and survives an in-place call
     of_input = negative_slope < 0 or not inplace
-    output: Tensor | None = attempt(_LEAKY_RELU[of_input], input, negative_slope)
+    output: Tensor | None = attempt(("leaky_relu", of_input), input, negative_slope)
     if output is None:
         output = call(_LeakyReLU, _leak, input, negative_slope, of_input)
     return input.copy_(output) if inplace else output
@@ -199,7 +198,7 @@ class _LeakyReLU(torch.autograd.Function):
     def forward(input: Tensor, slope: float, of_input: bool) -> Tensor:
         kernels = kernels_for("_pointwise.numba", input)
         if kernels and kernels.worth_it(input):
-            teach(_LEAKY_RELU[of_input], kernels, _LeakyReLU.through, input)
+            teach(("leaky_relu", of_input), kernels, _LeakyReLU.through, input)
             return kernels.forward("leaky_relu", input, slope)  # type: ignore[no-any-return]
         # The maximum is several times faster than a choice. At slope 0 it would meet 0 times infinity.
         if not 0 < slope <= 1:

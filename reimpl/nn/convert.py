@@ -106,6 +106,9 @@ def _turn(model: Module, twin_of: dict[type[Module], type[Module]], source: str)
             left[name] = reason
         elif (cls := _own_class(module)) in twin_of:
             module.__class__ = _parametrized(module, twin_of[cls]) if is_parametrized(module) else twin_of[cls]
+            # a graph compiled by torch 2.11 asks for a module's class again only once its dictionary has changed
+            vars(module)["_turned"] = True
+            del vars(module)["_turned"]
             replaced.append(name)
     return Conversion(model, tuple(replaced), left)
 

@@ -72,7 +72,9 @@ class TracedBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = input.to(opmath_dtype(input.dtype))
         mean, var = _mean_and_variance(x)
-        output = scaled(x - per_channel(mean, x), var, weight, bias, eps, relu).to(input.dtype)
+        output = scaled(x - per_channel(mean, x), var, weight, bias, eps, relu)
+        # where it is none, a conversion has Dynamo of torch 2.11 forget the derivative without a word
+        output = output if output.dtype == input.dtype else output.to(input.dtype)
         ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(input, weight, mean, var, output if relu else None)
         ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype

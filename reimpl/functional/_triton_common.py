@@ -70,9 +70,9 @@ def activate(x, slope, ACTIVATION: tl.constexpr):
         # the overflow of exp(-x) ends as 1/inf = 0, as it should
         return tl.div_rn(1.0, 1.0 + exp(-x))
     elif ACTIVATION == "tanh":
-        t = expm1(2 * tl.where(x < 0, x, -x))
-        # the sign goes in before the division, so that -0 stays -0
-        return tl.div_rn(tl.where(x < 0, t, -t), t + 2)
+        # the sign goes in before the division, so that -0 stays -0; Triton 3.6 takes -x for 0 - x, which has no -0
+        t = expm1(2 * tl.where(x < 0, x, -1.0 * x))
+        return tl.div_rn(tl.where(x < 0, t, -1.0 * t), t + 2)
     else:
         return x
 

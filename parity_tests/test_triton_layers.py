@@ -8,10 +8,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from reimpl.functional import kernels
 from reimpl.functional._conv.arguments import geometry_of
 from reimpl.functional._pooling.windows import plan_windows
 
-triton = pytest.importorskip("triton", reason="the kernels are compiled by Triton")
+pytest.importorskip("triton", reason="the kernels are compiled by Triton")
 
 from reimpl.functional import _triton_common
 from reimpl.functional._conv import triton as _triton_conv
@@ -35,14 +35,14 @@ LAUNCH_OPTIONS = {"num_warps", "num_stages", "debug", "sanitize_overflow", "enab
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
-def _version(package: Any) -> tuple[int, ...]:
-    return tuple(int(part) for part in package.__version__.split(".")[:2])
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
 
 
 @pytest.mark.slow
 def test_kernels_compute_the_layers(device: torch.device) -> None:
     """The tests of triton_layers.py, in a process of their own: the interpreter is chosen when Triton is imported."""
-    if device.type == "cpu" and _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
+    if device.type == "cpu" and _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 turns arrays to numbers as NumPy 2.4 allows no more")
     interpreted = {"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}
     finished = subprocess.run(

@@ -70,6 +70,7 @@ def test_numbers_written_into_a_group_are_checked_in_a_compiled_step(technique: 
         group, step = optimizer.param_groups[0], torch.compile(optimizer.step, backend=counter)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # what torch 2.11 imports by itself
             for group["lr"] in (0.1, 0.2, 0.2, 0.3):
                 before = p.detach().clone()
                 step()

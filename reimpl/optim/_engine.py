@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from . import _checkpoints, _checks, _fused
 from ._tensorlist import TensorList, equal_rows, increment
 from ._torch import (
+    Namespace,
     Optimizer,
     ParamsT,
     StateDict,
@@ -392,7 +392,7 @@ class RuleOptimizer(Optimizer):
 
 def _hyperparameters(group: Group, differentiates_step: bool) -> Any:
     """The group's options as attributes, one-element tensors as 0-d ones."""
-    h = SimpleNamespace(**{key: value for key, value in group.items() if key not in ("params", "param_names")})
+    h = Namespace(**{key: value for key, value in group.items() if key not in ("params", "param_names")})
     h.lr = to_scalar(h.lr)
     h.capturable = group.get("capturable", False)
     h.maximize = group.get("maximize", False)

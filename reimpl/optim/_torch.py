@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,19 @@ check_fused_support = _device_dtype_check_for_fused
 step_dtype = _get_scalar_dtype
 runs_eagerly = _disable_dynamo
 """A decorator for what ``torch.compile`` is to call, not to trace; unlike ``torch.compiler.disable`` it is lazy."""
+
+
+class Namespace:
+    """Numbers by name: what ``types.SimpleNamespace`` is, which Dynamo of torch 2.11 cannot trace."""
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 def step_value(x: Any) -> Any:

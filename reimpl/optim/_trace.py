@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partialmethod
 from numbers import Real
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
+
+from ._torch import Namespace
 
 Operation = tuple[str, ...]
 """``(result, operator, operand, ...)``; operands are earlier results, inputs, or scalars ``a0``, ``a1``, ..."""
@@ -356,7 +357,7 @@ def trace(rule: Any, options: Mapping[str, Any], state: tuple[str, ...]) -> Prog
             symbols[key] = scalars if isinstance(value, tuple | list) else scalars[0]
         else:
             symbols[key] = value
-    h = SimpleNamespace(**symbols)
+    h = Namespace(**symbols)
     h.capturable = h.on_device = h.differentiable = False
     program = Program(inputs=("p", "g", *state), kept=kept)
     p, g = Value(program, "p"), Value(program, "g")

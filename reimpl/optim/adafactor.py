@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.linalg import vector_norm
 
 from . import _checks
 from ._engine import Group, State
-from ._torch import ParamsT
+from ._torch import Namespace, ParamsT
 from ._whole import WholeTensorRule, each, root_mean_squares
 
 
@@ -77,7 +76,7 @@ class Adafactor(WholeTensorRule):
 
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:
-        return SimpleNamespace(weight=t**h.beta2_decay, rho=min(h.lr, 1 / (t**0.5)))
+        return Namespace(weight=t**h.beta2_decay, rho=min(h.lr, 1 / (t**0.5)))
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
 from ._ops import filled_like, real_views, saved, shrink_or_penalise
-from ._torch import ParamsT
+from ._torch import Namespace, ParamsT
 
 
 class Adagrad(RuleOptimizer):
@@ -76,7 +75,7 @@ class Adagrad(RuleOptimizer):
 
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:
-        return SimpleNamespace(lr=h.lr / (1 + (t - 1) * h.lr_decay))
+        return Namespace(lr=h.lr / (1 + (t - 1) * h.lr_decay))
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
 from ._ops import maximum_, moments_, real_views, root, saved, shrink_or_penalise
-from ._torch import Optimizer, ParamsT, to_scalar
+from ._torch import Namespace, Optimizer, ParamsT, to_scalar
 
 
 class Adam(RuleOptimizer):
@@ -80,10 +79,10 @@ class Adam(RuleOptimizer):
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:
         if not h.bias_correction:
-            return SimpleNamespace(step_size=h.lr, correction2_sqrt=None, eps=h.eps)
+            return Namespace(step_size=h.lr, correction2_sqrt=None, eps=h.eps)
         beta1, beta2 = h.betas
         correction2 = 1 - beta2**t
-        c = SimpleNamespace(step_size=h.lr / (1 - beta1**t), correction2_sqrt=root(correction2), eps=h.eps)
+        c = Namespace(step_size=h.lr / (1 - beta1**t), correction2_sqrt=root(correction2), eps=h.eps)
         # v is corrected after the root: what is added under it is corrected with it, what is added beside it is not
         if h.eps_inside_sqrt and not h.eps_hat:
             c.eps = h.eps * correction2

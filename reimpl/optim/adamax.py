@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import RuleOptimizer, State
 from ._ops import maximum_, real_views, shrink_or_penalise
-from ._torch import ParamsT
+from ._torch import Namespace, ParamsT
 
 
 class Adamax(RuleOptimizer):
@@ -57,8 +56,8 @@ class Adamax(RuleOptimizer):
     def prologue(h: Any, t: Any) -> Any:
         beta1, _ = h.betas
         if h.on_device:
-            return SimpleNamespace(negative_inverse=(beta1**t - 1) / h.lr)
-        return SimpleNamespace(step_size=h.lr / (1 - beta1**t))
+            return Namespace(negative_inverse=(beta1**t - 1) / h.lr)
+        return Namespace(step_size=h.lr / (1 - beta1**t))
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:

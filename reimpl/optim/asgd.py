@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
 from ._ops import assign, choose, either_, l2_penalty, number, real_views
-from ._torch import ParamsT, plain_scalar, step_dtype
+from ._torch import Namespace, ParamsT, plain_scalar, step_dtype
 
 
 class ASGD(RuleOptimizer):
@@ -69,7 +68,7 @@ class ASGD(RuleOptimizer):
 
     @staticmethod
     def prologue(h: Any, t: Any, eta: Any, mu: Any) -> Any:
-        c = SimpleNamespace(eta=number(eta, h), mu=number(mu, h))
+        c = Namespace(eta=number(eta, h), mu=number(mu, h))
         assign(eta, h.lr / ((1 + h.lambd * h.lr * t) ** h.alpha))
         late = t - h.t0
         assign(mu, 1 / choose(late > 1, lambda: late, lambda: 1.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import Group, RuleOptimizer, State
 from ._ops import moments_, number, real_views, saved, shrink_or_penalise
-from ._torch import ParamsT
+from ._torch import Namespace, ParamsT
 
 
 class NAdam(RuleOptimizer):
@@ -72,7 +71,7 @@ class NAdam(RuleOptimizer):
         mu_next = beta1 * (1.0 - 0.5 * (0.96 ** ((t + 1) * h.momentum_decay)))
         mu_product.mul_(mu)
         product = mu_product if h.differentiable else number(mu_product, h)
-        return SimpleNamespace(
+        return Namespace(
             correction2=1 - beta2**t,
             grad_size=-h.lr * (1.0 - mu) / (1.0 - product),
             avg_size=-h.lr * mu_next / (1.0 - product * mu_next),

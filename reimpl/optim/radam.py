@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._engine import RuleOptimizer, State
 from ._ops import choose, moments_, real_views, saved, shrink_or_penalise
-from ._torch import ParamsT
+from ._torch import Namespace, ParamsT
 
 
 class RAdam(RuleOptimizer):
@@ -70,7 +69,7 @@ class RAdam(RuleOptimizer):
             scale = (longest - 4) * (longest - 2) * length
             return ((length - 4) * (length - 2) * longest / scale) ** 0.5
 
-        return SimpleNamespace(
+        return Namespace(
             correction1=1 - beta1**t,
             correction2_sqrt=correction2**0.5,
             eps=h.eps if h.eps_hat else h.eps * correction2**0.5,

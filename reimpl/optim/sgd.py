@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from . import _checks
 from ._engine import Group, RuleOptimizer, State
 from ._momentum import check_form, velocity_step_
 from ._ops import descend, shrink_or_penalise
-from ._torch import ParamsT
+from ._torch import Namespace, ParamsT
 
 
 class SGD(RuleOptimizer):
@@ -88,7 +87,7 @@ class SGD(RuleOptimizer):
 
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:
-        return SimpleNamespace(lr=h.lr / (1 - h.momentum**t) if h.bias_correction and h.momentum != 0 else h.lr)
+        return Namespace(lr=h.lr / (1 - h.momentum**t) if h.bias_correction and h.momentum != 0 else h.lr)
 
     @staticmethod
     def update(p: Any, g: Any, s: State, h: Any, c: Any) -> None:

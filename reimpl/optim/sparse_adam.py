@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import Group, State
-from ._torch import ParamsT, StateDict
+from ._torch import Namespace, ParamsT, StateDict
 from ._whole import WholeTensorRule
 
 
@@ -77,7 +76,7 @@ class SparseAdam(WholeTensorRule):
     @staticmethod
     def prologue(h: Any, t: Any) -> Any:
         beta1, beta2 = h.betas
-        return SimpleNamespace(step_size=h.lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+        return Namespace(step_size=h.lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
 
     @staticmethod
     def update(p: Tensor, g: Tensor, s: State, h: Any, c: Any) -> None:

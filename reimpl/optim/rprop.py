@@ -60,7 +60,7 @@ class Rprop(RuleOptimizer):
         return params, grads, states
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        # what is asked for the keys alone is on the meta device; that it has no gradient Dynamo of torch 2.11 cannot tell
+        # asked for the keys alone it is on the meta device; that it has no gradient Dynamo of torch 2.11 cannot tell
         like = p if p.is_meta or p.grad is None else p.grad
         step_size = filled_like(like, plain_scalar(group["lr"]))
         return {"step": self.new_step(p, group), "prev": self.like(p), "step_size": step_size}

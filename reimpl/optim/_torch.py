@@ -62,6 +62,9 @@ class Namespace:
     """Numbers by name: what ``types.SimpleNamespace`` is, which Dynamo of torch 2.11 cannot trace."""
 
     def __init__(self, **values: Any) -> None:
+        if not is_compiling():
+            self.__dict__.update(values)  # in half the time
+            return
         for name, value in values.items():
             setattr(self, name, value)
 

@@ -16,10 +16,10 @@ from reimpl.functional._conv.layouts import transposed
 from reimpl.functional._conv.regions import Box, partitions
 from reimpl.functional._conv.windows import Run, dense, parts
 
-# Measured: bytes of a block's windows and values for which products of one matrix and of boxes are fastest.
-_BYTES, _BYTES_OF_BOXES = 32 << 20, 10 << 20
 # Windows of at most so many numbers go image by image: measured at 27.
 _FEW_TERMS = 64
+# Measured: bytes of windows and values in a block, of few numbers a window and of more.
+_BYTES_OF_FEW, _BYTES = 32 << 20, 10 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def _columns(
     terms = max(prod(box.sizes) for box in boxes)
     by_image = most is not None and len(boxes) == 1 and terms <= _FEW_TERMS
     row, values = terms * dtype.itemsize, outputs * dtype.itemsize
-    budget = max(_BYTES if most is None or by_image else _BYTES_OF_BOXES, outputs * row)
+    budget = max(_BYTES_OF_FEW if terms <= _FEW_TERMS else _BYTES, outputs * row)
     blocks = tuple(parts(count, prod(output) * (row + values), torch.device("cpu"), budget=budget))
 
     hands = geometry.stride[1] if kernel[1] > 1 else 1

@@ -22,8 +22,9 @@ from reimpl.functional._conv.products import unobserved
 from reimpl.functional._dispatch import opmath_dtype
 
 Pair = tuple[int, int]
-# Measured: bytes of padded images, and of the sums for a kernel's gradient, that stay in the cache from tap to tap.
-_BLOCK_BYTES, _SUM_BYTES = 2 << 20, 5 << 18
+# Measured: bytes of a block's images, padded ones, and the sums for a kernel's gradient: what stays in the caches from
+# tap to tap, and leaves few calls.
+_BLOCK_BYTES, _PADDED_BYTES, _SUM_BYTES = 4 << 20, 2 << 20, 5 << 19
 
 
 def fits(geometry: Geometry, *tensors: Tensor | None) -> bool:
@@ -84,7 +85,7 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: Pair, geometry: Geometr
         ]
 
     count = input.shape[0]
-    most = _most(image, dtype, count)
+    most = _most(image, dtype, count, _PADDED_BYTES)
     padded = torch.zeros((most, *room.size), dtype=dtype, device=input.device)
     for start in range(0, count, most):
         part = slice(start, min(start + most, count))
@@ -104,9 +105,9 @@ def _plane(tensor: Tensor) -> Pair:
     return tensor.shape[2], tensor.shape[3]
 
 
-def _most(numbers: int, dtype: torch.dtype, count: int) -> int:
+def _most(numbers: int, dtype: torch.dtype, count: int, budget: int) -> int:
     """How many images of so many numbers make a block."""
-    return min(count, max(1, _BLOCK_BYTES // (numbers * dtype.itemsize)))
+    return min(count, max(1, budget // (numbers * dtype.itemsize)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +243,7 @@ def _add_up(target: Tensor, planes: Tensor, weight: Tensor, bias: Tensor | None,
     factors = weight.to(dtype).flatten(1).t().unsqueeze(1).expand(-1, plan.width, -1).contiguous().unbind()
     offset = None if bias is None else bias.to(dtype)
     result, count = target.permute(0, 2, 3, 1), len(planes)
-    most = _most(max(room.image, result[0].numel()), dtype, count)
+    most = _most(max(room.image, result[0].numel()), dtype, count, _BLOCK_BYTES)
     direct = result.is_contiguous() and target.dtype is dtype
     images = None if direct else torch.empty((most, *result.shape[1:]), dtype=dtype, device=target.device)
     dealt = None if room.size[1] == 1 else torch.empty((most, *room.size), dtype=dtype, device=planes.device)

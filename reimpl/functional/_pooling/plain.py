@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._plain import plain_on_cpu
+from reimpl.functional._conv.layouts import pixels_of_planes, planes_of_pixels
+from reimpl.functional._plain import BITS, plain_on_cpu
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 
 Pair = tuple[Tensor, Tensor]
 # Places are kept as numbers of the input's dtype until they are whole: float32 holds so many.
 _MOST_PLACES = 1 << 24
+# Measured: rows of so many numbers may be taken pixel by pixel, and tiles of so many be filled tap by tap.
+_LONG_PIXEL, _SMALL_TILE = 32, 6
 
 
 def runs_plainly(input: Tensor) -> bool:
@@ -23,41 +26,79 @@ def runs_plainly(input: Tensor) -> bool:
     return plain_on_cpu(input) and torch._C._len_torch_dispatch_stack() == 0
 
 
-def largest(input: Tensor, windows: Windows) -> Pair | None:
-    """The largest number of each window and its place, ``None`` where NaN or a window of -inf alone want more care."""
-    height, width = input.shape[-2:]
-    if input.numel() == 0 or height * width >= _MOST_PLACES:
+def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None:
+    """The largest number of each window and its place, ``None`` where NaN or a window of -inf alone want more care.
+
+    With ``steps``, of windows that :func:`are_tiles`, in the input's dtype how far the place is from the window's first.
+    """
+    plane = input.shape[-2], input.shape[-1]
+    if input.numel() == 0 or prod(plane) >= _MOST_PLACES:
         return None
-    overhang = windows.overhang((height, width))
-    padded = pad_constant(input, overhang, value=-torch.inf) if any(overhang) else input
-    numbers, top, left = _places(windows, width, input.dtype)
-    first, *others = _taps(padded, windows)
+    pixels, overhang = _pixels(input), any(windows.overhang(plane))
+    distances, corners = _places(windows, plane[1], input.dtype)
+    first, *others = _taps(pixels, windows)
     search = _Search(first)
-    for tap, number in zip(others, numbers[1:], strict=True):
-        search.go_on(tap, number)
+    for tap, distance in zip(others, distances[1:], strict=True):
+        search.go_on(tap, distance)
     best, found = search.result()
-    return (best, found.long().add_(top + left)) if _is_sure(best, any(overhang)) else None
+    if not _is_sure(best, overhang):
+        return None
+    if steps:
+        return _planes_like(input, best), found.permute(0, 3, 1, 2)
+    # the sum of two whole numbers below the bound
+    places = _planes_like(input, found.add_(corners))
+    return _planes_like(input, best), places.to(torch.int64, memory_format=torch.preserve_format)
 
 
-def _taps(padded: Tensor, windows: Windows) -> Iterator[Tensor]:
-    """The elements at each place of a window, those of all windows together."""
-    (s_h, s_w), (d_h, d_w), (*outer, row, column) = windows.stride, windows.dilation, padded.stride()
-    size, strides = (*padded.shape[:-2], *windows.output), (*outer, s_h * row, s_w * column)
+def _pixels(input: Tensor) -> Tensor:
+    """Images or one image as ``(N, H, W, C)``, best with dense channels."""
+    planes = input.unsqueeze(0) if input.dim() == 3 else input
+    return planes.permute(0, 2, 3, 1) if planes.shape[1] == 1 else pixels_of_planes(planes)
+
+
+def _planes_like(input: Tensor, pixels: Tensor) -> Tensor:
+    """The reverse, with as many dimensions as ``input`` and in its layout."""
+    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
+    planes = planes_of_pixels(pixels, layout)
+    return planes.squeeze(0) if input.dim() == 3 else planes
+
+
+def _taps(pixels: Tensor, windows: Windows) -> Iterator[Tensor]:
+    """The elements at each place of a window, those of all windows together.
+
+    Columns are dealt out by the remainder of their number by the stride, where that leaves more to do side by side.
+    """
+    (s_h, s_w), (d_h, d_w), (images, height, width, channels) = windows.stride, windows.dilation, pixels.shape
+    left, right, top, bottom = windows.overhang((height, width))
+    hands = s_w if windows.kernel[1] > s_w or channels < _LONG_PIXEL else 1
+    right += -(left + width + right) % hands
+    if left or right or top or bottom:
+        pixels = pad_constant(pixels, (0, 0, left, right, top, bottom), value=-torch.inf)
+    if hands > 1:
+        pixels = pixels.unflatten(2, (-1, hands)).transpose(2, 3).contiguous()
+        image, row, hand, column, channel = pixels.stride()
+    else:
+        hand, (image, row, column, channel) = 0, pixels.stride()
+    size, strides = (images, *windows.output, channels), (image, s_h * row, s_w // hands * column, channel)
     for i in range(windows.kernel[0]):
         for j in range(windows.kernel[1]):
-            yield padded.as_strided(size, strides, padded.storage_offset() + i * d_h * row + j * d_w * column)
+            place, owner = divmod(j * d_w, hands)
+            yield pixels.as_strided(
+                size, strides, pixels.storage_offset() + i * d_h * row + owner * hand + place * column
+            )
 
 
 @lru_cache(64)
-def _places(windows: Windows, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """The distance of each tap from the first, and the parts of rows and columns in the first one's place."""
+def _places(windows: Windows, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The distance of each tap from the first, and for each window the place of that one."""
     (k_h, k_w), (d_h, d_w) = windows.kernel, windows.dilation
     distances = [float(i * d_h * width + j * d_w) for i in range(k_h) for j in range(k_w)]
     top, left = (
-        torch.arange(n, device="cpu") * s - p
+        torch.arange(n, device="cpu", dtype=dtype) * s - p
         for n, s, p in zip(windows.output, windows.stride, windows.padding, strict=True)
     )
-    return torch.tensor(distances, dtype=dtype, device="cpu").unbind(), top.unsqueeze(1) * width, left
+    corners = top.view(-1, 1, 1) * width + left.view(-1, 1)
+    return torch.tensor(distances, dtype=dtype, device="cpu").unbind(), corners
 
 
 class _Search:
@@ -72,12 +113,12 @@ class _Search:
         """Look at further values; 1 where they are better than those before, else 0."""
         # as numbers of the values' dtype: a comparison into bytes takes three times as long
         if self._found is None:
-            best = torch.maximum(self._best, values)
+            best = torch.maximum(values, self._best)
             wins = self._wins = torch.gt(values, self._best, out=torch.empty_like(best))
             self._best, self._found = best, wins * number
             return wins
         wins = torch.gt(values, self._best, out=self._wins)
-        torch.maximum(self._best, values, out=self._best)
+        torch.maximum(values, self._best, out=self._best)
         self._found.lerp_(number, wins)  # exact at 0 and at 1
         return wins
 
@@ -148,6 +189,42 @@ def _largest_of_all(input: Tensor) -> Pair | None:
     rest = torch.arange(height * width, 0, -1, dtype=input.dtype, device=input.device).view(height, width)
     hits = torch.eq(input, best, out=torch.empty_like(input)).mul_(rest)
     return best, height * width - hits.amax((-2, -1), keepdim=True).long()
+
+
+def are_tiles(windows: Windows, plane: tuple[int, int]) -> bool:
+    """Whether windows of few elements stand side by side, none beyond the plane, so that each element is in one."""
+    return (
+        windows.kernel == windows.stride
+        and windows.dilation == (1, 1)
+        and prod(windows.kernel) <= _SMALL_TILE
+        and not any(windows.overhang(plane))
+    )
+
+
+def places_of_steps(steps: Tensor, windows: Windows, width: int) -> Tensor:
+    """The places of the largest numbers by how far they are from the first of their windows."""
+    _, corners = _places(windows, width, steps.dtype)
+    return (steps + corners.squeeze(-1)).long()
+
+
+def spread_by_steps(
+    grad: Tensor, steps: Tensor, windows: Windows, plane: tuple[int, int], layout: torch.memory_format
+) -> Tensor:
+    """:func:`scatter` for windows that :func:`are_tiles`, by the steps that :func:`largest` gives."""
+    kind, gone, found = BITS[grad.dtype], _pixels(grad), steps.permute(0, 2, 3, 1)
+    (rows, columns), (s_h, s_w), (images, _, _, channels) = windows.output, windows.stride, gone.shape
+    covered = (rows * s_h, columns * s_w) == plane
+    result = (grad.new_empty if covered else grad.new_zeros)(images, *plane, channels)
+    bits, shift = gone.view(kind), torch.empty_like(found)
+    distances, _ = _places(windows, plane[1], grad.dtype)
+    for number, distance in enumerate(distances):
+        i, j = divmod(number, s_w)
+        part = result[:, i : rows * s_h : s_h, j : columns * s_w : s_w]
+        # the bits of 1 shift everything out, NaN too
+        torch.ne(found, distance, out=shift)
+        torch.bitwise_left_shift(bits, shift.view(kind), out=part.view(kind))
+    planes = planes_of_pixels(result, layout).contiguous(memory_format=layout)
+    return planes.squeeze(0) if grad.dim() == 3 else planes
 
 
 def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], layout: torch.memory_format) -> Tensor:

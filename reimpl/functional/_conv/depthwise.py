@@ -52,9 +52,7 @@ def convolve(
     return target
 
 
-def convolve_input(
-    grad: Tensor, weight: Tensor, size: Pair, geometry: Geometry, layout: torch.memory_format
-) -> Tensor:
+def convolve_input(grad: Tensor, weight: Tensor, size: Pair, geometry: Geometry, layout: torch.memory_format) -> Tensor:
     """``T(g, w)``, the gradient of an input of height and width ``size``."""
     plan = _of_input(grad.shape[1], _plane(grad), _plane(weight), size, geometry)
     target = empty_planes(grad, grad.shape[1], size, layout)
@@ -189,7 +187,9 @@ class _Plan(NamedTuple):
     """The largest of the sums'."""
 
 
-def _sum(size: Pair, first: Pair, steps: Pair, stride: Pair, plane: Pair, room: _Room, taps: Iterable[tuple[int, int, int]]) -> _Sum:
+def _sum(
+    size: Pair, first: Pair, steps: Pair, stride: Pair, plane: Pair, room: _Room, taps: Iterable[tuple[int, int, int]]
+) -> _Sum:
     """Of taps given by the row and column of what they see first, in the padding or not, and their numbers."""
     found = []
     for row, column, number in taps:
@@ -207,7 +207,7 @@ def _sum(size: Pair, first: Pair, steps: Pair, stride: Pair, plane: Pair, room: 
 
 def _plan(room: _Room, sums: Sequence[_Sum], result: Pair) -> _Plan:
     complete = sum(prod(each.size) for each in sums) == prod(result)
-    return _Plan(room, tuple(sums), complete, max(each.size[1] for each in sums))
+    return _Plan(room, tuple(sums), complete, max((each.size[1] for each in sums), default=0))
 
 
 @lru_cache(maxsize=1024)
@@ -230,7 +230,11 @@ def _of_input(channels: int, errors: Pair, kernel: Pair, size: Pair, geometry: G
             [k - 1 - first - i * step for i in range(count)]
             for k, (first, count, step) in zip(kernel, (down.taps, across.taps), strict=True)
         )
-        taps = [(i * d_h - top, j * d_w - left, k * kernel[1] + l) for i, k in enumerate(rows) for j, l in enumerate(columns)]
+        taps = [
+            (i * d_h - top, j * d_w - left, k * kernel[1] + m)
+            for i, k in enumerate(rows)
+            for j, m in enumerate(columns)
+        ]
         first = (down.first, across.first)
         sums.append(_sum((down.number, across.number), first, geometry.stride, (1, 1), errors, room, taps))
     return _plan(room, sums, size)
@@ -238,7 +242,7 @@ def _of_input(channels: int, errors: Pair, kernel: Pair, size: Pair, geometry: G
 
 def _add_up(target: Tensor, planes: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> None:
     """Write sums over taps of ``planes`` with the factors of a kernel into ``target``."""
-    dtype, channels, room = opmath_dtype(planes.dtype), planes.shape[1], plan.room
+    dtype, room = opmath_dtype(planes.dtype), plan.room
     # a whole row of pixels of them
     factors = weight.to(dtype).flatten(1).t().unsqueeze(1).expand(-1, plan.width, -1).contiguous().unbind()
     offset = None if bias is None else bias.to(dtype)

@@ -133,7 +133,9 @@ def spread(
     height, width = plane
     if places.is_floating_point() and isinstance(windows, Windows):
         if _pooling_plain.runs_plainly(grad) and _pooling_plain.runs_plainly(places):
-            return _pooling_plain.spread_by_steps(grad, places, windows, plane, layout)
+            result = _pooling_plain.spread_by_steps(grad, places, windows, plane, layout)
+            if result is not None:
+                return result
         places = _pooling_plain.places_of_steps(places, windows, width)
     kernels = final_kernels_for("_pooling.numba", grad)
     if kernels and places.numel() and kernels.worth_it(places):

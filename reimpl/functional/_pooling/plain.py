@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from math import prod
+from itertools import product
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._conv.layouts import pixels_of_planes, planes_of_pixels
-from reimpl.functional._plain import BITS, plain_on_cpu
+from reimpl.functional._plain import plain_on_cpu
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 
 Pair = tuple[Tensor, Tensor]
@@ -29,24 +30,31 @@ def runs_plainly(input: Tensor) -> bool:
 def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None:
     """The largest number of each window and its place, ``None`` where NaN or a window of -inf alone want more care.
 
-    With ``steps``, of windows that :func:`are_tiles`, in the input's dtype how far the place is from the window's first.
+    With ``steps``, for windows that :func:`are_tiles`: how far the place is from the window's first, in the input's
+    dtype.
     """
     plane = input.shape[-2], input.shape[-1]
     if input.numel() == 0 or prod(plane) >= _MOST_PLACES:
         return None
     pixels, overhang = _pixels(input), any(windows.overhang(plane))
-    distances, corners = _places(windows, plane[1], input.dtype)
+    distances, starts = _places(windows, plane[1], input.dtype, min(pixels.shape[3], _LONG_PIXEL))
     first, *others = _taps(pixels, windows)
-    search = _Search(first)
+    columns = _Search(first)
     for tap, distance in zip(others, distances[1:], strict=True):
-        search.go_on(tap, distance)
-    best, found = search.result()
+        columns.go_on(tap, distance)
+    best, found = columns.result()
+    if not steps:
+        found.add_(starts)
+    rows = _Search(_row(best, 0, windows), _row(found, 0, windows))
+    for i in range(1, windows.kernel[0]):
+        places = _row(found, i, windows)
+        rows.go_on(_row(best, i, windows), places.add_(i * plane[1]) if steps else places)
+    best, found = rows.result()
     if not _is_sure(best, overhang):
         return None
     if steps:
         return _planes_like(input, best), found.permute(0, 3, 1, 2)
-    # the sum of two whole numbers below the bound
-    places = _planes_like(input, found.add_(corners))
+    places = _planes_like(input, found)
     return _planes_like(input, best), places.to(torch.int64, memory_format=torch.preserve_format)
 
 
@@ -58,74 +66,101 @@ def _pixels(input: Tensor) -> Tensor:
 
 def _planes_like(input: Tensor, pixels: Tensor) -> Tensor:
     """The reverse, with as many dimensions as ``input`` and in its layout."""
-    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
-    planes = planes_of_pixels(pixels, layout)
-    return planes.squeeze(0) if input.dim() == 3 else planes
+    return _planes(pixels, torch.channels_last if _side_by_side(input) else torch.contiguous_format, input.dim())
+
+
+def _planes(pixels: Tensor, layout: torch.memory_format, dims: int) -> Tensor:
+    planes = planes_of_pixels(pixels, layout).contiguous(memory_format=layout)
+    return planes.squeeze(0) if dims == 3 else planes
 
 
 def _taps(pixels: Tensor, windows: Windows) -> Iterator[Tensor]:
-    """The elements at each place of a window, those of all windows together.
+    """The elements at each column of a window, those of all windows in a row and of all rows together.
 
-    Columns are dealt out by the remainder of their number by the stride, where that leaves more to do side by side.
+    Columns of few channels are dealt out by the remainder of their number by the stride, to have more side by side.
     """
-    (s_h, s_w), (d_h, d_w), (images, height, width, channels) = windows.stride, windows.dilation, pixels.shape
+    images, height, width, channels = pixels.shape
     left, right, top, bottom = windows.overhang((height, width))
-    hands = s_w if windows.kernel[1] > s_w or channels < _LONG_PIXEL else 1
-    right += -(left + width + right) % hands
-    if left or right or top or bottom:
-        pixels = pad_constant(pixels, (0, 0, left, right, top, bottom), value=-torch.inf)
+    hands = windows.stride[1] if channels < _LONG_PIXEL else 1
     if hands > 1:
-        pixels = pixels.unflatten(2, (-1, hands)).transpose(2, 3).contiguous()
+        pixels = _dealt(pixels, hands, (left, right, top, bottom))
         image, row, hand, column, channel = pixels.stride()
     else:
+        if left or right or top or bottom:
+            pixels = pad_constant(pixels, (0, 0, left, right, top, bottom), value=-torch.inf)
         hand, (image, row, column, channel) = 0, pixels.stride()
-    size, strides = (images, *windows.output, channels), (image, s_h * row, s_w // hands * column, channel)
-    for i in range(windows.kernel[0]):
-        for j in range(windows.kernel[1]):
-            place, owner = divmod(j * d_w, hands)
-            yield pixels.as_strided(
-                size, strides, pixels.storage_offset() + i * d_h * row + owner * hand + place * column
-            )
+    size = images, _reach(windows), windows.output[1], channels
+    strides = image, row, windows.stride[1] // hands * column, channel
+    for j in range(windows.kernel[1]):
+        place, owner = divmod(j * windows.dilation[1], hands)
+        yield pixels.as_strided(size, strides, pixels.storage_offset() + owner * hand + place * column)
+
+
+def _dealt(pixels: Tensor, hands: int, pads: tuple[int, int, int, int]) -> Tensor:
+    """Columns, those of the padding among them, dealt out to so many hands: ``(N, H, hands, W / hands, C)``."""
+    images, height, width, channels = pixels.shape
+    left, right, top, bottom = pads
+    size = images, top + height + bottom, hands, -(-(left + width + right) // hands), channels
+    dealt = pixels.new_full(size, -torch.inf) if any(pads) else pixels.new_empty(size)
+    for first in range(left, min(left + hands, left + width)):
+        column, hand = divmod(first, hands)
+        of = pixels[:, :, first - left :: hands]
+        dealt[:, top : top + height, hand, column : column + of.shape[2]].copy_(of)
+    return dealt
+
+
+def _row(values: Tensor, number: int, windows: Windows) -> Tensor:
+    """Of values for every row, those at one row of each window."""
+    first = number * windows.dilation[0]
+    return values[:, first : first + (windows.output[0] - 1) * windows.stride[0] + 1 : windows.stride[0]]
+
+
+def _reach(windows: Windows) -> int:
+    """Rows from the first window's first to the last one's last."""
+    return (windows.output[0] - 1) * windows.stride[0] + (windows.kernel[0] - 1) * windows.dilation[0] + 1
 
 
 @lru_cache(64)
-def _places(windows: Windows, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The distance of each tap from the first, and for each window the place of that one."""
-    (k_h, k_w), (d_h, d_w) = windows.kernel, windows.dilation
-    distances = [float(i * d_h * width + j * d_w) for i in range(k_h) for j in range(k_w)]
-    top, left = (
-        torch.arange(n, device="cpu", dtype=dtype) * s - p
-        for n, s, p in zip(windows.output, windows.stride, windows.padding, strict=True)
-    )
-    corners = top.view(-1, 1, 1) * width + left.view(-1, 1)
-    return torch.tensor(distances, dtype=dtype, device="cpu").unbind(), corners
+def _places(windows: Windows, width: int, dtype: torch.dtype, channels: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The distance of each column of a window from the first, and of every row, the places where windows begin."""
+    distances = torch.arange(windows.kernel[1], device="cpu", dtype=dtype) * windows.dilation[1]
+    rows = torch.arange(_reach(windows), device="cpu", dtype=dtype) - windows.padding[0]
+    columns = torch.arange(windows.output[1], device="cpu", dtype=dtype) * windows.stride[1] - windows.padding[1]
+    starts = (rows.unsqueeze(1) * width + columns).unsqueeze(2)
+    # side by side with few channels, one for all of many
+    return distances.unbind(), starts.expand(-1, -1, channels).contiguous() if channels < _LONG_PIXEL else starts
 
 
 class _Search:
-    """The largest of several tensors, one after the other, and the number given with each: the first of equal ones."""
+    """The largest of several tensors, one after the other, and its place: that of the first of equal ones."""
 
-    def __init__(self, first: Tensor) -> None:
-        self._best = first
-        self._found: Tensor | None = None
+    def __init__(self, first: Tensor, places: Tensor | None = None) -> None:
+        self._best, self._found = first, places
         self._wins: Tensor | None = None
 
-    def go_on(self, values: Tensor, number: Tensor) -> Tensor:
-        """Look at further values; 1 where they are better than those before, else 0."""
+    def go_on(self, values: Tensor, places: Tensor) -> Tensor:
+        """Look at further values; 1 where they are better than those before, else 0, until the next."""
         # as numbers of the values' dtype: a comparison into bytes takes three times as long
-        if self._found is None:
-            best = torch.maximum(values, self._best)
-            wins = self._wins = torch.gt(values, self._best, out=torch.empty_like(best))
-            self._best, self._found = best, wins * number
+        wins = self._wins
+        if wins is None:
+            wins = self._wins = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+            torch.gt(values, self._best, out=wins)
+            self._best = torch.maximum(values, self._best)
+            # exact at 0 and at 1
+            self._found = wins * places if self._found is None else torch.lerp(self._found, places, wins)
             return wins
-        wins = torch.gt(values, self._best, out=self._wins)
+        torch.gt(values, self._best, out=wins)
         torch.maximum(values, self._best, out=self._best)
-        self._found.lerp_(number, wins)  # exact at 0 and at 1
+        assert self._found is not None
+        self._found.lerp_(places, wins)
         return wins
 
     def result(self) -> Pair:
-        """The largest values and their numbers, to be written over."""
-        if self._found is None:
-            self._best, self._found = self._best.clone(), torch.zeros_like(self._best)
+        """The largest values and their places, to be written over."""
+        if self._wins is None:
+            self._best = self._best.clone(memory_format=torch.contiguous_format)
+            self._found = torch.zeros_like(self._best) if self._found is None else self._found.clone()
+        assert self._found is not None
         return self._best, self._found
 
 
@@ -203,28 +238,27 @@ def are_tiles(windows: Windows, plane: tuple[int, int]) -> bool:
 
 def places_of_steps(steps: Tensor, windows: Windows, width: int) -> Tensor:
     """The places of the largest numbers by how far they are from the first of their windows."""
-    _, corners = _places(windows, width, steps.dtype)
-    return (steps + corners.squeeze(-1)).long()
+    _, starts = _places(windows, width, steps.dtype, _LONG_PIXEL)
+    return (steps + _row(starts.unsqueeze(0), 0, windows).squeeze(-1)).long()
 
 
 def spread_by_steps(
     grad: Tensor, steps: Tensor, windows: Windows, plane: tuple[int, int], layout: torch.memory_format
-) -> Tensor:
-    """:func:`scatter` for windows that :func:`are_tiles`, by the steps that :func:`largest` gives."""
-    kind, gone, found = BITS[grad.dtype], _pixels(grad), steps.permute(0, 2, 3, 1)
-    (rows, columns), (s_h, s_w), (images, _, _, channels) = windows.output, windows.stride, gone.shape
+) -> Tensor | None:
+    """:func:`scatter` for windows that :func:`are_tiles`, by the steps that :func:`largest` gives; ``None`` where the
+    gradient is not finite."""
+    if not isfinite(float(grad.sum())):
+        return None
+    given, found = _pixels(grad), steps.permute(0, 2, 3, 1)
+    (rows, columns), (s_h, s_w), (images, _, _, channels) = windows.output, windows.stride, given.shape
     covered = (rows * s_h, columns * s_w) == plane
     result = (grad.new_empty if covered else grad.new_zeros)(images, *plane, channels)
-    bits, shift = gone.view(kind), torch.empty_like(found)
-    distances, _ = _places(windows, plane[1], grad.dtype)
-    for number, distance in enumerate(distances):
-        i, j = divmod(number, s_w)
-        part = result[:, i : rows * s_h : s_h, j : columns * s_w : s_w]
-        # the bits of 1 shift everything out, NaN too
-        torch.ne(found, distance, out=shift)
-        torch.bitwise_left_shift(bits, shift.view(kind), out=part.view(kind))
-    planes = planes_of_pixels(result, layout).contiguous(memory_format=layout)
-    return planes.squeeze(0) if grad.dim() == 3 else planes
+    hits, zero = torch.empty_like(found), grad.new_zeros(())
+    for i, j in product(range(s_h), range(s_w)):
+        torch.eq(found, i * plane[1] + j, out=hits)
+        # a sum, since a negative number times 0 is -0
+        torch.addcmul(zero, given, hits, out=result[:, i : rows * s_h : s_h, j : columns * s_w : s_w])
+    return _planes(result, layout, grad.dim())
 
 
 def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], layout: torch.memory_format) -> Tensor:

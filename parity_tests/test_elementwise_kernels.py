@@ -223,8 +223,7 @@ def test_largest_of_pixels_of_many_channels(window: tuple[Any, ...], layout: str
         for numbers in ((-0.0, 0.0), (-torch.inf, torch.inf), (torch.nan, -0.0)):
             grad[..., 0, :2] = torch.tensor(numbers)
             (_, mine), (_, other) = (
-                with_gradient(lambda x, m=m: m.max_pool2d(x, *window), x, grad)  # noqa: B023
-                for m in (F, torch_functional)
+                with_gradient(lambda x, m=m: m.max_pool2d(x, *window), x, grad) for m in (F, torch_functional)
             )
             torch.testing.assert_close(mine, other, equal_nan=True)
             assert mine.stride() == other.stride()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._conv.layouts import pixels_of_planes, planes_of_pixels
-from reimpl.functional._plain import plain_on_cpu
+from reimpl.functional._plain import BITS, plain_on_cpu
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 
 Pair = tuple[Tensor, Tensor]
@@ -36,6 +36,8 @@ def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None
     plane = input.shape[-2], input.shape[-1]
     if input.numel() == 0 or prod(plane) >= _MOST_PLACES:
         return None
+    signed = _has_negative_zero(input)
+    steps = steps and not signed
     pixels, overhang = _pixels(input), any(windows.overhang(plane))
     distances, starts = _places(windows, plane[1], input.dtype, min(pixels.shape[3], _LONG_PIXEL))
     first, *others = _taps(pixels, windows)
@@ -54,8 +56,17 @@ def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None
         return None
     if steps:
         return _planes_like(input, best), found.permute(0, 3, 1, 2)
-    places = _planes_like(input, found)
-    return _planes_like(input, best), places.to(torch.int64, memory_format=torch.preserve_format)
+    places = _planes_like(input, found).to(torch.int64, memory_format=torch.preserve_format)
+    if not signed:
+        return _planes_like(input, best), places
+    values = input.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
+    return values.contiguous(memory_format=_layout(input)), places
+
+
+def _has_negative_zero(input: Tensor) -> bool:
+    """Whether a zero is negative: of zeros, PyTorch's maximum takes now the first, now the second."""
+    kind = BITS[input.dtype]
+    return int(input.view(kind).amin()) == torch.iinfo(kind).min
 
 
 def _pixels(input: Tensor) -> Tensor:
@@ -66,7 +77,7 @@ def _pixels(input: Tensor) -> Tensor:
 
 def _planes_like(input: Tensor, pixels: Tensor) -> Tensor:
     """The reverse, with as many dimensions as ``input`` and in its layout."""
-    return _planes(pixels, torch.channels_last if _side_by_side(input) else torch.contiguous_format, input.dim())
+    return _planes(pixels, _layout(input), input.dim())
 
 
 def _planes(pixels: Tensor, layout: torch.memory_format, dims: int) -> Tensor:
@@ -201,7 +212,7 @@ def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
         return None
     # the sum of two whole numbers below the bound
     places = places.add_(top.view(-1, 1, 1)).mul_(width).add_(found).long()
-    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
+    layout = _layout(input)
     best, places = (t.permute(0, 3, 1, 2).contiguous(memory_format=layout) for t in (best, places))
     return best, places
 
@@ -276,7 +287,7 @@ def adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
     """Sums over the adaptive windows along one dimension, or, for more windows than elements, the transposed map."""
     length = input.shape[dim]
     shape = (*input.shape[:dim], windows, *input.shape[dim + 1 :])
-    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
+    layout = _layout(input)
     result = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     if windows < length:
         for i in range(windows):
@@ -317,6 +328,10 @@ def _reached(windows: Windows, plane: tuple[int, int], axis: int, tap: int) -> t
     last = min(windows.output[axis] - 1, (plane[axis] - 1 - offset) // stride)
     start = first * stride + offset
     return slice(start, max(start, last * stride + offset + 1), stride), slice(first, max(first, last + 1))
+
+
+def _layout(input: Tensor) -> torch.memory_format:
+    return torch.channels_last if _side_by_side(input) else torch.contiguous_format
 
 
 def _side_by_side(input: Tensor) -> bool:

@@ -38,7 +38,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return original(*args)
 
         monkeypatch.setattr(_conv_depthwise, name, noting)
-    monkeypatch.setattr(_conv_depthwise, "_BLOCK_BYTES", 6 << 10)
+    for name in ("_BLOCK_BYTES", "_PADDED_BYTES", "_SUM_BYTES"):
+        monkeypatch.setattr(_conv_depthwise, name, 6 << 10)
     yield names
 
 
@@ -99,6 +100,16 @@ def test_gradients_ignore_what_is_not_finite_in_the_padding(calls: list[str]) ->
     )
     assert calls
     torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=0, atol=1e-4)
+
+
+def test_windows_of_padding_alone(calls: list[str]) -> None:
+    """No window holds the one element, and so its gradient is 0."""
+    args = drawn((2, CHANNELS, 1, 1), (CHANNELS, 1, 1, 1), torch.float32)
+    options = {"stride": 3, "padding": 2, "groups": CHANNELS}
+    ours, theirs = (with_gradients(m.conv2d, args, 0, **options) for m in (F, torch_functional))
+    assert {"convolve", "convolve_input", "convolve_weight"} <= set(calls)
+    for mine, other in zip(ours[:3], theirs[:3], strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning", "ignore::DeprecationWarning")

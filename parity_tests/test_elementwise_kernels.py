@@ -210,6 +210,39 @@ def test_largest_of_each_window_to_the_bit(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), ((2, 3), (2, 3), 0), (3, 1, 1), (2, 3, 1)], ids=str)
+def test_largest_of_pixels_of_many_channels(window: tuple[Any, ...], layout: str, way: str) -> None:
+    """Zeros of both signs tie; what is not finite, and -0, reach in the gradient no other element than the largest."""
+    for channels in (3, 40):
+        shape, generator = (4, channels, 9, 8), seeded_generator(channels, "pixels")
+        signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1
+        x = LAYOUTS[layout](torch.randint(0, 2, shape, generator=generator) * signs)
+        y = F.max_pool2d(x, *window)
+        assert bits_equal(y, torch_functional.max_pool2d(x, *window))
+        grad = torch.randn(y.shape, generator=generator)
+        for numbers in ((-0.0, 0.0), (-torch.inf, torch.inf), (torch.nan, -0.0)):
+            grad[..., 0, :2] = torch.tensor(numbers)
+            (_, mine), (_, other) = (
+                with_gradient(lambda x, m=m: m.max_pool2d(x, *window), x, grad) for m in (F, torch_functional)
+            )
+            torch.testing.assert_close(mine, other, equal_nan=True)
+            assert mine.stride() == other.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_largest_of_tiles_is_differentiable_twice(layout: str, way: str) -> None:
+    x, weight = torch.randn(3, 8, 6, 6, generator=seeded_generator(0, "twice")), torch.arange(9.0).view(3, 3)
+    x = LAYOUTS[layout](x).requires_grad_()
+    results = []
+    for m in (F, torch_functional):
+        scale = torch.tensor(2.0, requires_grad=True)
+        (grad,) = torch.autograd.grad((m.max_pool2d(x, 2) * weight * scale).sum(), x, create_graph=True)
+        results.append((grad.detach(), *torch.autograd.grad((grad * x.detach()).sum(), scale)))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_means_of_each_window(layout: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = counted(monkeypatch)
     for number, (shape, (kernel, stride, padding, _, ceil_mode)) in enumerate(_geometries()):

@@ -10,8 +10,8 @@ from torch.nn import Parameter
 
 _PLAIN = {Tensor, Parameter}
 _wrapped, _legacy = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-_ALL_BITS = _BITS | {torch.bfloat16: torch.int16, torch.float16: torch.int16}
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_ALL_BITS = BITS | {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Numbers in a block, 1 MB of float32: two or three of them stay in the cache from one operator to the next.
 _BLOCK = 1 << 18
 
@@ -52,7 +52,7 @@ def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def plain(*tensors: Tensor | None) -> bool:
     """Whether all are :func:`ordinary` tensors of one of the wide types."""
     for t in tensors:
-        if t is not None and t.dtype not in _BITS:
+        if t is not None and t.dtype not in BITS:
             return False
     return ordinary(*tensors)
 

@@ -195,15 +195,19 @@ def _refuse_windows_of_padding(input: Tensor, windows: Windows) -> None:
 
 
 def _pool(input: Tensor, windows: Windows | Grid, return_indices: bool, key: tuple[object, ...] | None = None) -> Any:
-    operator = max_pool if isinstance(windows, Windows) and input.is_cpu and input.is_floating_point() else None
-    values, indices = call(_MaxPool, _composition, input, windows, operator=operator)
+    operator = _operator if isinstance(windows, Windows) and input.is_cpu and input.is_floating_point() else None
+    values, indices = call(_MaxPool, _composition, input, windows, not return_indices, operator=operator)
     layout = memory_format_of(input)
     values = values.contiguous(memory_format=layout)
     learn(key, input, values, windows)
     return (values, indices.contiguous(memory_format=layout)) if return_indices else values
 
 
-def _composition(input: Tensor, windows: Windows | Grid) -> tuple[Tensor, Tensor]:
+def _operator(input: Tensor, windows: Windows, steps: bool) -> tuple[Tensor, Tensor]:
+    return max_pool(input, windows)
+
+
+def _composition(input: Tensor, windows: Windows | Grid, steps: bool) -> tuple[Tensor, Tensor]:
     _, places = search(input.detach(), windows)
     values = input.flatten(-2).gather(-1, places.flatten(-2))
     return values.unflatten(-1, windows.output), places
@@ -215,17 +219,17 @@ class _MaxPool(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, windows: Windows | Grid) -> tuple[Tensor, Tensor]:
-        return search(input, windows)
+    def forward(input: Tensor, windows: Windows | Grid, steps: bool) -> tuple[Tensor, Tensor]:
+        return search(input, windows, steps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
-        input, ctx.windows = inputs
+        input, ctx.windows, _ = inputs
         ctx.plane, ctx.layout = (input.shape[-2], input.shape[-1]), memory_format_of(input)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         (places,) = ctx.saved_tensors
-        return spread(grad, places, ctx.plane, ctx.windows, ctx.layout), None
+        return spread(grad, places, ctx.plane, ctx.windows, ctx.layout), None, None

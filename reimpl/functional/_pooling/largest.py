@@ -23,8 +23,8 @@ class Grid:
     output: tuple[int, int]
 
 
-def search(input: Tensor, windows: Windows | Grid) -> tuple[Tensor, Tensor]:
-    """Maxima and their places."""
+def search(input: Tensor, windows: Windows | Grid, steps: bool = False) -> tuple[Tensor, Tensor]:
+    """Maxima and their places; with ``steps`` these may be floating-point ones, from the first of a window, instead."""
     kernels = kernels_for("_pooling.numba", input)
     if kernels and kernels.worth_it(input) and 0 not in windows.output:
         lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
@@ -32,7 +32,10 @@ def search(input: Tensor, windows: Windows | Grid) -> tuple[Tensor, Tensor]:
     if isinstance(windows, Grid):
         found = _pooling_plain.largest_of_grid(input, windows.output) if _plainly(input, windows) else None
         return found or _search_grid(input, windows)
-    found = _pooling_plain.largest(input, windows) if _plainly(input, windows) else None
+    found = None
+    if _plainly(input, windows):
+        steps = steps and _pooling_plain.are_tiles(windows, (input.shape[-2], input.shape[-1]))
+        found = _pooling_plain.largest(input, windows, steps)
     return found or _search_taps(input, windows)
 
 
@@ -128,6 +131,12 @@ def spread(
 ) -> Tensor:
     """The gradient of each maximum at its place, in planes of so many rows and columns, laid out so."""
     height, width = plane
+    if places.is_floating_point() and isinstance(windows, Windows):
+        if _pooling_plain.runs_plainly(grad) and _pooling_plain.runs_plainly(places):
+            result = _pooling_plain.spread_by_steps(grad, places, windows, plane, layout)
+            if result is not None:
+                return result
+        places = _pooling_plain.places_of_steps(places, windows, width)
     kernels = final_kernels_for("_pooling.numba", grad)
     if kernels and places.numel() and kernels.worth_it(places):
         lines = _lines(kernels, windows, (height, width))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from math import prod
+from itertools import product
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._plain import plain_on_cpu
+from reimpl.functional._conv.layouts import pixels_of_planes, planes_of_pixels
+from reimpl.functional._plain import BITS, plain_on_cpu
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 
 Pair = tuple[Tensor, Tensor]
 # Places are kept as numbers of the input's dtype until they are whole: float32 holds so many.
 _MOST_PLACES = 1 << 24
+# Measured: rows of so many numbers may be taken pixel by pixel, and tiles of so many be filled tap by tap.
+_LONG_PIXEL, _SMALL_TILE = 32, 6
 
 
 def runs_plainly(input: Tensor) -> bool:
@@ -23,68 +27,151 @@ def runs_plainly(input: Tensor) -> bool:
     return plain_on_cpu(input) and torch._C._len_torch_dispatch_stack() == 0
 
 
-def largest(input: Tensor, windows: Windows) -> Pair | None:
-    """The largest number of each window and its place, ``None`` where NaN or a window of -inf alone want more care."""
-    height, width = input.shape[-2:]
-    if input.numel() == 0 or height * width >= _MOST_PLACES:
+def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None:
+    """The largest number of each window and its place, ``None`` where NaN or a window of -inf alone want more care.
+
+    With ``steps``, for windows that :func:`are_tiles`: how far the place is from the window's first, in the input's
+    dtype.
+    """
+    plane = input.shape[-2], input.shape[-1]
+    if input.numel() == 0 or prod(plane) >= _MOST_PLACES:
         return None
-    overhang = windows.overhang((height, width))
-    padded = pad_constant(input, overhang, value=-torch.inf) if any(overhang) else input
-    numbers, top, left = _places(windows, width, input.dtype)
-    first, *others = _taps(padded, windows)
-    search = _Search(first)
-    for tap, number in zip(others, numbers[1:], strict=True):
-        search.go_on(tap, number)
-    best, found = search.result()
-    return (best, found.long().add_(top + left)) if _is_sure(best, any(overhang)) else None
+    signed = _has_negative_zero(input)
+    steps = steps and not signed
+    pixels, overhang = _pixels(input), any(windows.overhang(plane))
+    distances, starts = _places(windows, plane[1], input.dtype, min(pixels.shape[3], _LONG_PIXEL))
+    first, *others = _taps(pixels, windows)
+    columns = _Search(first)
+    for tap, distance in zip(others, distances[1:], strict=True):
+        columns.go_on(tap, distance)
+    best, found = columns.result()
+    if not steps:
+        found.add_(starts)
+    rows = _Search(_row(best, 0, windows), _row(found, 0, windows))
+    for i in range(1, windows.kernel[0]):
+        places = _row(found, i, windows)
+        rows.go_on(_row(best, i, windows), places.add_(i * plane[1]) if steps else places)
+    best, found = rows.result()
+    if not _is_sure(best, overhang):
+        return None
+    if steps:
+        return _planes_like(input, best), found.permute(0, 3, 1, 2)
+    places = _planes_like(input, found).to(torch.int64, memory_format=torch.preserve_format)
+    if not signed:
+        return _planes_like(input, best), places
+    values = input.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
+    return values.contiguous(memory_format=_layout(input)), places
 
 
-def _taps(padded: Tensor, windows: Windows) -> Iterator[Tensor]:
-    """The elements at each place of a window, those of all windows together."""
-    (s_h, s_w), (d_h, d_w), (*outer, row, column) = windows.stride, windows.dilation, padded.stride()
-    size, strides = (*padded.shape[:-2], *windows.output), (*outer, s_h * row, s_w * column)
-    for i in range(windows.kernel[0]):
-        for j in range(windows.kernel[1]):
-            yield padded.as_strided(size, strides, padded.storage_offset() + i * d_h * row + j * d_w * column)
+def _has_negative_zero(input: Tensor) -> bool:
+    """Whether a zero is negative: of zeros, PyTorch's maximum takes now the first, now the second."""
+    kind = BITS[input.dtype]
+    return int(input.view(kind).amin()) == torch.iinfo(kind).min
+
+
+def _pixels(input: Tensor) -> Tensor:
+    """Images or one image as ``(N, H, W, C)``, best with dense channels."""
+    planes = input.unsqueeze(0) if input.dim() == 3 else input
+    return planes.permute(0, 2, 3, 1) if planes.shape[1] == 1 else pixels_of_planes(planes)
+
+
+def _planes_like(input: Tensor, pixels: Tensor) -> Tensor:
+    """The reverse, with as many dimensions as ``input`` and in its layout."""
+    return _planes(pixels, _layout(input), input.dim())
+
+
+def _planes(pixels: Tensor, layout: torch.memory_format, dims: int) -> Tensor:
+    planes = planes_of_pixels(pixels, layout).contiguous(memory_format=layout)
+    return planes.squeeze(0) if dims == 3 else planes
+
+
+def _taps(pixels: Tensor, windows: Windows) -> Iterator[Tensor]:
+    """The elements at each column of a window, those of all windows in a row and of all rows together.
+
+    Columns of few channels are dealt out by the remainder of their number by the stride, to have more side by side.
+    """
+    images, height, width, channels = pixels.shape
+    left, right, top, bottom = windows.overhang((height, width))
+    hands = windows.stride[1] if channels < _LONG_PIXEL else 1
+    if hands > 1:
+        pixels = _dealt(pixels, hands, (left, right, top, bottom))
+        image, row, hand, column, channel = pixels.stride()
+    else:
+        if left or right or top or bottom:
+            pixels = pad_constant(pixels, (0, 0, left, right, top, bottom), value=-torch.inf)
+        hand, (image, row, column, channel) = 0, pixels.stride()
+    size = images, _reach(windows), windows.output[1], channels
+    strides = image, row, windows.stride[1] // hands * column, channel
+    for j in range(windows.kernel[1]):
+        place, owner = divmod(j * windows.dilation[1], hands)
+        yield pixels.as_strided(size, strides, pixels.storage_offset() + owner * hand + place * column)
+
+
+def _dealt(pixels: Tensor, hands: int, pads: tuple[int, int, int, int]) -> Tensor:
+    """Columns, those of the padding among them, dealt out to so many hands: ``(N, H, hands, W / hands, C)``."""
+    images, height, width, channels = pixels.shape
+    left, right, top, bottom = pads
+    size = images, top + height + bottom, hands, -(-(left + width + right) // hands), channels
+    dealt = pixels.new_full(size, -torch.inf) if any(pads) else pixels.new_empty(size)
+    for first in range(left, min(left + hands, left + width)):
+        column, hand = divmod(first, hands)
+        of = pixels[:, :, first - left :: hands]
+        dealt[:, top : top + height, hand, column : column + of.shape[2]].copy_(of)
+    return dealt
+
+
+def _row(values: Tensor, number: int, windows: Windows) -> Tensor:
+    """Of values for every row, those at one row of each window."""
+    first = number * windows.dilation[0]
+    return values[:, first : first + (windows.output[0] - 1) * windows.stride[0] + 1 : windows.stride[0]]
+
+
+def _reach(windows: Windows) -> int:
+    """Rows from the first window's first to the last one's last."""
+    return (windows.output[0] - 1) * windows.stride[0] + (windows.kernel[0] - 1) * windows.dilation[0] + 1
 
 
 @lru_cache(64)
-def _places(windows: Windows, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """The distance of each tap from the first, and the parts of rows and columns in the first one's place."""
-    (k_h, k_w), (d_h, d_w) = windows.kernel, windows.dilation
-    distances = [float(i * d_h * width + j * d_w) for i in range(k_h) for j in range(k_w)]
-    top, left = (
-        torch.arange(n, device="cpu") * s - p
-        for n, s, p in zip(windows.output, windows.stride, windows.padding, strict=True)
-    )
-    return torch.tensor(distances, dtype=dtype, device="cpu").unbind(), top.unsqueeze(1) * width, left
+def _places(windows: Windows, width: int, dtype: torch.dtype, channels: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The distance of each column of a window from the first, and of every row, the places where windows begin."""
+    distances = torch.arange(windows.kernel[1], device="cpu", dtype=dtype) * windows.dilation[1]
+    rows = torch.arange(_reach(windows), device="cpu", dtype=dtype) - windows.padding[0]
+    columns = torch.arange(windows.output[1], device="cpu", dtype=dtype) * windows.stride[1] - windows.padding[1]
+    starts = (rows.unsqueeze(1) * width + columns).unsqueeze(2)
+    # side by side with few channels, one for all of many
+    return distances.unbind(), starts.expand(-1, -1, channels).contiguous() if channels < _LONG_PIXEL else starts
 
 
 class _Search:
-    """The largest of several tensors, one after the other, and the number given with each: the first of equal ones."""
+    """The largest of several tensors, one after the other, and its place: that of the first of equal ones."""
 
-    def __init__(self, first: Tensor) -> None:
-        self._best = first
-        self._found: Tensor | None = None
+    def __init__(self, first: Tensor, places: Tensor | None = None) -> None:
+        self._best, self._found = first, places
         self._wins: Tensor | None = None
 
-    def go_on(self, values: Tensor, number: Tensor) -> Tensor:
-        """Look at further values; 1 where they are better than those before, else 0."""
+    def go_on(self, values: Tensor, places: Tensor) -> Tensor:
+        """Look at further values; 1 where they are better than those before, else 0, until the next."""
         # as numbers of the values' dtype: a comparison into bytes takes three times as long
-        if self._found is None:
-            best = torch.maximum(self._best, values)
-            wins = self._wins = torch.gt(values, self._best, out=torch.empty_like(best))
-            self._best, self._found = best, wins * number
+        wins = self._wins
+        if wins is None:
+            wins = self._wins = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+            torch.gt(values, self._best, out=wins)
+            self._best = torch.maximum(values, self._best)
+            # exact at 0 and at 1
+            self._found = wins * places if self._found is None else torch.lerp(self._found, places, wins)
             return wins
-        wins = torch.gt(values, self._best, out=self._wins)
-        torch.maximum(self._best, values, out=self._best)
-        self._found.lerp_(number, wins)  # exact at 0 and at 1
+        torch.gt(values, self._best, out=wins)
+        torch.maximum(values, self._best, out=self._best)
+        assert self._found is not None
+        self._found.lerp_(places, wins)
         return wins
 
     def result(self) -> Pair:
-        """The largest values and their numbers, to be written over."""
-        if self._found is None:
-            self._best, self._found = self._best.clone(), torch.zeros_like(self._best)
+        """The largest values and their places, to be written over."""
+        if self._wins is None:
+            self._best = self._best.clone(memory_format=torch.contiguous_format)
+            self._found = torch.zeros_like(self._best) if self._found is None else self._found.clone()
+        assert self._found is not None
         return self._best, self._found
 
 
@@ -125,7 +212,7 @@ def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
         return None
     # the sum of two whole numbers below the bound
     places = places.add_(top.view(-1, 1, 1)).mul_(width).add_(found).long()
-    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
+    layout = _layout(input)
     best, places = (t.permute(0, 3, 1, 2).contiguous(memory_format=layout) for t in (best, places))
     return best, places
 
@@ -150,6 +237,41 @@ def _largest_of_all(input: Tensor) -> Pair | None:
     return best, height * width - hits.amax((-2, -1), keepdim=True).long()
 
 
+def are_tiles(windows: Windows, plane: tuple[int, int]) -> bool:
+    """Whether windows of few elements stand side by side, none beyond the plane, so that each element is in one."""
+    return (
+        windows.kernel == windows.stride
+        and windows.dilation == (1, 1)
+        and prod(windows.kernel) <= _SMALL_TILE
+        and not any(windows.overhang(plane))
+    )
+
+
+def places_of_steps(steps: Tensor, windows: Windows, width: int) -> Tensor:
+    """The places of the largest numbers by how far they are from the first of their windows."""
+    _, starts = _places(windows, width, steps.dtype, _LONG_PIXEL)
+    return (steps + _row(starts.unsqueeze(0), 0, windows).squeeze(-1)).long()
+
+
+def spread_by_steps(
+    grad: Tensor, steps: Tensor, windows: Windows, plane: tuple[int, int], layout: torch.memory_format
+) -> Tensor | None:
+    """:func:`scatter` for windows that :func:`are_tiles`, by the steps that :func:`largest` gives; ``None`` where the
+    gradient is not finite."""
+    if not isfinite(float(grad.sum())):
+        return None
+    given, found = _pixels(grad), steps.permute(0, 2, 3, 1)
+    (rows, columns), (s_h, s_w), (images, _, _, channels) = windows.output, windows.stride, given.shape
+    covered = (rows * s_h, columns * s_w) == plane
+    result = (grad.new_empty if covered else grad.new_zeros)(images, *plane, channels)
+    hits, zero = torch.empty_like(found), grad.new_zeros(())
+    for i, j in product(range(s_h), range(s_w)):
+        torch.eq(found, i * plane[1] + j, out=hits)
+        # a sum, since a negative number times 0 is -0
+        torch.addcmul(zero, given, hits, out=result[:, i : rows * s_h : s_h, j : columns * s_w : s_w])
+    return _planes(result, layout, grad.dim())
+
+
 def scatter(grad: Tensor, places: Tensor, plane: tuple[int, int], layout: torch.memory_format) -> Tensor:
     """The gradients, each added at its place of zeros in that layout."""
     size, count, outer = prod(plane), prod(grad.shape[-2:]), grad.shape[:-2]
@@ -165,7 +287,7 @@ def adaptive_sums(input: Tensor, dim: int, windows: int) -> Tensor:
     """Sums over the adaptive windows along one dimension, or, for more windows than elements, the transposed map."""
     length = input.shape[dim]
     shape = (*input.shape[:dim], windows, *input.shape[dim + 1 :])
-    layout = torch.channels_last if _side_by_side(input) else torch.contiguous_format
+    layout = _layout(input)
     result = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     if windows < length:
         for i in range(windows):
@@ -206,6 +328,10 @@ def _reached(windows: Windows, plane: tuple[int, int], axis: int, tap: int) -> t
     last = min(windows.output[axis] - 1, (plane[axis] - 1 - offset) // stride)
     start = first * stride + offset
     return slice(start, max(start, last * stride + offset + 1), stride), slice(first, max(first, last + 1))
+
+
+def _layout(input: Tensor) -> torch.memory_format:
+    return torch.channels_last if _side_by_side(input) else torch.contiguous_format
 
 
 def _side_by_side(input: Tensor) -> bool:

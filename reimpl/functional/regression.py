@@ -133,6 +133,7 @@ class _WeightedSquares(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    results_differ = True
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

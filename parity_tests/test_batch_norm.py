@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, distributed
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
@@ -145,6 +146,22 @@ def test_cumulative_averages(shape: tuple[int, ...], device: torch.device) -> No
     torch.testing.assert_close(module.running_mean, torch.stack([b.mean(dims) for b in batches]).mean(0))
     torch.testing.assert_close(module.running_var, torch.stack([b.var(dims) for b in batches]).mean(0))
     assert module.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_cumulative_averages_compile_once(dtype: torch.dtype, device: torch.device) -> None:
+    """In one graph for all steps, where PyTorch's layer breaks the graph, by the number of batches as a tensor."""
+    torch._dynamo.reset()
+    eager = nn.BatchNorm2d(3, momentum=None).to(device, dtype)
+    module = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for seed in range(5):
+        batch = random_tensor((4, 3, 5, 2), dtype, seeded_generator(seed, "cumulative"), device)
+        torch.testing.assert_close(compiled(batch), eager(batch))
+    assert counter.frame_count == 1 and module.num_batches_tracked == 5
+    for ours, expected in zip(module.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_linear_activation_refuses_complex_numbers() -> None:

@@ -156,16 +156,22 @@ def _check(
 
 
 def move_averages(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor | int, momentum: float
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | int,
+    momentum: float | Tensor,
 ) -> None:
     """:math:`r \\leftarrow (1 - \\alpha) r + \\alpha v` in place, in the statistics' precision, :math:`v` the mean of
     ``count`` values and their variance divided by ``count - 1``."""
     with torch.no_grad():
         for average, value, factor in ((running_mean, mean, 1.0), (running_var, var, count / (count - 1))):
             value = value.detach()
-            if isinstance(factor, Tensor):
-                value, factor = value * factor, 1.0
+            step = momentum * factor
+            if isinstance(step, Tensor):
+                value, step = value * step, 1.0
             if average.dtype == value.dtype:
-                average.mul_(1 - momentum).add_(value, alpha=momentum * factor)
+                average.mul_(1 - momentum).add_(value, alpha=step)
             else:
-                average.copy_(average.to(value.dtype).mul_(1 - momentum).add_(value, alpha=momentum * factor))
+                average.copy_(average.to(value.dtype).mul_(1 - momentum).add_(value, alpha=step))

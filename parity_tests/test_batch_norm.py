@@ -150,12 +150,12 @@ def test_cumulative_averages(shape: tuple[int, ...], device: torch.device) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_cumulative_averages_compile_once(dtype: torch.dtype, device: torch.device) -> None:
-    """In one graph for all steps, where PyTorch's layer breaks the graph, by the number of batches as a tensor."""
+    """In one graph for all steps; PyTorch's layer stays outside of graphs."""
     torch._dynamo.reset()
     eager = nn.BatchNorm2d(3, momentum=None).to(device, dtype)
     module = copy.deepcopy(eager)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    compiled = torch.compile(module, backend=counter)
     for seed in range(5):
         batch = random_tensor((4, 3, 5, 2), dtype, seeded_generator(seed, "cumulative"), device)
         torch.testing.assert_close(compiled(batch), eager(batch))

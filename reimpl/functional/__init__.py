@@ -7,7 +7,7 @@ import warnings as _warnings
 from typing import Any
 
 import torch.nn.functional as _torch_functional
-from torch.jit import TracerWarning as _TracerWarning
+from torch.jit._trace import TracerWarning as _TracerWarning
 
 from reimpl.functional._public import public as _public
 from reimpl.functional.activation import (

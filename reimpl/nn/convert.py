@@ -131,7 +131,7 @@ def _reason_to_leave(module: Module, twin_of: dict[type[Module], type[Module]], 
     cls = _own_class(module)
     if cls in twin_of:
         return "has a forward of its own" if "forward" in vars(module) else None
-    becomes = cls.cls_to_become if isinstance(module, LazyModuleMixin) else None
+    becomes = getattr(cls, "cls_to_become", None) if isinstance(module, LazyModuleMixin) else None
     if becomes in twin_of:
         return (
             f"{cls.__name__} becomes {source}.{becomes.__name__} when it is first called: convert the model after that"

@@ -128,8 +128,8 @@ def test_samples_of_pytorchs_database(dtype: torch.dtype, device: torch.device) 
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
             # Gradients cancel; in lower precision the test of three ways knows how much, and judges them.
             if number < 3 or dtype == torch.float64:
-                # PyTorch rounds terms of the sum in half precision: two units of the largest number. The wide types keep
-                # assert_close's own limits.
+                # PyTorch rounds terms of the sum in half precision: two units of the largest number. The wide types
+                # keep assert_close's own limits.
                 half = dtype.itemsize == 2 and ours.numel() > 0
                 limit = 2 * torch.finfo(dtype).eps * float(theirs.detach().abs().nan_to_num().max()) if half else None
                 torch.testing.assert_close(ours, theirs, rtol=0 if half else None, atol=limit, equal_nan=True)

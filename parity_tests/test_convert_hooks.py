@@ -130,12 +130,20 @@ def test_layers_that_are_not_made_yet() -> None:
     conversion = nn.convert(model)
     assert conversion.replaced == ("2",)
     assert conversion.left == {
-        "0": "LazyLinear is a subclass of torch.nn.Linear",
-        "1": "torch.nn's LazyBatchNorm1d has no twin",
+        str(
+            place
+        ): f"{name} becomes torch.nn.{name.removeprefix('Lazy')} when it is first called: convert the model after that"
+        for place, name in enumerate(("LazyLinear", "LazyBatchNorm1d"))
     }
     model(torch.randn(4, 5))
     assert nn.convert(model).replaced == ("0", "1") and not nn.convert(model).left
     assert type(model[0]) is nn.Linear and type(model[1]) is nn.BatchNorm1d
+    without_twin = torch.nn.Sequential(torch.nn.LazyConv3d(2, 3), torch.nn.LazyConvTranspose1d(2, 3))
+    assert nn.convert(without_twin).left == {
+        "0": "LazyConv3d becomes torch.nn.Conv3d, which has no twin",
+        "1": "LazyConvTranspose1d becomes torch.nn.ConvTranspose1d, which has no twin",
+    }
+    assert not nn.revert(without_twin).left
 
 
 def observed() -> torch.nn.Sequential:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import grad, jacrev, vmap
 from torch.nn import functional as torch_functional
 from torch.utils.checkpoint import checkpoint
 
@@ -80,9 +81,81 @@ def test_results_can_be_changed_in_place(name: str, dtype: torch.dtype, device: 
         _check(ours, theirs)
 
 
+def _changed(namespace: Any, name: str, *args: Tensor) -> Tensor:
+    return CALLS[name][1](namespace, *args).add_(0.5).relu_()
+
+
+def _leaves(name: str, mapped: tuple[bool, ...], device: torch.device) -> list[Tensor]:
+    """The arguments of a call, with three of each ``mapped`` one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, *shape) if several else shape for several, shape in zip(mapped, CALLS[name][0], strict=True)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_can_be_changed_in_place_under_grad_and_jacrev(name: str, device: torch.device) -> None:
+    leaves = _leaves(name, (False,) * len(CALLS[name][0]), device)
+    places, found = tuple(range(len(leaves))), []
+    for namespace in (F, torch_functional):
+        gradients = grad(lambda *args, m=namespace: _changed(m, name, *args).square().sum(), places)(*leaves)
+        jacobians = jacrev(lambda *args, m=namespace: _changed(m, name, *args), places)(*leaves)
+        of_gradients = torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+        found.append([*gradients, *jacobians, *of_gradients])
+    _check(*found)
+
+
+# the first argument mapped with the others, alone, or shared by them
+MAPPED = [
+    (name, m) for name in CALLS for m in ("all", "the first", "the others") if m == "all" or len(CALLS[name][0]) > 1
+]
+
+
+@pytest.mark.parametrize(("name", "mapped"), MAPPED)
+def test_results_can_be_changed_in_place_under_vmap(name: str, mapped: str, device: torch.device) -> None:
+    """What is mapped, and is a variable outside too; beside PyTorch's one after the other, since ``vmap`` gives other
+    second derivatives of its batch normalisation."""
+    count = len(CALLS[name][0])
+    each = tuple(mapped == "all" or (mapped == "the first") == (place == 0) for place in range(count))
+    leaves, places = _leaves(name, each, device), tuple(range(count))
+    of_ours = grad(lambda *args: _changed(F, name, *args).square().sum(), places)
+    ours = list(vmap(of_ours, tuple(0 if m else None for m in each))(*leaves))
+    of_theirs = grad(lambda *args: _changed(torch_functional, name, *args).square().sum(), places)
+    rows = [of_theirs(*(leaf[i] if m else leaf for leaf, m in zip(leaves, each, strict=True))) for i in range(3)]
+    theirs = [torch.stack(row) for row in zip(*rows, strict=True)]
+    for found in (ours, theirs):
+        found += torch.autograd.grad(sum(g.square().sum() for g in found), leaves)
+    _check(ours, theirs)
+
+
+SHARED: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[..., Tensor]]] = {
+    "batch_norm": ((4, 6), (6,), lambda m, x, w: m.batch_norm(x, None, None, w, None, True)),
+    "cross_entropy": ((4, 6), (4,), lambda m, x, t: m.cross_entropy(x, t.mul(9).long().remainder(6))),
+    "cross_entropy, weighted": ((4, 6), (6,), lambda m, x, w: m.cross_entropy(x, _classes(x), w.detach().exp())),
+    "cross_entropy, probabilities": ((4, 6), (4, 6), lambda m, x, t: m.cross_entropy(x, t.softmax(1))),
+    "mse_loss, weighted": ((4, 6), (4, 6), lambda m, x, w: m.mse_loss(x, x.detach().sin(), weight=w.exp())),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_second_derivatives_of_what_mapped_arguments_share(name: str, device: torch.device) -> None:
+    """Mean, variance and log-probabilities of a shared input count once, and not once for each of what is mapped."""
+    shape, other_shape, call = SHARED[name]
+    generator = torch.Generator().manual_seed(0)
+    shapes = (shape, (3, *other_shape))
+    x, others = (torch.randn(s, generator=generator, dtype=torch.float64).to(device) for s in shapes)
+
+    def of(namespace: Any) -> Callable[..., Tensor]:
+        return grad(lambda x, other: call(namespace, x, other).sin().sum())
+
+    leaf, found = x.requires_grad_(), []
+    for first in (vmap(of(F), (None, 0))(leaf, others), torch.stack([of(torch_functional)(leaf, o) for o in others])):
+        found.append([first, *torch.autograd.grad(first.square().sum(), leaf)])
+    _check(*found)
+
+
 def _check(ours: list[Tensor], theirs: list[Tensor]) -> None:
     # sums of some hundred products, each rounded as its largest part is: a wrong gradient is off by far more
-    atol = 64 * torch.finfo(theirs[0].dtype).eps * max(float(b.abs().max()) for b in theirs)
+    atol = 64 * torch.finfo(theirs[0].dtype).eps * max(float(b.detach().abs().max()) for b in theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
 

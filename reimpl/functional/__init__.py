@@ -3,9 +3,11 @@
 Every other public name is ``torch.nn.functional``'s own, so that one changed import is enough.
 """
 
+import warnings as _warnings
 from typing import Any
 
 import torch.nn.functional as _torch_functional
+from torch.jit._trace import TracerWarning as _TracerWarning
 
 from reimpl.functional._public import public as _public
 from reimpl.functional.activation import (
@@ -90,6 +92,12 @@ __all__ = [
 # Each function as its file has it, behind one door: here, where no file can forget it.
 _without_tensors = {"edge_filters", "use_kernels"}
 globals().update({_name: _public(globals()[_name]) for _name in __all__ if _name not in _without_tensors})
+
+# As PyTorch does for its own modules: what torch.jit.trace records of these holds for other sizes too, though they look
+# at sizes. Pooling alone counts its windows in Python, for one size.
+_warnings.filterwarnings(
+    "ignore", category=_TracerWarning, module=r"reimpl\.(functional|nn)\.(?!_pooling|average_pooling|max_pooling)"
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,10 @@ def call(
     What no compiler makes good code of comes with an ``operator``, for ``torch.compile`` to put into its graph whole or
     to trace with its own derivative, outside of ``torch.func``'s transforms. An exported program keeps the composition,
     and so needs PyTorch alone.
+
+    A Function with ``results_differ`` has results that depend on the first argument alone beside some that depend on
+    all. Where ``vmap`` maps another argument and not the first, its generated rule would add the gradients of the
+    former up once for each of the latter.
     """
     if forward_ad._current_level >= 0:
         return composition(*args)
@@ -59,7 +63,8 @@ def call(
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace can save no Function of Python's
         return composition(*args)
     if torch._C._are_functorch_transforms_active():
-        return _without_views(function).apply(*args)
+        shared = getattr(function, "results_differ", False) and not _mapped_by(*args) <= _mapped_by(args[0])
+        return composition(*args) if shared else _without_views(function).apply(*args)
     return _in_one(function).apply(*args)
 
 
@@ -99,10 +104,37 @@ def in_its_own_right(output: Any, *args: Any) -> Any:
 
     Inputs and views of these stay what they are.
     """
-    if type(output) is not Tensor or not output._is_view() or is_batched(output):
+    if type(output) is not Tensor:
         return output
-    bases = [arg if arg._base is None else arg._base for arg in args if isinstance(arg, Tensor)]
-    return output if any(output._base is base for base in bases) else output.data
+    value = _value(output)
+    if not value._is_view() or any(value._base is _base(arg) for arg in args if isinstance(arg, Tensor)):
+        return output
+    return output.data if value is output else torch.ops.aten._unsafe_view(output, output.shape)
+
+
+def _mapped_by(*args: Any) -> set[int]:
+    """The levels of those ``vmap`` transforms that map over one of the tensors."""
+    functorch, levels = torch._C._functorch, set()
+    for tensor in args:
+        while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                levels.add(functorch.maybe_get_level(tensor))
+            tensor = functorch.get_unwrapped(tensor)
+    return levels
+
+
+def _base(tensor: Tensor) -> Tensor:
+    """The tensor whose memory this is a view of, itself if it is no view."""
+    value = _value(tensor)
+    return value if value._base is None else value._base
+
+
+def _value(tensor: Tensor) -> Tensor:
+    """What is inside of the wrappers of ``torch.func``."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _transforming() -> bool:

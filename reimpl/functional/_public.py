@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from torch import Tensor
+from torch import Tensor, dtype
 from torch.overrides import handle_torch_function, has_torch_function
 
 _P = ParamSpec("_P")
@@ -22,7 +22,7 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     first, with the function itself. Where a call fails since an argument is no tensor, the error says so.
 
     Raises:
-        TypeError: an argument is no tensor, or a size holds no integers.
+        TypeError: an argument is no tensor, or a option is of another type.
     """
 
     @wraps(function)
@@ -49,16 +49,53 @@ def _refuse(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
         return
     for position, (name, parameter) in enumerate(signature.parameters.items(), 1):
         value, annotation = given.get(name), parameter.annotation
-        if name not in given or (value is None and "None" in annotation):
+        if name not in given or (value is None and "None" in annotation) or name in _ANY_TRUTH:
             continue
         wanted = _wanted(value, annotation)
         if wanted:
-            what = f"argument '{name}' (position {position}) must be {wanted}, not {_type_name(type(value))}"
-            raise TypeError(f"{function.__name__}(): {what}") from None
+            operator, at = _in_pytorch(function.__name__, name, position, name in kwargs)
+            raise TypeError(f"{operator}(): argument {at} must be {wanted}{_found(value, wanted)}") from None
+
+
+def _in_pytorch(function: str, name: str, position: int, by_keyword: bool) -> tuple[str, str]:
+    """How PyTorch calls a function and its argument: what its Python hands on to C++, in that order."""
+    usual = (function, name, None if by_keyword and function in _WITHOUT_PYTHON else position)
+    operator, argument, place = _HANDED_ON.get((function, name), usual)
+    return operator, f"'{argument}'" + (f" (position {place})" if place else "")
+
+
+# Options that PyTorch's Python hands on by another name or at another place.
+_HANDED_ON: dict[tuple[str, str], tuple[str, str, int | None]] = {
+    ("cross_entropy", "ignore_index"): ("cross_entropy_loss", "ignore_index", 5),
+    ("cross_entropy", "label_smoothing"): ("cross_entropy_loss", "label_smoothing", 6),
+    ("nll_loss", "ignore_index"): ("nll_loss_nd", "ignore_index", 5),
+    ("dropout", "training"): ("dropout", "train", 3),
+    ("embedding", "scale_grad_by_freq"): ("embedding", "scale_grad_by_freq", 4),
+    ("embedding", "sparse"): ("embedding", "sparse", 5),
+    ("softmax", "dim"): ("softmax", "dim", 1),
+    ("softmax", "dtype"): ("softmax", "dtype", None),
+    ("log_softmax", "dim"): ("log_softmax", "dim", 1),
+    ("log_softmax", "dtype"): ("log_softmax", "dtype", None),
+}
+# What PyTorch's Python looks at itself, and takes anything for.
+_ANY_TRUTH = {"inplace", "return_indices"}
+_WITHOUT_PYTHON = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d"}
+
+
+def _found(value: object, wanted: str) -> str:
+    if wanted == "tuple of ints" and isinstance(value, (tuple, list)):
+        for place, element in enumerate(value):
+            if not _is_index(element):
+                return f", but found element of type {_type_name(type(element))} at pos {place}"
+    return f", not {_type_name(type(value))}"
 
 
 def _wanted(value: object, annotation: str) -> str | None:
     """PyTorch's name of what should stand in the place of ``value``, ``None`` where that is right."""
+    simple = _SIMPLE.get(annotation.removesuffix(" | None"))
+    if simple:
+        right, kind = simple
+        return None if right(value) else kind
     if annotation.startswith("Tensor | Iterable"):
         return None if isinstance(value, Iterable) else "Tensor"
     if annotation.startswith("Tensor"):
@@ -73,8 +110,27 @@ def _wanted(value: object, annotation: str) -> str | None:
 
 def _is_size(value: object) -> bool:
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return all(element is None or hasattr(element, "__index__") for element in value)
-    return hasattr(value, "__index__")
+        return all(element is None or _is_index(element) for element in value)
+    return _is_index(value)
+
+
+def _is_index(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() and not value.is_complex() and value.numel() == 1
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return hasattr(value, "__float__") or hasattr(value, "__index__")
+
+
+# For annotations of one type: what it takes, and its name.
+_SIMPLE: dict[str, tuple[Callable[[object], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "bool"),
+    "int": (_is_index, "int"),
+    "float": (_is_number, "float"),
+    "torch.dtype": (lambda value: isinstance(value, dtype), "torch.dtype"),
+}
 
 
 def _type_name(kind: type) -> str:

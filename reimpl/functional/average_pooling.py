@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._dispatch import call, memory_format_of, opmath_dtype
+from reimpl.functional._options import check_flags, integer
 from reimpl.functional._pooling import plain as _pooling_plain
 from reimpl.functional._pooling.windows import (
     Size,
@@ -57,10 +58,13 @@ def avg_pool2d(
 
     Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.avg_pool2d`.
     """
-    key = options_key("avg_pool2d", kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    flags = (ceil_mode, count_include_pad)
+    key = options_key("avg_pool2d", kernel_size, stride, padding, divisor_override, flags=flags)
     done: Tensor | None = attempt(key, input)
     if done is not None:
         return done
+    check_flags(*flags)
+    divisor_override = None if divisor_override is None else integer(divisor_override)
     if divisor_override == 0:
         raise RuntimeError("divisor must be not zero")
     windows = plan_windows("avg_pool2d", input, kernel_size, stride, padding, 1, ceil_mode)
@@ -139,7 +143,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
         raise RuntimeError("adaptive_avg_pool2d: output_size must be 2")
     if input.dim() not in (3, 4):
         raise RuntimeError(f"adaptive_avg_pool2d(): Expected 3D or 4D tensor, but got {list(input.shape)}")
-    sizes = [n if size is None else size for n, size in zip(input.shape[-2:], wanted, strict=True)]
+    sizes = [n if size is None else integer(size) for n, size in zip(input.shape[-2:], wanted, strict=True)]
     if min(sizes) < 0:
         raise RuntimeError(
             "adaptive_avg_pool2d: elements of output_size must be greater than or equal to 0 "
@@ -275,7 +279,7 @@ def _over_windows(
 
 def _through_windows(options: Any, grads: tuple[Tensor], saved: Any, numbers: Any, shape: Any) -> Tensor:
     """The same as the compiled node asks for it."""
-    kernel_size, stride, padding, ceil_mode, include_pad, override = options
+    kernel_size, stride, padding, override, ceil_mode, include_pad = options
     (grad,) = grads
     windows = plan_windows("avg_pool2d", grad.new_empty(shape), kernel_size, stride, padding, 1, ceil_mode)
     return _over_windows(grad, windows, include_pad, override, (shape[-2], shape[-1]), memory_format_of(grad))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_enabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses.pointwise import Pointwise, pointwise_loss, suits
+from reimpl.functional._losses.pointwise import Pointwise, laid_out, pointwise_loss, suits
 from reimpl.functional._losses.reduction import reduced, resolve
 from reimpl.functional._losses.targets import check_constant, check_unit_interval
 from reimpl.functional.activation import logistic, minus_log_sigmoid
@@ -213,7 +213,7 @@ class _OfProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         dtype = opmath_dtype(input.dtype)
-        return _times(_value(input.to(dtype), target.to(dtype)), weight)
+        return laid_out(_times(_value(input.to(dtype), target.to(dtype)), weight), input)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -226,9 +226,10 @@ class _OfProbabilities(torch.autograd.Function):
         grad_input = grad_target = None
         if ctx.needs_input_grad[0]:
             spread = (1 - x) * x
-            grad_input = (grad * (x - t) / torch.where(spread < _LEAST_SPREAD, _LEAST_SPREAD, spread)).to(input.dtype)
+            slope = (x - t) / torch.where(spread < _LEAST_SPREAD, _LEAST_SPREAD, spread)
+            grad_input = laid_out((grad * slope).to(input.dtype), input)
         if ctx.needs_input_grad[1]:
-            grad_target = (grad * (torch.log1p(-x) - torch.log(x))).to(target.dtype)
+            grad_target = laid_out((grad * (torch.log1p(-x) - torch.log(x))).to(target.dtype), input, input)
         return grad_input, grad_target, None
 
 
@@ -250,7 +251,7 @@ class _OfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
-        return _of_logits(input, target, weight, pos_weight)
+        return laid_out(_of_logits(input, target, weight, pos_weight), target)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -264,12 +265,13 @@ class _OfLogits(torch.autograd.Function):
         grad_input = grad_target = None
         if ctx.needs_input_grad[0]:
             grad_input = (grad * (1 - t - _positive_weight(t, pos_weight) * logistic(-x))).to(input.dtype)
+            grad_input = laid_out(grad_input, input if pos_weight is None else pos_weight, target)
         if ctx.needs_input_grad[1]:
             slope = -x
             if pos_weight is not None:
                 # of an infinite x no difference of infinities
                 slope = pos_weight.to(x.dtype) * minus_log_sigmoid(x) - minus_log_sigmoid(-x)
-            grad_target = (grad * slope).to(target.dtype)
+            grad_target = laid_out((grad * slope).to(target.dtype), input if pos_weight is None else pos_weight, input)
         return grad_input, grad_target, None, None
 
 

@@ -187,11 +187,11 @@ class _Conv2d(torch.autograd.Function):
         size, (x_dim, w_dim, b_dim, _) = info.batch_size, in_dims
         if w_dim is None and b_dim is None:
             output = _Conv2d.apply(input.movedim(x_dim, 0).flatten(0, 1), weight, bias, geometry)
-            return output.unflatten(0, (size, -1)), 0
+            return _split(output, 0, size), 0
         bias = None if bias is None else _batched(bias, b_dim, size).flatten(0, 1)
         weight = _batched(weight, w_dim, size).flatten(0, 1)
         output = _Conv2d.apply(_as_channels(input, x_dim, size), weight, bias, geometry.repeated(size))
-        return output.unflatten(1, (size, -1)), 1
+        return _split(output, 1, size), 1
 
 
 class _Conv2dInput(torch.autograd.Function):
@@ -222,11 +222,11 @@ class _Conv2dInput(torch.autograd.Function):
         grad, weight, size, geometry = args
         if in_dims[1] is None:
             output = _Conv2dInput.apply(grad.movedim(in_dims[0], 0).flatten(0, 1), weight, size, geometry)
-            return output.unflatten(0, (info.batch_size, -1)), 0
+            return _split(output, 0, info.batch_size), 0
         weight = _batched(weight, in_dims[1], info.batch_size).flatten(0, 1)
         grad = _as_channels(grad, in_dims[0], info.batch_size)
         output = _Conv2dInput.apply(grad, weight, size, geometry.repeated(info.batch_size))
-        return output.unflatten(1, (info.batch_size, -1)), 1
+        return _split(output, 1, info.batch_size), 1
 
 
 class _Conv2dWeight(torch.autograd.Function):
@@ -257,7 +257,7 @@ class _Conv2dWeight(torch.autograd.Function):
         grad, input, size, geometry = args
         grad, input = (_as_channels(t, dim, info.batch_size) for t, dim in zip((grad, input), in_dims, strict=False))
         output = _Conv2dWeight.apply(grad, input, size, geometry.repeated(info.batch_size))
-        return output.unflatten(0, (info.batch_size, -1)), 0
+        return _split(output, 0, info.batch_size), 0
 
 
 def _transposed(grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry) -> Tensor:
@@ -291,3 +291,10 @@ def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 def _as_channels(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped dimension of a batch of planes folded into the channels, where groups keep it apart."""
     return _batched(tensor, dim, size).movedim(0, 1).flatten(1, 2)
+
+
+def _split(output: Tensor, dim: int, size: int) -> Tensor:
+    """``output`` with the mapped dimension folded out of ``dim``, as no view: such a result can be changed in place."""
+    shape = output.shape
+    split: Tensor = torch.ops.aten._unsafe_view(output, (*shape[:dim], size, shape[dim] // size, *shape[dim + 1 :]))
+    return split

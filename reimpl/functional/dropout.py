@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import call
+from reimpl.functional._options import check_flags
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -30,6 +31,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """
     if p < 0.0 or p > 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    check_flags(training)
     if p == 0 or not training or input.numel() == 0:
         return input
     real = input.dtype.to_real() if input.is_complex() else input.dtype

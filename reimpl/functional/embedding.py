@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype
 from reimpl.functional._losses.reduction import reduced, resolve
 from reimpl.functional._losses.targets import values_are_readable
+from reimpl.functional._options import check_flags, integer
 from reimpl.functional.activation import logistic, minus_log_sigmoid
 
 
@@ -46,7 +47,8 @@ def embedding(
 
     Source: F15; N4. PyTorch: :func:`torch.nn.functional.embedding`.
     """
-    row = _padding_row(padding_idx, weight)
+    row = None if padding_idx is None else _padding_row(integer(padding_idx), weight)
+    check_flags(scale_grad_by_freq, sparse)
     if weight.dim() != 2:
         raise RuntimeError("'weight' must be 2-D")
     if input.dtype not in (torch.int64, torch.int32):
@@ -104,9 +106,7 @@ def skip_gram_loss(center: Tensor, context: Tensor, negative: Tensor, reduction:
     return reduced(losses, reduction, dtype)
 
 
-def _padding_row(padding_idx: int | None, weight: Tensor) -> int | None:
-    if padding_idx is None:
-        return None
+def _padding_row(padding_idx: int, weight: Tensor) -> int:
     rows = weight.size(0)
     if not -rows <= padding_idx < rows:
         raise AssertionError("Padding_idx must be within num_embeddings")

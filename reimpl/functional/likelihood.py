@@ -26,6 +26,7 @@ from reimpl.functional._losses.targets import (
     classes_that_count,
     counted,
 )
+from reimpl.functional._options import integer
 from reimpl.functional._plain import ordinary
 from reimpl.functional.kernels import attempt, teach
 
@@ -63,6 +64,8 @@ def nll_loss(
     Source: F5, F6; N2, N3. PyTorch: :func:`torch.nn.functional.nll_loss`.
     """
     reduction = resolve(reduction, size_average, reduce)
+    if type(ignore_index) is not int:
+        ignore_index = integer(ignore_index)
     key = ("nll_loss", ignore_index, reduction)
     done: Tensor | None = attempt(key, input, target, weight)
     if done is not None:

@@ -20,6 +20,7 @@ from reimpl.functional._losses.cross_entropy import (
 from reimpl.functional._losses.plain import worker
 from reimpl.functional._losses.reduction import reduced, resolve
 from reimpl.functional._losses.targets import as_batch, check_class_indices, class_dim, counted
+from reimpl.functional._options import integer
 from reimpl.functional._plain import ordinary
 from reimpl.functional.kernels import attempt, teach
 
@@ -63,11 +64,14 @@ def cross_entropy(
     Source: F5, F18; N3, N4. PyTorch: :func:`torch.nn.functional.cross_entropy`.
     """
     reduction = resolve(reduction, size_average, reduce)
+    if type(ignore_index) is not int:
+        ignore_index = integer(ignore_index)
     done: Tensor | None = attempt(("cross_entropy", ignore_index, label_smoothing, reduction), input, target, weight)
     if done is not None:
         return done
     input, weight = autocast_to_float32(input, weight)
-    smoothing = max(label_smoothing, 0.0)  # a negative number smooths nothing, as in PyTorch
+    # a negative number smooths nothing, as in PyTorch, and NaN no more
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0
     if input.shape == target.shape:
         (target,) = autocast_to_float32(target)
         return _with_probabilities(input, target, weight, ignore_index, reduction, smoothing)

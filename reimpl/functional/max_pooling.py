@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import call, memory_format_of, scalar_type_name
+from reimpl.functional._options import check_flags, integer
 from reimpl.functional._pooling.largest import Grid, learn, search, spread
 from reimpl.functional._pooling.operators import max_pool
 from reimpl.functional._pooling.windows import (
@@ -56,10 +57,11 @@ def max_pool2d(
 
     Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.max_pool2d`.
     """
-    key = options_key("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode)
+    key = options_key("max_pool2d", kernel_size, stride, padding, dilation, flags=(ceil_mode,))
     done: Tensor | None = None if return_indices else attempt(key, input)
     if done is not None:
         return done
+    check_flags(ceil_mode)
     windows = plan_windows("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
     if input.numel():
         _refuse_windows_of_padding(input, windows)
@@ -97,6 +99,7 @@ def max_pool1d(
         pad, dil = one("max_pool1d", "padding", padding), one("max_pool1d", "dilation", dilation)
         values, places = max_pool2d(input.unsqueeze(-2), (1, kernel), (1, step), (0, pad), (1, dil), ceil_mode, True)
         return values.squeeze(-2), places.squeeze(-2)
+    check_flags(ceil_mode)
     windows = _plan_line(input, kernel_size, stride, padding, dilation, ceil_mode)
     check_floating("max_pool1d_impl", input)
     return _pool(input.unsqueeze(-2), windows, False).squeeze(-2)
@@ -133,7 +136,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: int | Sequence[int | None], 
             )
     if len(wanted) != 2:
         raise RuntimeError("adaptive_max_pool2d(): internal error: output_size.size() must be 2")
-    rows, columns = (n if size is None else size for n, size in zip(input.shape[-2:], wanted, strict=True))
+    rows, columns = (n if size is None else integer(size) for n, size in zip(input.shape[-2:], wanted, strict=True))
     shape = [*input.shape[:-2], rows, columns]
     if min(rows, columns) < 0:
         raise RuntimeError(f"Trying to create tensor with negative dimension {min(shape)}: {shape}")

@@ -15,6 +15,7 @@ from reimpl.functional._norm.functions import (
     normalize,
     normalize_by_batch,
 )
+from reimpl.functional._options import check_flags, check_number
 from reimpl.functional._traced import traced_batch_norm
 from reimpl.functional.kernels import attempt
 
@@ -89,11 +90,13 @@ def _batch_norm(
     eps: float,
     relu: bool,
 ) -> Tensor:
+    check_flags(training)
     key = ("batch_norm", training, eps, relu, weight is not None)
     tensors = (input, running_mean, running_var, weight, bias)
     done: Tensor | None = attempt(key, *tensors, momentum)
     if done is not None:
         return done
+    check_number(momentum)
     _check(*tensors, training, eps)
     x = input.contiguous(memory_format=memory_format_of(input))
     with autocast_disabled(input.device):
@@ -131,6 +134,8 @@ def _check(
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
         if (running_mean is None) != (running_var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if not input.is_floating_point():
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{scalar_type_name(input.dtype)}'")
     dtypes = set()
@@ -156,16 +161,22 @@ def _check(
 
 
 def move_averages(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor | int, momentum: float
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | int,
+    momentum: float | Tensor,
 ) -> None:
     """:math:`r \\leftarrow (1 - \\alpha) r + \\alpha v` in place, in the statistics' precision, :math:`v` the mean of
     ``count`` values and their variance divided by ``count - 1``."""
     with torch.no_grad():
         for average, value, factor in ((running_mean, mean, 1.0), (running_var, var, count / (count - 1))):
             value = value.detach()
-            if isinstance(factor, Tensor):
-                value, factor = value * factor, 1.0
+            step = momentum * factor
+            if isinstance(step, Tensor):
+                value, step = value * step, 1.0
             if average.dtype == value.dtype:
-                average.mul_(1 - momentum).add_(value, alpha=momentum * factor)
+                average.mul_(1 - momentum).add_(value, alpha=step)
             else:
-                average.copy_(average.to(value.dtype).mul_(1 - momentum).add_(value, alpha=momentum * factor))
+                average.copy_(average.to(value.dtype).mul_(1 - momentum).add_(value, alpha=step))

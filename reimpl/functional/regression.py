@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
-from reimpl.functional._losses.pointwise import Pointwise, pointwise_loss, suits
+from reimpl.functional._losses.pointwise import Pointwise, laid_out, pointwise_loss, suits
 from reimpl.functional._losses.reduction import legacy_reduction, reduced, resolve
 
 
@@ -83,7 +83,9 @@ def _promoted(input: Tensor, target: Tensor) -> tuple[torch.dtype, Tensor, Tenso
     dtype = torch.promote_types(input.dtype, target.dtype)
     if not dtype.is_floating_point:
         raise NotImplementedError(f"\"mse_{input.device.type}\" not implemented for '{scalar_type_name(dtype)}'")
-    return dtype, *torch.broadcast_tensors(input, target)
+    if input.shape != target.shape:
+        input, target = torch.broadcast_tensors(input, target)
+    return dtype, input, target
 
 
 def _squared_errors(input: Tensor, target: Tensor) -> tuple[Tensor, torch.dtype]:
@@ -116,7 +118,8 @@ class _SquaredError(torch.autograd.Function):
         dtype = opmath_dtype(torch.promote_types(input.dtype, target.dtype))
         slope = (input.to(dtype) - target.to(dtype)) * (2 * grad)
         wants_input, wants_target = ctx.needs_input_grad[:2]
-        return slope.to(input.dtype) if wants_input else None, -slope.to(target.dtype) if wants_target else None, None
+        grad_input = laid_out(slope.to(input.dtype)) if wants_input else None
+        return grad_input, laid_out(-slope.to(target.dtype)) if wants_target else None, None
 
 
 def _weighted_squares(input: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -133,6 +136,7 @@ class _WeightedSquares(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    results_differ = True
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

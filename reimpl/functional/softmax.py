@@ -11,6 +11,7 @@ from torch import Tensor
 from reimpl.functional._dispatch import autocast_enabled, call, opmath_dtype, scalar_type_name
 from reimpl.functional._losses import plain as _losses_plain
 from reimpl.functional._losses.plain import final_worker, worker
+from reimpl.functional._options import integer
 from reimpl.functional.kernels import attempt, teach
 
 _WORKERS = ("_losses.numba", _losses_plain)
@@ -33,6 +34,8 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
 
     Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.softmax`.
     """
+    if dim is not None and type(dim) is not int:
+        dim = integer(dim)
     key = ("softmax", dim)
     done: Tensor | None = None if dtype is not None else attempt(key, input)
     if done is not None:
@@ -53,6 +56,8 @@ def log_softmax(
 
     Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.log_softmax`.
     """
+    if dim is not None and type(dim) is not int:
+        dim = integer(dim)
     key = ("log_softmax", dim)
     done: Tensor | None = None if dtype is not None else attempt(key, input)
     if done is not None:
@@ -86,6 +91,8 @@ def _prepare(
     if not -bound <= dim < bound:
         raise IndexError(f"Dimension out of range (expected to be in range of [{-bound}, {bound - 1}], but got {dim})")
     dim %= bound
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if dtype is None and input.device.type == "cuda" and autocast_enabled(input.device):
         dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else None
     if dtype is not None:

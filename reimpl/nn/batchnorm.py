@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 
 from reimpl import functional as F
 from reimpl import init
+from reimpl.functional._dispatch import opmath_dtype
 from reimpl.nn._recorded import one_node
 
 
@@ -77,11 +78,14 @@ class _BatchNorm(Module):
     def _check_input_dim(self, input: Tensor) -> None:
         raise NotImplementedError
 
-    def _average_factor(self) -> float:
+    def _average_factor(self) -> float | Tensor:
         """Weight of this batch in the running statistics, after counting it."""
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
+                if torch.compiler.is_compiling() and self.running_mean is not None:
+                    # a number would break the graph, and be compiled in anew at each step
+                    return self.num_batches_tracked.to(opmath_dtype(self.running_mean.dtype)).reciprocal()
                 return 1.0 / float(self.num_batches_tracked)
         return 0.0 if self.momentum is None else self.momentum
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 # They hold, pass on or reshape, and compute nothing that could be reimplemented.
@@ -61,8 +62,8 @@ def convert(model: Module) -> Conversion:
 
     Returns:
         the model, what was replaced and what was left: modules of :mod:`torch.nn` that have no twin (attention, layer
-        normalisation and others that the notes do not have), subclasses, modules with a ``forward`` of their own, and
-        what :mod:`torch.jit` has compiled.
+        normalisation and others that the notes do not have), subclasses, lazy modules before their first call, modules
+        with a ``forward`` of their own, and what :mod:`torch.jit` has compiled.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -133,6 +134,13 @@ def _reason_to_leave(module: Module, twin_of: dict[type[Module], type[Module]], 
     cls = _own_class(module)
     if cls in twin_of:
         return "has a forward of its own" if "forward" in vars(module) else None
+    becomes = getattr(cls, "cls_to_become", None) if isinstance(module, LazyModuleMixin) else None
+    if becomes in twin_of:
+        return (
+            f"{cls.__name__} becomes {source}.{becomes.__name__} when it is first called: convert the model after that"
+        )
+    if becomes is not None and becomes.__module__.startswith(f"{source}."):
+        return f"{cls.__name__} becomes {source}.{becomes.__name__}, which has no twin"
     for base in cls.__mro__:
         if base in twin_of.values():  # looked for first, since our classes derive from PyTorch's
             return None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import scalar_type_name
+from reimpl.functional._options import integer
 
 ALGORITHMS = ("im2col", "views", "winograd")
 """What ``algorithm=`` can name."""
@@ -62,7 +63,7 @@ def geometry_of(
         ValueError: no such algorithm.
         NotImplementedError: the algorithm does not do this kernel, stride or dilation.
     """
-    dims = weight.dim() - 2
+    dims, groups = weight.dim() - 2, integer(groups)
     strides, dilations = _each("stride", stride, dims), _each("dilation", dilation, dims)
     if groups <= 0:
         raise RuntimeError("non-positive groups is not supported")
@@ -107,8 +108,9 @@ def _sides(
     return tuple(side for total in totals for side in (total // 2, total - total // 2))
 
 
-def _each(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
+def _each(name: str, value: Any, dims: int) -> tuple[int, ...]:
+    several = isinstance(value, Iterable) and not (isinstance(value, Tensor) and value.dim() == 0)
+    values = tuple(map(integer, value)) if several else (integer(value),)
     if len(values) == 1:
         return values * dims
     if len(values) != dims:

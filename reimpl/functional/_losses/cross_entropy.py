@@ -47,6 +47,7 @@ class IndexLoss(torch.autograd.Function):
     differentiated."""
 
     generate_vmap_rule = True
+    results_differ = True
 
     @staticmethod
     def forward(
@@ -187,6 +188,7 @@ def probability_loss(
 
 class ProbabilityLoss(torch.autograd.Function):
     generate_vmap_rule = True
+    results_differ = True
 
     @staticmethod
     def forward(

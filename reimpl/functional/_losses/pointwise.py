@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reimpl.functional._losses.plain import final, in_parts, runs_plainly
 from reimpl.functional._losses.targets import check_unit_interval
+from reimpl.functional._plain import ordinary
 from reimpl.functional.kernels import attempt, kernels_for, teach
 
 _KERNELS = "_losses.numba_pointwise"
@@ -55,7 +56,24 @@ def suits(input: Tensor, target: Tensor) -> bool:
         and target.is_contiguous()
         and not target.requires_grad
         and input.numel() > 0
+        # strides of single elements say nothing of where these lie, and yet they show in the result
+        and (1 not in input.shape or input.stride() == target.stride())
     )
+
+
+def laid_out(result: Tensor, *operands: Tensor) -> Tensor:
+    """``result`` with the strides that PyTorch's operators give to what they make of ``operands``, number by number;
+    contiguous without any. For ordinary tensors; others stay as they are."""
+    usual = result.is_contiguous() and 1 not in result.shape and all(t.is_contiguous() for t in operands)
+    if usual or not ordinary(result, *operands):
+        return result
+    shape, device = result.shape, torch.device("meta")
+    pattern = torch.empty_like(operands[0], device=device) if operands else torch.empty(shape, device=device)
+    for other in operands[1:]:
+        pattern = pattern + torch.empty_strided(other.shape, other.stride(), device=device)
+    if result.stride() == pattern.stride():
+        return result
+    return torch.empty_strided(shape, pattern.stride(), dtype=result.dtype, device=result.device).copy_(result)
 
 
 def pointwise_loss(input: Tensor, target: Tensor, loss: Pointwise, reduction: str) -> Tensor:

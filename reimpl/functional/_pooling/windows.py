@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import scalar_type_name
+from reimpl.functional._options import integer
 
 Size = int | Sequence[int]
 
@@ -35,17 +36,20 @@ class Windows:
         return self.padding[1], beyond[1], self.padding[0], beyond[0]
 
 
-def options_key(name: str, *options: object) -> tuple[object, ...] | None:
+def options_key(name: str, *options: Any, flags: tuple[Any, ...] = ()) -> tuple[object, ...] | None:
     """The name and options of a layer as a key of a dictionary; ``None`` where they are not whole numbers, or pairs of
-    them in a tuple, which comparison tells apart from all else."""
+    them in a tuple, and the flags truth values: comparison takes others for these."""
     for option in options:
         kind = type(option)
         if kind is tuple:
-            if not all(type(number) is int for number in option):  # type: ignore[attr-defined]
+            if not all(type(number) is int for number in option):
                 return None
-        elif kind is not int and option is not None and kind is not bool:
+        elif kind is not int and option is not None:
             return None
-    return name, *options
+    for flag in flags:
+        if type(flag) is not bool:
+            return None
+    return name, *options, *flags
 
 
 def plan_windows(
@@ -163,11 +167,13 @@ def left_out(stride: Size | None) -> bool:
     return stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
 
 
-def as_tuple(value: Size | None) -> tuple[int, ...]:
+def as_tuple(value: Any) -> tuple[int, ...]:
     """An option as a tuple of numbers."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, Iterable) else (index(value),)
+    if isinstance(value, Iterable) and not (isinstance(value, Tensor) and value.dim() == 0):
+        return tuple(map(integer, value))
+    return (integer(value),)
 
 
 def one(name: str, argument: str, value: Size | None) -> int:

@@ -69,21 +69,8 @@ class _Recipe(NamedTuple):
     runs: tuple[Run, ...]
 
 
-def columns(
-    input: Tensor,
-    kernel: tuple[int, int],
-    outputs: int,
-    output: tuple[int, int],
-    geometry: Geometry,
-    most: int | None,
-) -> Columns:
-    """Of the windows of ``input``, for products with ``outputs`` filters: in boxes of at most ``most`` terms, or whole
-    and of all images."""
-    return _columns(input.shape, input.stride(), input.dtype, kernel, outputs, output, geometry, most)
-
-
 @lru_cache(maxsize=1024)
-def _columns(
+def columns(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: torch.dtype,
@@ -93,6 +80,8 @@ def _columns(
     geometry: Geometry,
     most: int | None,
 ) -> Columns:
+    """Of the windows of an input of such a shape and strides, for products with ``outputs`` filters: in boxes of at
+    most ``most`` terms, or whole and of all images."""
     count, channels, *size = shape
     if most is None:
         boxes = [Box(slice(0, kernel[0]), slice(0, kernel[1]), slice(0, channels))]

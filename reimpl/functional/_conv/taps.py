@@ -45,7 +45,7 @@ def multiply(
     """All windows of ``input`` times ``filters``, of shape ``(f_h, f_w, C, O)``: planes of size ``output``, written to
     ``target`` where there is one."""
     outputs, kernel = filters.shape[3], (filters.shape[0], filters.shape[1])
-    plan = columns(input, kernel, outputs, output, geometry, _TERMS)
+    plan = columns(input.shape, input.stride(), input.dtype, kernel, outputs, output, geometry, _TERMS)
     matrices = [filters[box].permute(3, 2, 0, 1).reshape(outputs, -1) for box in plan.boxes]
     in_place = plan.by_image and layout is torch.contiguous_format and planes_clash(output, input.dtype)
     if target is None and (in_place or len(plan.blocks) > 1):
@@ -83,7 +83,7 @@ def _sum_of_products(matrices: list[Tensor], windows: Iterator[Tensor], bias: Te
 def multiply_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """The gradient of a kernel of height and width ``kernel``."""
     outputs, channels, output, total = grad.shape[1], input.shape[1], (grad.shape[2], grad.shape[3]), None
-    plan = columns(input, kernel, outputs, output, geometry, None)
+    plan = columns(input.shape, input.stride(), input.dtype, kernel, outputs, output, geometry, None)
     for part, (matrix,) in plan.matrices(input):
         errors = pixels_of_planes(grad[part]).reshape(-1, outputs)
         pixels = _PIXELS if kernel == (1, 1) else len(errors)

@@ -22,7 +22,7 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     first, with the function itself. Where a call fails since an argument is no tensor, the error says so.
 
     Raises:
-        TypeError: an argument is no tensor, or a option is of another type.
+        TypeError: an argument is no tensor, or an option is of another type.
     """
 
     @wraps(function)

@@ -391,6 +391,7 @@ def _times(share: float, only_the_largest: bool) -> Callable[[Tensor], Tensor]:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["norm", "conv", "dense"])
 def test_a_kink_is_no_error_and_hides_none(kind: str, dtype: torch.dtype) -> None:

@@ -92,6 +92,7 @@ def _leaves(name: str, mapped: tuple[bool, ...], device: torch.device) -> list[T
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(device).requires_grad_() for s in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_results_can_be_changed_in_place_under_grad_and_jacrev(name: str, device: torch.device) -> None:
     leaves = _leaves(name, (False,) * len(CALLS[name][0]), device)
@@ -110,6 +111,7 @@ MAPPED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mapped"), MAPPED)
 def test_results_can_be_changed_in_place_under_vmap(name: str, mapped: str, device: torch.device) -> None:
     """What is mapped, and is a variable outside too; beside PyTorch's one after the other, since ``vmap`` gives other

@@ -338,3 +338,19 @@ def test_a_network_compiles_whole_with_kernels_on() -> None:
             results.append((value, *torch.autograd.grad(value, leaves)))
     # two computations in float32, whose sums are taken in other orders
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 8, 16])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_convolution_of_any_number_of_pixels(outputs: int, padding: int, device: torch.device) -> None:
+    """A sum of more terms than one run has is added to, and the last tile is filled up with its last pixel."""
+    pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(outputs, 32, 3, 3, generator=generator).to(device)
+    for width in range(18, 35):
+        x = torch.randn(3, 32, 21, width, generator=generator).to(device)
+        with F.use_kernels():
+            ours = F.conv2d(x, w, padding=padding)
+        theirs = torch.nn.functional.conv2d(x.double(), w.double(), padding=padding)
+        # sums of 288 products of size 1 are rounded by some 1e-5; a part that is added twice is off by some 10
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-3)

@@ -176,6 +176,9 @@ def multiply_panel(
         start, number, more = runs + first[t] * 24, count[t], False
         lengths = carray(pointer(start), (number, 3), np.int64)
         paired = not wide and in_pairs(rows_a)
+        # where the last row of the first half is there again, it fills up the second: once added to is enough
+        places = carray(pointer(rows_c), (height,), np.int64)
+        halves = 1 if not wide and places[ROWS] == places[ROWS - 1] else 2
         done = 0
         while number > done or not more:
             until, length = done, 0
@@ -194,7 +197,8 @@ def multiply_panel(
                 else:
                     multiply_narrow_pairs(a, rows_a, b, own, n, LANES * 4, bias, c, rows_c)
             else:
-                for half in (0, ROWS * 8):
+                for k in range(halves):
+                    half = k * ROWS * 8
                     if more:
                         multiply_more_narrow_tile(a, rows_a + half, b, own, n, LANES * 4, bias, c, rows_c + half)
                     else:

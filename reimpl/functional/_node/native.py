@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -42,6 +43,8 @@ _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", f"-DMO
 _MOST_KEPT = 8
 
 _LOCK = threading.Lock()
+# Seconds that the interpreter's end waits for the thread that builds.
+_PATIENCE = 5.0
 _module: ModuleType | None = None
 
 Key = tuple[Any, ...]
@@ -131,7 +134,10 @@ def prepare() -> None:
     if path.exists():
         take_up(path)
     else:
-        threading.Thread(target=_in_background, args=(path,), name="reimpl-node", daemon=True).start()
+        thread = threading.Thread(target=_in_background, args=(path,), name="reimpl-node", daemon=True)
+        # after the compiler is told to stop: whom the interpreter's end finds at work it ends in the midst of that
+        atexit.register(thread.join, _PATIENCE)
+        thread.start()
 
 
 def wait(seconds: float = 90.0) -> bool:
@@ -185,11 +191,14 @@ def build(path: Path) -> bool:
         os.close(descriptor)
         try:
             process = subprocess.Popen(
-                _command(compiler, path, beside), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
-            atexit.register(process.kill)
+                _command(compiler, path, beside),
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            )  # fmt: skip
+            # the compiler's driver with what it has started
+            stop = partial(os.killpg, process.pid, signal.SIGKILL)
+            atexit.register(stop)
             _, said = process.communicate()
-            atexit.unregister(process.kill)
+            atexit.unregister(stop)
             if process.returncode == 0:
                 os.replace(beside, path)
                 _prune(path.parent)

@@ -36,21 +36,6 @@ def window_rows(input: Tensor, kernel: tuple[int, int], output: tuple[int, int],
     return windows.reshape(groups, count * output[0] * output[1], prod(kernel) * channels)
 
 
-def fill_padded(target: Tensor, planes: Tensor, geometry: Geometry) -> Tensor:
-    """Write images between the padding of ``target``."""
-    inner, planes = inside_padding(target, planes, geometry)
-    inner.copy_(planes)
-    return target
-
-
-def inside_padding(target: Tensor, planes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """What of ``target`` is no padding, and what of images belongs there: all but what a negative padding crops."""
-    for dim, before, after in ((2, *geometry.padding[:2]), (3, *geometry.padding[2:])):
-        target = target.narrow(dim, max(before, 0), target.shape[dim] - max(before, 0) - max(after, 0))
-        planes = planes.narrow(dim, max(-before, 0), target.shape[dim])
-    return target, planes
-
-
 def parts(
     count: int, bytes_per_sample: int, device: torch.device, least: int = 0, budget: int | None = None
 ) -> Iterator[slice]:

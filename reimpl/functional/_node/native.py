@@ -194,8 +194,7 @@ def build(path: Path) -> bool:
                 _command(compiler, path, beside),
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
             )  # fmt: skip
-            # the compiler's driver with what it has started
-            stop = partial(os.killpg, process.pid, signal.SIGKILL)
+            stop = partial(_stop, process)
             atexit.register(stop)
             _, said = process.communicate()
             atexit.unregister(stop)
@@ -207,6 +206,13 @@ def build(path: Path) -> bool:
             return process.returncode == 0
         finally:
             Path(beside).unlink(missing_ok=True)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End the compiler's driver with what it has started."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _prune(folder: Path) -> None:

@@ -274,6 +274,21 @@ def test_the_switch() -> None:
     assert kernels_enabled()
 
 
+def test_the_switch_as_a_decorator() -> None:
+    @F.use_kernels(False)
+    def one() -> bool:
+        return kernels_enabled()
+
+    @F.use_kernels(False)
+    def several() -> Iterator[bool]:
+        yield kernels_enabled()
+        yield kernels_enabled()
+
+    assert kernels_enabled() and not one()
+    for inside in several():
+        assert not inside and kernels_enabled()
+
+
 _WITHOUT_NUMBA = """
 import sys, warnings
 sys.modules["numba"] = None

@@ -4,11 +4,11 @@ Every other public name is ``torch.nn.functional``'s own, so that one changed im
 """
 
 import warnings as _warnings
-from typing import Any
 
 import torch.nn.functional as _torch_functional
 from torch.jit._trace import TracerWarning as _TracerWarning
 
+from reimpl._handed_on import handed_on as _handed_on
 from reimpl.functional._public import public as _public
 from reimpl.functional.activation import (
     leaky_relu,
@@ -99,16 +99,4 @@ _warnings.filterwarnings(
     "ignore", category=_TracerWarning, module=r"reimpl\.(functional|nn)\.(?!_pooling|average_pooling|max_pooling)"
 )
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(_torch_functional, name)
-    except AttributeError:
-        message = f"neither module {__name__!r} nor 'torch.nn.functional' has an attribute {name!r}"
-        raise AttributeError(message) from None
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(_torch_functional)})
+__getattr__, __dir__ = _handed_on(__name__, _torch_functional)

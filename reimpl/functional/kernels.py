@@ -9,14 +9,16 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._contextlib import _DecoratorContextManager
 
 from reimpl.functional._plain import ordinary
 
 _log = logging.getLogger("reimpl")
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _enabled = False
 # Whether somebody has said so; until then only compiled code's convolutions and maximum pooling run through kernels.
 _said = False
@@ -48,8 +50,9 @@ _TRITON = {
 }
 
 
-class use_kernels:
-    """Run what has one through a compiled kernel of the library's own, from here on or within a ``with`` block.
+class use_kernels(_DecoratorContextManager):
+    """Run what has one through a compiled kernel of the library's own, from here on, within a ``with`` block,
+    or in a function that it decorates.
 
     Compiled at first use (the extra ``fused``), by Numba on the CPU, for float32, and by Triton on CUDA, for float32,
     bfloat16 and float16 with sums in float32; kept from then on in the user's cache folder. Everything else runs as it
@@ -75,13 +78,22 @@ class use_kernels:
         global _enabled, _said
         if not isinstance(mode, bool):
             raise TypeError(f"mode must be a bool, but got {type(mode).__name__}")
-        self._before = _enabled, _said
+        self._mode, self._before = mode, (_enabled, _said)
         _enabled, _said = mode, True
         if mode and module("_conv.numba"):
             _prepare_node()
         _switch_node()
 
-    def __enter__(self) -> use_kernels:
+    def __call__(self, function: _Decorated) -> _Decorated:
+        # a decorator switches nothing until the function is called
+        self.__exit__()
+        return super().__call__(function)
+
+    def clone(self) -> use_kernels:
+        """For one call of a decorated function."""
+        return type(self)(self._mode)
+
+    def __enter__(self) -> use_kernels:  # type: ignore[override]
         return self
 
     def __exit__(self, *_: object) -> None:

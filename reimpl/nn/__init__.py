@@ -5,7 +5,7 @@ containers, is PyTorch's own, and ``REIMPLEMENTED`` lists those that are not.
 ``Maxout`` and ``Residual`` are new.
 """
 
-from typing import Any
+import sys as _sys
 
 import torch.nn as _torch_nn
 from torch.nn import (
@@ -22,6 +22,7 @@ from torch.nn import (
 )
 
 from reimpl import functional, init
+from reimpl._handed_on import handed_on as _handed_on
 from reimpl.nn import utils
 from reimpl.nn.activation import Identity, LeakyReLU, LogSoftmax, Maxout, ReLU, Sigmoid, Softmax, Tanh
 from reimpl.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
@@ -128,15 +129,6 @@ __all__ = [
     "utils",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(_torch_nn, name)
-    except AttributeError:
-        raise AttributeError(f"neither module {__name__!r} nor 'torch.nn' has an attribute {name!r}") from None
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(_torch_nn)})
+# As in PyTorch, ``import reimpl.nn.functional as F``.
+_sys.modules.update({f"{__name__}.functional": functional, f"{__name__}.init": init})
+__getattr__, __dir__ = _handed_on(__name__, _torch_nn, ("attention", "parallel", "parameter"))

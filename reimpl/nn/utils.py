@@ -6,6 +6,7 @@ keeps the direction (by norm) or at least the signs (by value).
 
 from __future__ import annotations
 
+import sys
 import types
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,8 @@ from torch.utils._foreach_utils import (
     _group_tensors_by_device_and_dtype,
     _has_foreach_support,
 )
+
+from reimpl._handed_on import handed_on
 
 REIMPLEMENTED = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm")
 
@@ -180,13 +183,8 @@ def _groups(tensors: list[Tensor], foreach: bool | None) -> Iterator[tuple[list[
         yield group, foreach or (foreach is None and _has_foreach_support(group, device))
 
 
-def __getattr__(name: str) -> Any:
-    """PyTorch's own, for what is not reimplemented."""
-    try:
-        return getattr(_torch_utils, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(_torch_utils)})
+# Clipping is this module's own under PyTorch's name for its place too.
+clip_grad = sys.modules[f"{__name__}.clip_grad"] = sys.modules[__name__]
+__getattr__, __dir__ = handed_on(
+    __name__, _torch_utils, ("parametrizations", "parametrize", "prune", "rnn", "stateless")
+)

@@ -19,9 +19,9 @@ Options that choose how a step runs, and not what it computes, mean the same in 
 keyword-only, and PyTorch's way by default.
 """
 
-from typing import Any
-
 import torch.optim as _torch_optim
+
+from reimpl._handed_on import handed_on as _handed_on
 
 from . import lr_scheduler, swa_utils
 from ._fuse import fuse, unfuse
@@ -55,14 +55,4 @@ __all__ = [
 __all__ += ["NesterovLookahead", "ewa", "fuse", "lr_scheduler", "swa_utils", "unfuse"]
 __all__ += [name for name in _torch_optim.__all__ if name not in __all__]
 
-
-def __getattr__(name: str) -> Any:
-    """PyTorch's own, for what is not reimplemented."""
-    try:
-        return getattr(_torch_optim, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = _handed_on(__name__, _torch_optim, ("optimizer",))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch.optim.lr_scheduler as _torch_schedulers
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
+
+from reimpl._handed_on import handed_on
 
 from ._torch import Optimizer
 
@@ -254,13 +255,4 @@ def _require_at_least_zero(name: str, value: float) -> None:
         raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def __getattr__(name: str) -> Any:
-    """PyTorch's own, for what is not reimplemented."""
-    try:
-        return getattr(_torch_schedulers, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = handed_on(__name__, _torch_schedulers)

@@ -198,9 +198,9 @@ def _chunks(places: int, chunk: int, step: int) -> np.ndarray[Any, Any]:
 
 
 @lru_cache(maxsize=64)
-def _zeros(count: int) -> np.ndarray[Any, Any]:
+def _zeros(count: int) -> Tensor:
     """What is added where there is no bias."""
-    return np.zeros(count, np.float32)
+    return torch.zeros(count, dtype=torch.float32, device="cpu")
 
 
 def _empty(shape: tuple[int, ...], like: Tensor, layout: torch.memory_format) -> Tensor:
@@ -263,12 +263,10 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
     input, s_image, s_channel, s_pixel = _strides(input)
     count, channels = input.shape[:2]
     row = groups * panels * width * 4
-    if bias is None:
-        offsets = _zeros(groups * panels * width).ctypes.data
-    else:
-        padded = input.new_zeros(groups, panels * width)
-        padded[:, :outputs] = bias.view(groups, outputs)
-        offsets = padded.data_ptr()
+    # held until the kernels have run: another thread may drive it out of the cache
+    offsets = _zeros(groups * panels * width) if bias is None else input.new_zeros(groups, panels * width)
+    if bias is not None:
+        offsets[:, :outputs] = bias.view(groups, outputs)
     _, t_image, t_channel, t_pixel = _strides(result)
     out_pixels, pixels = result.shape[2] * result.shape[3], plan.image.pixels
     in_form = plan.image.dense and (s_image, s_channel, s_pixel) == (pixels * channels * 4, 4, channels * 4)
@@ -284,7 +282,7 @@ def _multiply(input: Tensor, weight: Tensor, mirror: bool, bias: Tensor | None, 
         *(input.data_ptr(), s_image, s_channel, s_pixel, channels, len(plan.places), places, image_bytes),
         *(scratch.data_ptr(), scratch_bytes, result_offset, 0 if plan.image.dense else result_offset // 4),
         *(len(plan.first), inputs, targets, *tables),
-        *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets),
+        *(buffer.data_ptr(), plan.taps * own * width * 4, panels, groups, own * 4, offsets.data_ptr()),
         *(row, result.data_ptr(), t_image, t_channel, t_pixel, outputs, out_pixels, width, TERMS),
         *(int(in_form), int(out_form)),
     ]

@@ -301,7 +301,9 @@ def test_only_plain_float32_runs_through_kernels(way: str, monkeypatch: pytest.M
     ran = counted(monkeypatch)
     x = torch.randn(2, 4, 8, 8)
     for other in (x.double(), x.bfloat16(), x.to("meta")):
-        F.tanh(other), F.relu(other), F.avg_pool2d(other, 2), F.max_pool2d(other, 2)
+        F.tanh(other), F.relu(other), F.avg_pool2d(other, 2)
+    for other in (x.double(), x.to("meta")):
+        F.max_pool2d(other, 2)
     torch.vmap(F.relu)(x)
     torch.func.jvp(F.sigmoid, (x,), (x,))
     torch.vmap(lambda x: F.max_pool2d(x, 2))(x)

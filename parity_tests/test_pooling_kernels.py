@@ -1,8 +1,8 @@
-"""Maximum pooling through compiled kernels where windows are large: PyTorch's numbers and places to the bit."""
+"""Maximum pooling over large windows through kernels, and of other dtypes: PyTorch's numbers and places to the bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -73,11 +73,43 @@ def test_grids_to_the_bit(size: int | tuple[int, int], room: str) -> None:
         assert bits_equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
-@pytest.mark.parametrize("bug", ["ties", "unordered", "zeros"])
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "planes": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3),
+    "unbatched": lambda x: x[0],
+    "one channel": lambda x: x[:, :1],
+}
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["operators", "kernels"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_dtypes_to_the_bit(dtype: torch.dtype, layout: str, kernels: bool) -> None:
+    """Half the width goes by way of float32; zeros of both signs, and strides where a size is 1, stay PyTorch's."""
+    calls = [("max_pool2d", args) for args in ((2,), (3, 2, 1), (3, (2, 1), 0, (1, 2)), (9, 9, 4), ((9, 3), 2))]
+    calls += [("adaptive_max_pool2d", (size,)) for size in (1, (1, 4), (5, 7))]
+    for kind in _kinds_of_numbers((2, 3, 9, 12)):
+        x = LAYOUTS[layout](kind.to(dtype))
+        for name, args in calls:
+            leaf, found = x.detach().requires_grad_(), []
+            for m in (F, torch_functional):
+                with F.use_kernels(kernels):
+                    values, places = getattr(m, name)(leaf, *args, return_indices=True)
+                    grad = (torch.arange(values.numel()) % 7).view(values.shape).to(dtype)
+                    found.append((values.detach(), places, *torch.autograd.grad(values, leaf, grad)))
+            (values, *ours), (expected, *theirs) = found
+            assert bits_equal(values, expected), (name, args)
+            # the sums of few small whole numbers are exact
+            assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True)), (name, args)
+            if layout != "transposed" and not values.isnan().any():
+                assert values.stride() == expected.stride(), (name, args)
+
+
+@pytest.mark.parametrize("bug", ["unordered", "zeros"])
 def test_a_wrong_key_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above would notice that the last of equal numbers counts, the first NaN, or the sign of zero."""
+    """The comparison above would notice that the first NaN counts, or the sign of zero."""
     replaced, by = {
-        "ties": ("np.int32(place) if order == _UNORDERED else np.int32(~place)", "np.int32(place)"),
         "unordered": ("np.int32(place) if order == _UNORDERED else np.int32(~place)", "np.int32(~place)"),
         "zeros": ("np.int32(0) if magnitude == 0 else order", "order"),
     }[bug]

@@ -74,7 +74,8 @@ def _has_negative_zero(input: Tensor) -> bool:
     if kind is torch.int32:
         return int(input.view(kind).amin()) == lowest
     # halves first, since a minimum of int64 takes nine times as long
-    if input.is_contiguous() and int(input.view(torch.int32).amin()) > torch.iinfo(torch.int32).min:
+    dense = input.is_contiguous() and input.stride(-1) == 1
+    if dense and int(input.view(torch.int32).amin()) > torch.iinfo(torch.int32).min:
         return False
     return bool((input.view(kind) == lowest).any())
 
@@ -112,7 +113,7 @@ def _taps(pixels: Tensor, windows: Windows) -> Iterator[Tensor]:
     """
     images, height, width, channels = pixels.shape
     left, right, top, bottom = windows.overhang((height, width))
-    hands = windows.stride[1] if channels < _LONG_PIXEL else 1
+    hands = windows.stride[1] if channels < _LONG_PIXEL and windows.output[1] > 1 else 1
     if hands > 1:
         pixels = _dealt(pixels, hands, (left, right, top, bottom))
         image, row, hand, column, channel = pixels.stride()

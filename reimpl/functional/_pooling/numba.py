@@ -156,7 +156,7 @@ def _average_step(
     """Input to means, or ``back``: the gradient of the means to that of the input."""
     threads, *shares = _shares(shape, by_pixel, threads)
     tensors: tuple[Word, ...] = (Address(1), Address(0)) if back else (Address(0), Address(1))
-    room = Room(-(-threads * shares[-1] // 2))
+    room = Room(-(-threads * (shares[-1] if shares[-1] > 1 else shape[-1]) // 2))
     words: tuple[Word, ...] = (COUNTERS, *shares, *shape[-2:], *output, _table(lines), *tensors, int(back), room)
     return step(Launch(_MEANS.average.address, words, threads))
 

@@ -71,17 +71,23 @@ def add(x: Any, y: Any) -> None:
 
 
 @njit(error_model="numpy")
-def means_of_plane(x: Any, y: Any, rows: Any, columns: Any, width: Any) -> None:
+def sum_between(x: Any, first: Any, end: Any) -> Any:
+    total = _ZERO
+    for k in range(first, end):
+        total += x[k]
+    return total
+
+
+@njit(error_model="numpy")
+def means_of_plane(x: Any, y: Any, rows: Any, columns: Any, width: Any, sums: Any) -> None:
+    """Of each row of windows the sums of columns, and of these the windows' own; x is an address."""
     at = 0
     for i in range(len(rows)):
+        clear(sums)
+        for h in range(rows[i, 0], rows[i, 1]):
+            add(floats(x + 4 * h * width, width), sums)
         for j in range(len(columns)):
-            total = _ZERO
-            if columns[j, 1] - columns[j, 0] == width:
-                total = row_sum(x[rows[i, 0] * width : rows[i, 1] * width])
-            else:
-                for h in range(rows[i, 0], rows[i, 1]):
-                    for k in range(h * width + columns[j, 0], h * width + columns[j, 1]):
-                        total += x[k]
+            total = sum_between(sums, columns[j, 0], columns[j, 1])
             y[at] = total / np.float32(rows[i, 2] * columns[j, 2])
             at += 1
 
@@ -103,16 +109,18 @@ def means_of_image(x: Any, y: Any, rows: Any, columns: Any, width: Any, channels
 
 
 @njit(error_model="numpy")
-def spread_over_plane(g: Any, d: Any, rows: Any, columns: Any, width: Any) -> None:
-    clear(d)
+def spread_over_plane(g: Any, d: Any, rows: Any, columns: Any, width: Any, shares: Any) -> None:
+    """The reverse of :func:`means_of_plane`; d is an address."""
     at = 0
     for i in range(len(rows)):
+        clear(shares)
         for j in range(len(columns)):
             share = g[at] / np.float32(rows[i, 2] * columns[j, 2])
-            for h in range(rows[i, 0], rows[i, 1]):
-                for k in range(h * width + columns[j, 0], h * width + columns[j, 1]):
-                    d[k] += share
+            for k in range(columns[j, 0], columns[j, 1]):
+                shares[k] += share
             at += 1
+        for h in range(rows[i, 0], rows[i, 1]):
+            add(shares, floats(d + 4 * h * width, width))
 
 
 @njit(error_model="numpy")
@@ -152,16 +160,18 @@ def average(task: Any) -> None:
             else:
                 means_of_whole(x, y, size, divisor)
             continue
-        share = floats(scratch + 4 * turn * channels, channels)
+        lane = channels if channels > 1 else width
+        share = floats(scratch + 4 * turn * lane, lane)
         for n in range(first, min(count, first + block)):
             at_x, at_y = w[9] + 4 * n * size, w[10] + 4 * n * outputs
             x, y = floats(at_x, size), floats(at_y, outputs)
-            if channels > 1 and back:
+            if back:
                 clear(x)
+            if channels > 1 and back:
                 spread_over_image(at_y, at_x, rows, columns, width, channels, share)
             elif channels > 1:
                 means_of_image(at_x, at_y, rows, columns, width, channels)
             elif back:
-                spread_over_plane(y, x, rows, columns, width)
+                spread_over_plane(y, at_x, rows, columns, width, share)
             else:
-                means_of_plane(x, y, rows, columns, width)
+                means_of_plane(at_x, y, rows, columns, width, share)

@@ -41,7 +41,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that run from here on, by name."""
     names: list[str] = []
-    pooling = SimpleNamespace(**{**vars(_pooling_numba._MEANS), **vars(_pooling_numba._LARGEST)})
+    pooling = SimpleNamespace(**{**vars(_pooling_numba.average_kernels()), **vars(_pooling_numba.largest_kernels())})
     for module, kernels in ((_pointwise_numba, _pointwise_numba._KERNELS), (_pooling_numba, pooling)):
         noted(monkeypatch, module, lambda _, kernels=kernels: kernels, names)
     return names

@@ -58,7 +58,7 @@ def _kinds_of_numbers(shape: tuple[int, ...]) -> Iterator[Tensor]:
 def test_large_windows_to_the_bit(case: str, room: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plane, options = WINDOWS[case]
     ran: list[str] = []
-    noted(monkeypatch, _pooling_numba, lambda _: _pooling_numba._LARGEST, ran)
+    noted(monkeypatch, _pooling_numba, lambda _: _pooling_numba.largest_kernels(), ran)
     for x in _kinds_of_numbers((2, 3, *plane)):
         ours, theirs = (m.max_pool2d(x, *options, return_indices=True) for m in (F, torch_functional))
         assert bits_equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
@@ -113,9 +113,10 @@ def test_a_wrong_key_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
         "unordered": ("np.int32(place) if order == _UNORDERED else np.int32(~place)", "np.int32(~place)"),
         "zeros": ("np.int32(0) if magnitude == 0 else order", "order"),
     }[bug]
-    source = _pooling_numba._LARGEST_SOURCE
+    source = _pooling_numba.LARGEST_SOURCE
     assert replaced in source.read_text()
-    monkeypatch.setattr(_pooling_numba, "_LARGEST", _pooling_numba.load(source, replaced, by))
+    wrong = _pooling_numba.load(source, replaced, by)
+    monkeypatch.setattr(_pooling_numba, "largest_kernels", lambda: wrong)
     without_node(monkeypatch)
     _pooling_numba._search_step.cache_clear()
     try:

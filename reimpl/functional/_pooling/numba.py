@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,12 +29,22 @@ from reimpl.functional._node.plan import (
 from reimpl.functional._numba_source import load
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 
-_MEANS = load(Path(__file__).with_name("numba_kernels.py"))
-_LARGEST_SOURCE = Path(__file__).with_name("numba_largest_kernels.py")
-_LARGEST = load(_LARGEST_SOURCE)
+LARGEST_SOURCE = Path(__file__).with_name("numba_largest_kernels.py")
 # Keys that are made at a time: they stay in a core's cache. Rows of windows that need more than the second number are
 # taken one by one.
 _KEYS, _MOST_KEYS = 1 << 12, 1 << 17
+
+
+@cache
+def average_kernels() -> ModuleType:
+    """What compiles for some seconds is not loaded before it is asked for."""
+    return load(Path(__file__).with_name("numba_kernels.py"))
+
+
+@cache
+def largest_kernels() -> ModuleType:
+    """The same of maximum pooling."""
+    return load(LARGEST_SOURCE)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -117,15 +128,15 @@ def _search_step(
     sizes: tuple[Word, ...] = (COUNTERS, *(shares if by_pixel else shares[:2]), *plane, *output)
     if by_pixel:
         words = (*sizes, *apart, _table(lines), int(set(spans) == {2}), *tensors)
-        return step(Launch(_LARGEST.largest_of_pixels.address, words, threads))
+        return step(Launch(largest_kernels().largest_of_pixels.address, words, threads))
     keys = _room_for_keys(lines.windows, plane)
     if keys and lines.windows:
         w = lines.windows
         words = (*sizes, *w.kernel, *w.stride, *w.padding, *w.dilation, *keys, Room(threads * 3 * keys[-1]), *tensors)
-        return step(Launch(_LARGEST.largest_of_overlapping.address, words, threads))
+        return step(Launch(largest_kernels().largest_of_overlapping.address, words, threads))
     whole, room = output == (1, 1) and spans == list(plane), Room(threads * 3 * plane[1])
     words = (*sizes, *apart, _table(lines), int(whole), room)
-    return step(Launch(_LARGEST.largest_of_planes.address, (*words, *tensors), threads))
+    return step(Launch(largest_kernels().largest_of_planes.address, (*words, *tensors), threads))
 
 
 def _room_for_keys(windows: Windows | None, plane: tuple[int, int]) -> tuple[int, int, int] | None:
@@ -146,7 +157,7 @@ def _scatter_step(shape: tuple[int, ...], by_pixel: bool, plane: tuple[int, int]
     threads, *shares = _shares(shape, by_pixel, threads)
     sizes = (shares[-1] * prod(plane), shares[-1] * prod(shape[-2:]))
     words: tuple[Word, ...] = (COUNTERS, *shares, *sizes, Address(1), Address(0), Address(2))
-    return step(Launch(_LARGEST.scatter.address, words, threads))
+    return step(Launch(largest_kernels().scatter.address, words, threads))
 
 
 @lru_cache(256)
@@ -158,7 +169,7 @@ def _average_step(
     tensors: tuple[Word, ...] = (Address(1), Address(0)) if back else (Address(0), Address(1))
     room = Room(-(-threads * (shares[-1] if shares[-1] > 1 else shape[-1]) // 2))
     words: tuple[Word, ...] = (COUNTERS, *shares, *shape[-2:], *output, _table(lines), *tensors, int(back), room)
-    return step(Launch(_MEANS.average.address, words, threads))
+    return step(Launch(average_kernels().average.address, words, threads))
 
 
 @lru_cache(256)

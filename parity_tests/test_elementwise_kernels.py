@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that run from here on, by name."""
     names: list[str] = []
-    for module in (_pointwise_numba, _pooling_numba):
-        noted(monkeypatch, module, lambda _, module=module: module._KERNELS, names)
+    pooling = SimpleNamespace(**{**vars(_pooling_numba.average_kernels()), **vars(_pooling_numba.largest_kernels())})
+    for module, kernels in ((_pointwise_numba, _pointwise_numba._KERNELS), (_pooling_numba, pooling)):
+        noted(monkeypatch, module, lambda _, kernels=kernels: kernels, names)
     return names
 
 
@@ -203,7 +205,9 @@ def test_largest_of_each_window_to_the_bit(
                 for m in (F, torch_functional)
             )
             assert torch.equal(mine, other), (name, shape, args)
-    assert set(ran) == ({"largest", "scatter"} if way == "kernels" else set())
+    one_by_one = {"largest_of_planes", "scatter"}
+    expected = one_by_one | {"largest_of_overlapping"} | ({"largest_of_pixels"} if layout == "channels_last" else set())
+    assert set(ran) == (expected if way == "kernels" else set())
     if way == "blocks":
         assert any(plainly) and (finite or not all(plainly))
         assert all(plainly) or not finite or layout == "unbatched"
@@ -297,7 +301,9 @@ def test_only_plain_float32_runs_through_kernels(way: str, monkeypatch: pytest.M
     ran = counted(monkeypatch)
     x = torch.randn(2, 4, 8, 8)
     for other in (x.double(), x.bfloat16(), x.to("meta")):
-        F.tanh(other), F.relu(other), F.avg_pool2d(other, 2), F.max_pool2d(other, 2)
+        F.tanh(other), F.relu(other), F.avg_pool2d(other, 2)
+    for other in (x.double(), x.to("meta")):
+        F.max_pool2d(other, 2)
     torch.vmap(F.relu)(x)
     torch.func.jvp(F.sigmoid, (x,), (x,))
     torch.vmap(lambda x: F.max_pool2d(x, 2))(x)

@@ -104,13 +104,14 @@ def _wanted(value: object, annotation: str) -> str | None:
         are_tensors = isinstance(value, (tuple, list)) and all(isinstance(element, Tensor) for element in value)
         return None if are_tensors else "tuple of Tensors"
     if "Size" in annotation or "Sequence[int" in annotation:
-        return None if _is_size(value) or (isinstance(value, str) and "str" in annotation) else "tuple of ints"
+        fits = _is_size(value, "int | None" in annotation) or (isinstance(value, str) and "str" in annotation)
+        return None if fits else "tuple of ints"
     return None
 
 
-def _is_size(value: object) -> bool:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return all(element is None or _is_index(element) for element in value)
+def _is_size(value: object, optional: bool) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all((optional and element is None) or _is_index(element) for element in value)
     return _is_index(value)
 
 

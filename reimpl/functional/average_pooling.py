@@ -115,17 +115,19 @@ def adaptive_avg_pool1d(input: Tensor, output_size: Size) -> Tensor:
     return adaptive_avg_pool2d(input.unsqueeze(-2), (1, length)).squeeze(-2)
 
 
-def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
     r"""Mean over a grid of windows that cover the input: window :math:`i` of :math:`m` over :math:`h` rows holds the
     rows from :math:`\lfloor i h/m \rfloor` up to, without it, :math:`\lceil (i + 1) h/m \rceil`.
 
     Args:
         input: shape :math:`(N, C, H, W)` or :math:`(C, H, W)`.
-        output_size: rows and columns of the result, one number for both, ``None`` for the input's; 1 is global
-            average pooling.
+        output_size: rows and columns of the result, one number for both, ``None`` in a pair for the input's; 1 is
+            global average pooling, which takes any number of dimensions from two on, empty planes (their mean is NaN)
+            and complex numbers too.
 
     Raises:
         ValueError, RuntimeError: shapes or sizes do not fit; the text is PyTorch's.
+        IndexError: there are fewer than two dimensions to take the mean of.
         NotImplementedError: the dtype is not floating-point.
 
     Source: F9; N1, N4. PyTorch: :func:`torch.nn.functional.adaptive_avg_pool2d`.
@@ -134,35 +136,54 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
     done: Tensor | None = attempt(key, input)
     if done is not None:
         return done
-    wanted: Sequence[int | None] = (
-        (output_size, output_size) if output_size is None or isinstance(output_size, int) else output_size
-    )
-    if not isinstance(output_size, int) and input.dim() <= len(wanted):
-        raise ValueError(f"Input dimension should be at least {len(wanted) + 1}")
+    if not isinstance(output_size, int) and input.dim() <= len(output_size):
+        raise ValueError(f"Input dimension should be at least {len(output_size) + 1}")
+    wanted = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
     if len(wanted) != 2:
         raise RuntimeError("adaptive_avg_pool2d: output_size must be 2")
-    if input.dim() not in (3, 4):
-        raise RuntimeError(f"adaptive_avg_pool2d(): Expected 3D or 4D tensor, but got {list(input.shape)}")
-    sizes = [n if size is None else integer(size) for n, size in zip(input.shape[-2:], wanted, strict=True)]
-    if min(sizes) < 0:
+    rows, columns = (integer(input.shape[d] if wanted[d] is None else wanted[d]) for d in (-2, -1))
+    if min(rows, columns) < 0:
         raise RuntimeError(
             "adaptive_avg_pool2d: elements of output_size must be greater than or equal to 0 "
-            f"but received {{{sizes[0]}, {sizes[1]}}}"
+            f"but received {{{rows}, {columns}}}"
         )
+    if (rows, columns) == (1, 1) and not _is_ordinary(input):
+        return _mean(input)
+    _check_planes(input, 0 in (rows, columns))
+    output: Tensor = call(_AdaptiveAvgPool2d, _means, input, (rows, columns))
+    output = output.contiguous(memory_format=memory_format_of(input))
+    kernels = kernels_for(_KERNELS, input, output)
+    if key and kernels and kernels.worth_it(input) and output.numel():
+        lines = kernels.adaptive((rows, columns), (input.shape[-2], input.shape[-1]))
+        teach(key, kernels, _through_grid, input, output, lines, None)
+    return output
+
+
+def _is_ordinary(input: Tensor) -> bool:
+    """Whether there are planes of real floating-point numbers; PyTorch's means of whole ones are any tensor's."""
+    return input.dim() in (3, 4) and input.is_floating_point() and 0 not in input.shape[-2:]
+
+
+def _mean(input: Tensor) -> Tensor:
+    """Means of whole planes; there need not be any."""
+    mean = input.mean((-2, -1), keepdim=True)
+    by_pixel = input.dim() == 4 and memory_format_of(input) is torch.channels_last
+    # contiguous() would leave the strides of what is 1 long as they are
+    return mean.clone(memory_format=torch.channels_last) if by_pixel else mean
+
+
+def _check_planes(input: Tensor, empty: bool) -> None:
+    """Raise PyTorch's errors where the windows of a grid cannot be laid over the input, or its dtype has no means."""
+    if input.dim() not in (3, 4):
+        raise RuntimeError(f"adaptive_avg_pool2d(): Expected 3D or 4D tensor, but got {list(input.shape)}")
     for d in (input.dim() - 2, input.dim() - 1):
         if input.shape[d] == 0:
             raise RuntimeError(
                 "adaptive_avg_pool2d(): Expected input to have non-zero size for non-batch dimensions, "
                 f"but input has sizes {list(input.shape)} with dimension {d} being empty"
             )
-    check_floating("adaptive_avg_pool2d", input)
-    output: Tensor = call(_AdaptiveAvgPool2d, _means, input, (sizes[0], sizes[1]))
-    output = output.contiguous(memory_format=memory_format_of(input))
-    kernels = kernels_for(_KERNELS, input, output)
-    if key and kernels and kernels.worth_it(input) and output.numel():
-        lines = kernels.adaptive((sizes[0], sizes[1]), (input.shape[-2], input.shape[-1]))
-        teach(key, kernels, _through_grid, input, output, lines, None)
-    return output
+    if input.numel() and not empty:
+        check_floating("adaptive_avg_pool2d", input)
 
 
 def _window_sums(input: Tensor, dim: int, kernel: int, stride: int, windows: int) -> Tensor:
@@ -314,7 +335,7 @@ def _areas(plane: tuple[int, int], sizes: tuple[int, int], like: Tensor) -> Tens
 def _means(input: Tensor, sizes: tuple[int, int]) -> Tensor:
     rows, columns = input.dim() - 2, input.dim() - 1
     if sizes == (1, 1):
-        return input.mean((rows, columns), keepdim=True)
+        return _mean(input)
     x = input.to(opmath_dtype(input.dtype))
     sums = _adaptive_sums(_adaptive_sums(x, rows, sizes[0]), columns, sizes[1])
     return (sums / _areas((input.shape[-2], input.shape[-1]), sizes, x)).to(input.dtype)

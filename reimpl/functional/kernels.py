@@ -70,8 +70,9 @@ class use_kernels(_DecoratorContextManager):
 
     Convolutions (a direct algorithm, unless ``algorithm=`` names another) and batch normalisation, with relu or not
     (on the CPU in float64 and bfloat16 too), have such kernels; so have ``relu``, ``leaky_relu``, ``sigmoid``,
-    ``tanh``, ``linear_activation``, maximum and average pooling, ``softmax``, ``log_softmax``, ``cross_entropy`` of
-    class indices and, on the CPU, that of probabilities, ``nll_loss``, ``mse_loss`` and the binary cross-entropies.
+    ``tanh``, ``linear_activation``, average and maximum pooling (that of half-width numbers on the CPU as float32),
+    ``softmax``, ``log_softmax``, ``cross_entropy`` of class indices and, on the CPU, that of probabilities,
+    ``nll_loss``, ``mse_loss`` and the binary cross-entropies.
     """
 
     def __init__(self, mode: bool = True) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import call, memory_format_of, scalar_type_name
+from reimpl.functional._dispatch import call, memory_format_of
 from reimpl.functional._options import check_flags, integer
 from reimpl.functional._pooling.largest import Grid, learn, search, spread
 from reimpl.functional._pooling.operators import max_pool
@@ -18,6 +18,7 @@ from reimpl.functional._pooling.windows import (
     as_tuple,
     check_floating,
     check_reach,
+    check_real,
     check_two_or_three,
     left_out,
     one,
@@ -65,8 +66,7 @@ def max_pool2d(
     windows = plan_windows("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
     if input.numel():
         _refuse_windows_of_padding(input, windows)
-    if input.dtype == torch.bool or input.is_complex():
-        raise NotImplementedError(f"\"max_pool2d\" not implemented for '{scalar_type_name(input.dtype)}'")
+    check_real("max_pool2d", input)
     return _pool(input, windows, return_indices, key)
 
 
@@ -125,10 +125,10 @@ def adaptive_max_pool2d(input: Tensor, output_size: int | Sequence[int | None], 
         return done
     if not isinstance(output_size, int) and input.dim() <= len(output_size):
         raise ValueError(f"Input dimension should be at least {len(output_size) + 1}")
-    wanted: Sequence[int | None] = (output_size, output_size) if isinstance(output_size, int) else output_size
+    wanted = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
     if input.dim() not in (3, 4):
         raise RuntimeError(f"adaptive_max_pool2d(): Expected 3D or 4D tensor, but got: {list(input.shape)}")
-    for d in range(input.dim() - 3, input.dim()):
+    for d in range(1, input.dim()):
         if input.shape[d] == 0:
             raise RuntimeError(
                 "adaptive_max_pool2d(): Expected input to have non-zero size for non-batch dimensions, "

@@ -174,12 +174,12 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
 
     __constants__: ClassVar[list[str]] = ["output_size"]  # type: ignore[misc]
 
-    def __init__(self, output_size: int | Sequence[int | None] | None) -> None:
+    def __init__(self, output_size: int | Sequence[int | None]) -> None:
         Module.__init__(self)
         self.output_size = output_size  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(input, self.output_size)
+        return F.adaptive_avg_pool2d(input, self.output_size)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"output_size={self.output_size}"

@@ -7,8 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 _FEATURES = llvm.get_host_cpu_features()
@@ -27,6 +28,24 @@ def pointer(typingctx: Any, address: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.voidptr(address), codegen
+
+
+@njit(inline="always")
+def floats(address: Any, n: Any) -> Any:
+    """So many float32 at the address."""
+    return carray(pointer(address), (n,), np.float32)
+
+
+@njit(inline="always")
+def ints(address: Any, n: Any) -> Any:
+    """So many int32 at the address."""
+    return carray(pointer(address), (n,), np.int32)
+
+
+@njit(inline="always")
+def longs(address: Any, n: Any) -> Any:
+    """So many int64 at the address."""
+    return carray(pointer(address), (n,), np.int64)
 
 
 @intrinsic

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._dispatch import memory_format_of, opmath_dtype
 from reimpl.functional._pooling import plain as _pooling_plain
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 from reimpl.functional.kernels import final_kernels_for, kernels_for, teach
@@ -25,6 +25,9 @@ class Grid:
 
 def search(input: Tensor, windows: Windows | Grid, steps: bool = False) -> tuple[Tensor, Tensor]:
     """Maxima and their places; with ``steps`` these may be floating-point ones, from the first of a window, instead."""
+    if _pooling_plain.runs_widened(input):
+        values, places = search(input.float(), windows, steps)
+        return values.to(input.dtype, memory_format=memory_format_of(input)), places
     kernels = kernels_for("_pooling.numba", input)
     if kernels and kernels.worth_it(input) and 0 not in windows.output:
         lines = _lines(kernels, windows, (input.shape[-2], input.shape[-1]))
@@ -130,6 +133,8 @@ def spread(
     grad: Tensor, places: Tensor, plane: tuple[int, int], windows: Windows | Grid, layout: torch.memory_format
 ) -> Tensor:
     """The gradient of each maximum at its place, in planes of so many rows and columns, laid out so."""
+    if _pooling_plain.runs_widened(grad):
+        return spread(grad.float(), places, plane, windows, layout).to(grad.dtype)
     height, width = plane
     if places.is_floating_point() and isinstance(windows, Windows):
         if _pooling_plain.runs_plainly(grad) and _pooling_plain.runs_plainly(places):

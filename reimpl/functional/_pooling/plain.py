@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._conv.layouts import pixels_of_planes, planes_of_pixels
-from reimpl.functional._plain import BITS, plain_on_cpu
+from reimpl.functional._plain import BITS, ordinary, plain_on_cpu
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 
 Pair = tuple[Tensor, Tensor]
@@ -27,6 +27,13 @@ def runs_plainly(input: Tensor) -> bool:
     return plain_on_cpu(input) and torch._C._len_torch_dispatch_stack() == 0
 
 
+def runs_widened(tensor: Tensor) -> bool:
+    """Whether numbers of half the width are sooner taken as float32: PyTorch compares them one by one."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16) or tensor.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return ordinary(tensor) and torch._C._len_torch_dispatch_stack() == 0
+
+
 def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None:
     """The largest number of each window and its place, ``None`` where NaN or a window of -inf alone want more care.
 
@@ -36,9 +43,9 @@ def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None
     plane = input.shape[-2], input.shape[-1]
     if input.numel() == 0 or prod(plane) >= _MOST_PLACES:
         return None
-    signed = _has_negative_zero(input)
-    steps = steps and not signed
     pixels, overhang = _pixels(input), any(windows.overhang(plane))
+    signed = _has_negative_zero(pixels)
+    steps = steps and not signed
     distances, starts = _places(windows, plane[1], input.dtype, min(pixels.shape[3], _LONG_PIXEL))
     first, *others = _taps(pixels, windows)
     columns = _Search(first)
@@ -57,16 +64,26 @@ def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None
     if steps:
         return _planes_like(input, best), found.permute(0, 3, 1, 2)
     places = _planes_like(input, found).to(torch.int64, memory_format=torch.preserve_format)
-    if not signed:
-        return _planes_like(input, best), places
-    values = input.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
-    return values.contiguous(memory_format=_layout(input)), places
+    return _at(input, places) if signed else _planes_like(input, best), places
 
 
 def _has_negative_zero(input: Tensor) -> bool:
     """Whether a zero is negative: of zeros, PyTorch's maximum takes now the first, now the second."""
     kind = BITS[input.dtype]
-    return int(input.view(kind).amin()) == torch.iinfo(kind).min
+    lowest = torch.iinfo(kind).min
+    if kind is torch.int32:
+        return int(input.view(kind).amin()) == lowest
+    # halves first, since a minimum of int64 takes nine times as long
+    dense = input.is_contiguous() and input.stride(-1) == 1
+    if dense and int(input.view(torch.int32).amin()) > torch.iinfo(torch.int32).min:
+        return False
+    return bool((input.view(kind) == lowest).any())
+
+
+def _at(input: Tensor, places: Tensor) -> Tensor:
+    """The numbers that stand there."""
+    values = input.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
+    return values.contiguous(memory_format=_layout(input))
 
 
 def _pixels(input: Tensor) -> Tensor:
@@ -82,6 +99,10 @@ def _planes_like(input: Tensor, pixels: Tensor) -> Tensor:
 
 def _planes(pixels: Tensor, layout: torch.memory_format, dims: int) -> Tensor:
     planes = planes_of_pixels(pixels, layout).contiguous(memory_format=layout)
+    if 1 in planes.shape[1:]:
+        # the strides of what is 1 long are any so far
+        empty = torch.empty(planes.shape, dtype=planes.dtype, device=planes.device, memory_format=layout)
+        planes = empty.copy_(planes)
     return planes.squeeze(0) if dims == 3 else planes
 
 
@@ -92,7 +113,7 @@ def _taps(pixels: Tensor, windows: Windows) -> Iterator[Tensor]:
     """
     images, height, width, channels = pixels.shape
     left, right, top, bottom = windows.overhang((height, width))
-    hands = windows.stride[1] if channels < _LONG_PIXEL else 1
+    hands = windows.stride[1] if channels < _LONG_PIXEL and windows.output[1] > 1 else 1
     if hands > 1:
         pixels = _dealt(pixels, hands, (left, right, top, bottom))
         image, row, hand, column, channel = pixels.stride()
@@ -211,10 +232,8 @@ def largest_of_grid(input: Tensor, output: tuple[int, int]) -> Pair | None:
     if not _is_sure(best, False):
         return None
     # the sum of two whole numbers below the bound
-    places = places.add_(top.view(-1, 1, 1)).mul_(width).add_(found).long()
-    layout = _layout(input)
-    best, places = (t.permute(0, 3, 1, 2).contiguous(memory_format=layout) for t in (best, places))
-    return best, places
+    places = _planes_like(input, places.add_(top.view(-1, 1, 1)).mul_(width).add_(found).long())
+    return _at(input, places) if _has_negative_zero(x) else _planes_like(input, best), places
 
 
 def _members(count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -234,7 +253,11 @@ def _largest_of_all(input: Tensor) -> Pair | None:
         return None
     rest = torch.arange(height * width, 0, -1, dtype=input.dtype, device=input.device).view(height, width)
     hits = torch.eq(input, best, out=torch.empty_like(input)).mul_(rest)
-    return best, height * width - hits.amax((-2, -1), keepdim=True).long()
+    places = height * width - hits.amax((-2, -1), keepdim=True).long()
+    # the maximum of zeros may have either sign
+    best = input.flatten(-2).gather(-1, places.flatten(-2))
+    best, places = (_planes_like(input, t.reshape(-1, 1, 1, input.shape[-3])) for t in (best, places))
+    return best, places
 
 
 def are_tiles(windows: Windows, plane: tuple[int, int]) -> bool:

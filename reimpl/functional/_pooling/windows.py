@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,8 @@ def _pair(value: Size | None, message: str) -> tuple[int, int]:
     values = as_tuple(value)
     if len(values) not in (1, 2):
         raise RuntimeError(message)
+    if any(type(v) is int and not -(1 << 31) <= v < 1 << 31 for v in values):
+        raise RuntimeError("value cannot be converted to type int without overflow")
     return values[0], values[-1]
 
 
@@ -148,9 +150,15 @@ def window_count(size: int, reach: int, stride: int, pad: int, ceil_mode: bool) 
 
 
 def check_floating(name: str, input: Tensor) -> None:
-    """Raise PyTorch's ``NotImplementedError`` where the dtype is not a real floating-point one."""
-    if not input.is_floating_point():
+    """Raise PyTorch's ``NotImplementedError`` where the dtype is not a real floating-point one, or has but 8 bits."""
+    if not input.is_floating_point() or input.dtype.itemsize == 1:
         raise NotImplementedError(f"\"{name}\" not implemented for '{scalar_type_name(input.dtype)}'")
+
+
+def check_real(name: str, input: Tensor) -> None:
+    """The same where whole numbers will do too."""
+    if input.dtype == torch.bool or input.is_complex() or input.is_floating_point():
+        check_floating(name, input)
 
 
 def check_two_or_three(name: str, input: Tensor) -> None:
@@ -171,7 +179,7 @@ def as_tuple(value: Any) -> tuple[int, ...]:
     """An option as a tuple of numbers."""
     if value is None:
         return ()
-    if isinstance(value, Iterable) and not (isinstance(value, Tensor) and value.dim() == 0):
+    if isinstance(value, (tuple, list)):
         return tuple(map(integer, value))
     return (integer(value),)
 

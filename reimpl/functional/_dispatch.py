@@ -58,7 +58,7 @@ def call(
     if forward_ad._current_level >= 0:
         return composition(*args)
     if torch.compiler.is_compiling():
-        whole = operator is not None and not _exporting() and not _transforming()
+        whole = operator is not None and not _exporting() and not transforming()
         return operator(*args) if operator is not None and whole else composition(*args)
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace can save no Function of Python's
         return composition(*args)
@@ -106,7 +106,7 @@ def in_its_own_right(output: Any, *args: Any) -> Any:
     """
     if type(output) is not Tensor:
         return output
-    value = _value(output)
+    value = value_of(output)
     if not value._is_view() or any(value._base is _base(arg) for arg in args if isinstance(arg, Tensor)):
         return output
     return output.data if value is output else torch.ops.aten._unsafe_view(output, output.shape)
@@ -125,11 +125,11 @@ def _mapped_by(*args: Any) -> set[int]:
 
 def _base(tensor: Tensor) -> Tensor:
     """The tensor whose memory this is a view of, itself if it is no view."""
-    value = _value(tensor)
+    value = value_of(tensor)
     return value if value._base is None else value._base
 
 
-def _value(tensor: Tensor) -> Tensor:
+def value_of(tensor: Tensor) -> Tensor:
     """What is inside of the wrappers of ``torch.func``."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -137,7 +137,7 @@ def _value(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     """Whether a transform of ``torch.func`` is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -148,7 +148,7 @@ def _exporting() -> bool:
 
 
 # What torch.compiler.assume_constant_result does, without its import of all of Dynamo: Dynamo calls the functions.
-for _asked in (_transforming, _exporting):
+for _asked in (transforming, _exporting):
     _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

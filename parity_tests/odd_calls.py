@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 Call = Callable[[Any, Any, Any], Any]
@@ -47,6 +48,144 @@ _BINARY: tuple[Call, ...] = (
     ),
 )
 
+_SQUARED_ERROR: tuple[Call, ...] = (
+    lambda f, nn, x: f.mse_loss(x.grad(3), x.bool(3), weight=x.rand(3)),
+    lambda f, nn, x: f.mse_loss(x.bool(3), x.bool(3), weight=x.rand(3)),
+    lambda f, nn, x: f.mse_loss(x.bool(3), x.bool(3)),
+    lambda f, nn, x: f.mse_loss(x.complex(3), x.complex(3)),
+    *(
+        lambda f, nn, x, how=how: f.mse_loss(
+            x.leaf(x.complex(3)), x.leaf(x.complex(3)), weight=x.leaf(x.rand(3)), reduction=how
+        )
+        for how in ("none", "mean", "sum")
+    ),
+    lambda f, nn, x: f.mse_loss(x.leaf(x.complex(3)), x.grad(3), weight=x.leaf(x.complex(3))),
+    lambda f, nn, x: f.mse_loss(x.grad(3), x.randn(3), weight=x.leaf(x.complex(3))),
+    *(
+        lambda f, nn, x, weight=weight, how=how: f.mse_loss(
+            x.long(3), x.long(3), weight=getattr(x, weight)(3), reduction=how
+        )
+        for weight in ("long", "rand", "bool")
+        for how in ("none", "mean", "sum")
+    ),
+    lambda f, nn, x: f.mse_loss(x.long(3), x.long(3)),
+    lambda f, nn, x: f.mse_loss(x.randn(3), x.randn(3), False, True, weight=x.rand(3)),
+    lambda f, nn, x: f.mse_loss(x.randn(3), x.randn(3), x.rand(3)),
+    lambda f, nn, x: f.mse_loss(x.randn(3), x.randn(3), reduction=None, weight=x.rand(3)),
+    *(
+        lambda f, nn, x, how=how: f.mse_loss(
+            x.leaf(x.randn(3, 2).t()), x.leaf(x.randn(3, 2).t()), weight=x.leaf(x.rand(2, 3)), reduction=how
+        )
+        for how in ("none", "mean")
+    ),
+)
+
+_NO_TENSORS: tuple[Call, ...] = tuple(
+    lambda f, nn, x, name=name, place=place, wrong=wrong: getattr(f, name)(
+        *(wrong if i == place else x.rand(3, 3) for i in range(3))
+    )
+    for name, places in (
+        ("binary_cross_entropy", 3),
+        ("binary_cross_entropy_with_logits", 3),
+        ("mse_loss", 2),
+        ("cross_entropy", 2),
+        ("nll_loss", 2),
+        ("linear", 3),
+        ("batch_norm", 3),
+    )
+    for place in range(places)
+    for wrong in (1, [1.0], "a", {}, np.ones(3))
+) + (
+    *(
+        lambda f, nn, x, name=name, rest=rest, wrong=wrong: getattr(f, name)(wrong, *rest)
+        for name, rest in (("relu", ()), ("relu_", ()), ("leaky_relu", ()), ("dropout", ()), ("softmax", (0,)))
+        for wrong in (1, None, [1.0], np.ones(3))
+    ),
+    lambda f, nn, x: f.softmax(1),
+    lambda f, nn, x: f.softmax(x.randn(2, 3), None, "a"),
+    lambda f, nn, x: f.log_softmax(None, 0),
+    lambda f, nn, x: f.embedding(1, x.randn(5, 3)),
+    lambda f, nn, x: f.embedding(x.long(2), [[1.0]]),
+    lambda f, nn, x: f.embedding(x.long(2), x.randn(5, 3), None, "a"),
+    lambda f, nn, x: f.embedding(x.long(2), x.randn(5, 3), None, 1.0, None),
+    lambda f, nn, x: f.cross_entropy(x.randn(3, 5), x.long(3), 2.0),
+    lambda f, nn, x: f.nll_loss(x.randn(3, 5), x.long(3), [1] * 5),
+    lambda f, nn, x: f.mse_loss(x.randn(3), x.randn(3), weight=2.0),
+    lambda f, nn, x: f.binary_cross_entropy_with_logits(x.randn(3), x.rand(3), pos_weight=2.0),
+    lambda f, nn, x: f.batch_norm(1, x.randn(3), x.rand(3), training=True),
+    lambda f, nn, x: f.batch_norm(np.ones((2, 3)), x.randn(3), x.rand(3), training=True),
+    lambda f, nn, x: f.batch_norm(x.randn(2, 3), x.randn(3), x.rand(3), 1),
+    lambda f, nn, x: f.batch_norm(x.randn(2, 3), x.randn(3), x.rand(3), bias=[1]),
+    lambda f, nn, x: nn.MSELoss()(1, 2),
+    lambda f, nn, x: nn.CrossEntropyLoss()(1, 2),
+    lambda f, nn, x: nn.Embedding(5, 3)([1]),
+    lambda f, nn, x: nn.Sigmoid()(1),
+)
+
+_NUMBERS: tuple[Call, ...] = (
+    # numbers that tensors hold
+    lambda f, nn, x: f.dropout(x.grad(8), torch.tensor(0.5)),
+    lambda f, nn, x: f.dropout(x.randn(8), torch.tensor([0.5])),
+    lambda f, nn, x: f.dropout(x.randn(8), torch.tensor(0.5, requires_grad=True)),
+    lambda f, nn, x: f.leaky_relu(x.grad(3), torch.tensor(0.1)),
+    lambda f, nn, x: f.leaky_relu(x.grad(3), torch.tensor([0.1])),
+    lambda f, nn, x: f.leaky_relu(x.grad(3), torch.tensor(0.1, requires_grad=True)),
+    lambda f, nn, x: f.cross_entropy(x.grad(3, 5), x.long(3), label_smoothing=torch.tensor(0.1)),
+    lambda f, nn, x: f.cross_entropy(x.grad(3, 5), x.long(3), label_smoothing=torch.tensor([0.1])),
+    lambda f, nn, x: f.batch_norm(x.randn(2, 3), x.randn(3), x.rand(3), momentum=torch.tensor([0.1]), training=True),
+    # numbers that 64 bits do not hold, and none at all
+    lambda f, nn, x: f.cross_entropy(x.randn(3, 5), x.long(3), ignore_index=2**70),
+    lambda f, nn, x: f.nll_loss(x.randn(3, 5), x.long(3), ignore_index=2**70),
+    lambda f, nn, x: f.softmax(x.randn(3), 2**70),
+    *(lambda f, nn, x, p=p: f.dropout(x.randn(3), p) for p in (torch.nan, torch.inf, "a", None, [0.5], 0.5j, True)),
+    lambda f, nn, x: f.dropout(x.randn(3), torch.nan, False),
+    lambda f, nn, x: f.dropout(x.randn(0), torch.nan),
+    lambda f, nn, x: nn.Dropout(torch.nan),
+    lambda f, nn, x: nn.Dropout(torch.nan).eval()(x.randn(3)),
+    *(lambda f, nn, x, slope=slope: f.leaky_relu(x.randn(3), slope) for slope in ("a", None, [0.1], 1j, True)),
+    *(lambda f, nn, x, slope=slope: f.leaky_relu(x.grad(9), slope) for slope in (torch.nan, torch.inf, -torch.inf)),
+    *(lambda f, nn, x, slope=slope: f.leaky_relu_(x.grad(9) * 1, slope) for slope in (torch.nan, -0.1, 0.0, 2)),
+    lambda f, nn, x: nn.LeakyReLU("a")(x.randn(3)),
+)
+
+_EMPTY: tuple[Call, ...] = (
+    *(
+        lambda f, nn, x, name=name, dim=dim, dtype=dtype: getattr(f, name)(x.randn(0, 3), dim, dtype=dtype)
+        for name in ("softmax", "log_softmax")
+        for dim in (0, 1)
+        for dtype in (torch.int64, torch.bool, torch.complex64, torch.float16, float, int)
+    ),
+    lambda f, nn, x: f.softmax(x.long(0, 3), 1),
+    lambda f, nn, x: f.softmax(x.long(), 0),
+    lambda f, nn, x: f.softmax(x.randn(2, 3), 0, dtype=torch.uint16),
+    lambda f, nn, x: f.log_softmax(x.randn(2, 3), 0, dtype=torch.float8_e4m3fn),
+    lambda f, nn, x: f.softmax(x.long(2, 3), 0, dtype=float),
+)
+
+_IN_PLACE: tuple[Call, ...] = tuple(
+    lambda f, nn, x, function=function, made=made: function(f, made(x))
+    for function in (
+        lambda f, t: f.relu(t, True),
+        lambda f, t: f.leaky_relu_(t, 0.1),
+        lambda f, t: f.dropout(t, 0.5, True, True),
+        lambda f, t: f.dropout(t, 1.0, inplace=True),
+    )
+    for made in (
+        lambda x: x.grad(2, 3) * 1,
+        lambda x: x.grad(2, 3),
+        lambda x: x.leaf(x.randn(3, 2).t()) * 1,
+        lambda x: (x.grad(2, 3) * 1).t(),
+        lambda x: (x.grad(2, 6) * 1)[:, ::2],
+        lambda x: x.leaf(x.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)) * 1,
+        lambda x: x.randn(2, 1).expand(2, 3),
+    )
+)
+
 ROWS: dict[str, tuple[Call, ...]] = {
     "binary cross-entropy": _BINARY,
+    "squared error": _SQUARED_ERROR,
+    "no tensors": _NO_TENSORS,
+    "numbers": _NUMBERS,
+    "empty": _EMPTY,
+    "in place": _IN_PLACE,
 }

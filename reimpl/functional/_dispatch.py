@@ -159,7 +159,8 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def scalar_type_name(dtype: torch.dtype) -> str:
     """PyTorch's C++ name of a dtype, as its error messages print it."""
-    return _SCALAR_TYPE_NAMES.get(dtype, str(dtype))
+    name = str(dtype).removeprefix("torch.")
+    return _SCALAR_TYPE_NAMES.get(dtype) or (f"UI{name[2:]}" if name.startswith("uint") else name.capitalize())
 
 
 def autocast_enabled(device: torch.device) -> bool:

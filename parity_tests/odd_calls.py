@@ -162,6 +162,55 @@ _EMPTY: tuple[Call, ...] = (
     lambda f, nn, x: f.softmax(x.long(2, 3), 0, dtype=float),
 )
 
+_NORMALIZATION: tuple[Call, ...] = (
+    # nothing to normalise
+    lambda f, nn, x: f.batch_norm(x.randn(0, 3), None, None),
+    lambda f, nn, x: f.batch_norm(x.randn(0, 3), None, None, training=True),
+    lambda f, nn, x: f.batch_norm(x.grad(0, 3), x.randn(3), None, x.grad(3), x.grad(3), training=True),
+    lambda f, nn, x: f.batch_norm(x.grad(2, 3, 0), x.randn(4), x.rand(5), x.grad(3), x.grad(3)),
+    lambda f, nn, x: f.batch_norm(x.randn(2, 0), x.randn(3), x.rand(3)),
+    lambda f, nn, x: f.batch_norm(x.long(0, 3), None, None, training=True),
+    lambda f, nn, x: f.batch_norm(x.bool(0, 3), x.randn(3), x.rand(3)),
+    lambda f, nn, x: f.batch_norm(x.randn(0, 3), None, None, training=True, eps=0.0),
+    lambda f, nn, x: nn.BatchNorm1d(0)(x.randn(2, 0)),
+    lambda f, nn, x: nn.BatchNorm1d(3, track_running_stats=False)(x.leaf(x.randn(0, 3))),
+    # other dimensions
+    *(lambda f, nn, x, n=n: f.batch_norm(x.randn(*n), None, None, training=True) for n in ((), (0,), (1,), (3,))),
+    lambda f, nn, x: f.batch_norm(x.randn(3), x.randn(3), x.rand(3)),
+    lambda f, nn, x: f.batch_norm(x.randn(3), x.randn(0), x.rand(0)),
+    lambda f, nn, x: f.batch_norm(x.randn(2, 3), x.randn(3), x.rand(3), x.randn(3, 1), x.randn(1, 3), True),
+    lambda f, nn, x: f.batch_norm(x.randn(2, 3), x.randn(3, 1), x.rand(1, 3), training=True),
+    lambda f, nn, x: f.batch_norm(x.randn(2, 3), x.randn(3, 1), x.rand(1, 3)),
+    # options: which of them is refused first, and how
+    *(
+        lambda f, nn, x, eps=eps, training=training: f.batch_norm(
+            x.randn(2, 3), x.randn(3), x.rand(3), training=training, momentum=None, eps=eps
+        )
+        for eps in (1e-5, 0, -1, "a", None)
+        for training in (False, True)
+    ),
+    *(lambda f, nn, x, m=m: f.batch_norm(x.randn(2, 3), x.randn(3), x.rand(3), momentum=m) for m in ("a", 1j, [1])),
+    *(lambda f, nn, x, eps=eps: f.batch_norm(x.randn(2, 3), x.randn(3), x.rand(3), eps=eps) for eps in ([1], 1j)),
+    lambda f, nn, x: nn.BatchNorm1d(3, momentum=None, eps=-1)(x.randn(2, 3)),
+    lambda f, nn, x: nn.BatchNorm1d(3, eps="a")(x.randn(2, 3)),
+    # dtypes that differ
+    *(
+        lambda f, nn, x, dtypes=dtypes: f.batch_norm(
+            *(x.rand(*((2, 3) if i == 0 else (3,)), dtype=dtype) for i, dtype in enumerate(dtypes)), training=True
+        )
+        for dtypes in (
+            (torch.half, torch.half, torch.float),
+            (torch.half, torch.float, torch.float, torch.half, torch.half),
+            (torch.half, torch.float, torch.float, torch.float, torch.half),
+            (torch.half, torch.float, torch.float, torch.half),
+            (torch.float, torch.float, torch.float, torch.float, torch.double),
+            (torch.float, torch.float, torch.float, torch.double),
+            (torch.double, torch.float, torch.float),
+            (torch.bfloat16, torch.half, torch.half),
+        )
+    ),
+)
+
 _IN_PLACE: tuple[Call, ...] = tuple(
     lambda f, nn, x, function=function, made=made: function(f, made(x))
     for function in (
@@ -188,4 +237,5 @@ ROWS: dict[str, tuple[Call, ...]] = {
     "numbers": _NUMBERS,
     "empty": _EMPTY,
     "in place": _IN_PLACE,
+    "batch normalisation": _NORMALIZATION,
 }

@@ -87,11 +87,6 @@ def window_in_the_padding(library: Any) -> Tensor:
     return library.max_pool2d(torch.zeros(1, 1, 2, 2), 2, 1, 1, 3).max().clamp_min(-1)  # type: ignore[no-any-return]
 
 
-def batch_norm_without_channels(library: Any) -> Tensor:
-    averages = torch.ones(3), torch.ones(3)
-    return sum(library.batch_norm(torch.empty(shape), *averages).sum() for shape in ((0,), (2, 0), (2, 0, 4, 4)))  # type: ignore[no-any-return]
-
-
 def gradient_of_an_empty_grid(library: Any) -> Tensor:
     x = leaf(1, 2, 3)
     return grad_of(library.adaptive_avg_pool2d(x, (0, 2)), x) + grad_of(library.adaptive_max_pool2d(x, (0, 2)), x)
@@ -142,9 +137,6 @@ EXCEPTIONS = (
     Exceptional("leaky_relu", "the gradient in place at a negative slope", leaky_in_place, RuntimeError, RuntimeError),
     Exceptional("dropout", "under `vmap` without `randomness=`", dropout_under_vmap, RuntimeError, RuntimeError),
     Exceptional("max_pool2d", "a window in the padding alone", window_in_the_padding, RuntimeError, -1.0),
-    Exceptional(
-        "batch_norm", "an input without channels, averages of 3", batch_norm_without_channels, RuntimeError, 0.0
-    ),
     Exceptional("adaptive_avg_pool2d", "the gradient of an empty result", gradient_of_an_empty_grid, 0.0, RuntimeError),
     Exceptional("embedding", "`sparse=True` with a gradient, compiled", compiled_sparse_embedding, Exception, 6.0),
     Exceptional(

@@ -38,5 +38,5 @@ def check_number(value: Any) -> None:
     if isinstance(value, torch.Tensor):
         if value.dim() or value.requires_grad:
             raise TypeError(f"expected a number, got a tensor of shape {list(value.shape)}")
-    elif not isinstance(value, (float, int)):
-        float(value)
+    elif not hasattr(value, "__float__") and not hasattr(value, "__index__"):
+        raise TypeError(f"expected a number, got {value!r}")

@@ -33,8 +33,9 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return handle_torch_function(call, given, *args, **kwargs)
         try:
             return function(*args, **kwargs)
-        except Exception:  # asked only now, since what is right should not pay for it
-            _refuse(function, args, kwargs)
+        except Exception as error:  # asked only now, since what is right should not pay for it
+            if not (isinstance(error, ValueError) and function.__name__ in _CHECKED_FIRST):
+                _refuse(function, args, kwargs)
             raise
 
     call.__module__ = "reimpl.functional"
@@ -48,12 +49,12 @@ def _refuse(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:  # an argument is missing, or there is one too many: the call itself has said so
         return
+    if any((function.__name__, name) in _COMPARED and not _compares(value) for name, value in given.items()):
+        return
     for position, (name, parameter) in enumerate(signature.parameters.items(), 1):
         value, annotation = given.get(name), parameter.annotation
         if name not in given or (value is None and "None" in annotation) or name in _ANY_TRUTH:
             continue
-        if (function.__name__, name) in _COMPARED and not isinstance(value, Tensor):
-            continue  # the comparison has failed
         wanted = _wanted(value, annotation)
         if wanted:
             if wanted == "float" and function.__name__ in _OF_SCALARS:
@@ -113,6 +114,7 @@ _HANDED_ON: dict[tuple[str, str], tuple[str, str, int | None]] = {
 }
 # What PyTorch's Python looks at itself, and takes anything for.
 _ANY_TRUTH = {"inplace", "return_indices", "size_average", "reduce", "_stacklevel"}
+_CHECKED_FIRST = {"batch_norm", "dropout"}  # whose values its Python refuses, before C++ looks at types
 # Numbers that it compares before C++ sees them.
 _COMPARED = {("dropout", "p"), ("batch_norm", "eps")}
 _OF_SCALARS = {"leaky_relu", "leaky_relu_"}  # complex ones too, for C++ to refuse
@@ -169,6 +171,10 @@ def _is_number(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.dim() == 0 and not value.requires_grad
     return hasattr(value, "__float__") or hasattr(value, "__index__")
+
+
+def _compares(value: object) -> bool:
+    return isinstance(value, (float, int, Tensor))
 
 
 # For annotations of one type: what it takes, and its name.

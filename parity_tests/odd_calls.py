@@ -211,6 +211,50 @@ _NORMALIZATION: tuple[Call, ...] = (
     ),
 )
 
+_LINEAR: tuple[Call, ...] = (
+    # strides of the gradients
+    *(
+        lambda f, nn, x, made=made, weight=weight, bias=bias: f.linear(
+            x.leaf(made(x)), x.leaf(weight(x)), x.grad(4) if bias else None
+        )
+        for made in (
+            lambda x: x.randn(2, 3),
+            lambda x: x.randn(3),
+            lambda x: x.randn(2, 5, 3),
+            lambda x: x.randn(3, 2).t(),
+            lambda x: x.randn(3, 1).t(),
+            lambda x: x.randn(2, 5, 3).transpose(0, 1),
+            lambda x: x.randn(2, 3, 5).transpose(1, 2),
+            lambda x: x.randn(3, 2, 5).permute(1, 2, 0),
+            lambda x: x.randn(2, 6)[:, ::2],
+            lambda x: x.randn(2, 1).expand(2, 3),
+            lambda x: x.randn(0, 3),
+        )
+        for weight in (
+            lambda x: x.randn(4, 3),
+            lambda x: x.randn(3, 4).t(),
+            lambda x: x.randn(4, 6)[:, ::2],
+            lambda x: x.randn(1, 3).expand(4, 3),
+        )
+        for bias in (False, True)
+    ),
+    lambda f, nn, x: f.linear(x.grad(2, 0), x.grad(4, 0), x.grad(4)),
+    lambda f, nn, x: f.linear(x.grad(1, 3), x.leaf(x.randn(3, 1).t())),
+    # biases of other dimensions, weights of one
+    *(
+        lambda f, nn, x, shape=shape, bias=bias: f.linear(x.grad(*shape), x.grad(4, 3), x.grad(*bias))
+        for shape in ((3,), (2, 3), (2, 2, 3))
+        for bias in ((), (1,), (2, 4), (2, 1), (2, 2, 4))
+        if (shape, bias) != ((2, 3), (2, 2, 4))  # in other words
+    ),
+    *(
+        lambda f, nn, x, shape=shape, bias=bias: f.linear(x.grad(*shape), x.grad(3), x.grad(*bias))
+        for shape in ((3,), (2, 3), (2, 2, 3))
+        for bias in ((), (1,), (2,))
+    ),
+    *(lambda f, nn, x, shape=shape: f.linear(x.randn(*shape), x.randn(5)) for shape in ((3,), (2, 3), (2, 2, 3))),
+)
+
 _IN_PLACE: tuple[Call, ...] = tuple(
     lambda f, nn, x, function=function, made=made: function(f, made(x))
     for function in (
@@ -237,5 +281,6 @@ ROWS: dict[str, tuple[Call, ...]] = {
     "numbers": _NUMBERS,
     "empty": _EMPTY,
     "in place": _IN_PLACE,
+    "linear": _LINEAR,
     "batch normalisation": _NORMALIZATION,
 }

@@ -122,7 +122,7 @@ _OF_SCALARS = {"leaky_relu", "leaky_relu_"}  # complex ones too, for C++ to refu
 _CALLED: dict[tuple[str, str], str] = {
     **{(name, argument): "size" for name in ("binary_cross_entropy", "mse_loss") for argument in _OF_CLASSES},
     **{("binary_cross_entropy_with_logits", argument): "size" for argument in ("input", "target")},
-    ("batch_norm", "input"): "size",
+    **{(name, "input"): "size" for name in ("batch_norm", "adaptive_avg_pool2d", "adaptive_max_pool2d")},
     ("softmax", "input"): "dim",
     ("log_softmax", "input"): "dim",
 }

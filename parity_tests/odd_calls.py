@@ -255,6 +255,111 @@ _LINEAR: tuple[Call, ...] = (
     *(lambda f, nn, x, shape=shape: f.linear(x.randn(*shape), x.randn(5)) for shape in ((3,), (2, 3), (2, 2, 3))),
 )
 
+_EMBEDDING: tuple[Call, ...] = (
+    *(
+        lambda f, nn, x, row=row: f.embedding(x.long(2), x.grad(5, 3), row)
+        for row in ("a", [0], 9.5, 0.5, torch.nan, 2**70, True, -1, torch.tensor(1))
+    ),
+    *(lambda f, nn, x, row=row: nn.Embedding(5, 3, row) for row in ("a", torch.nan, 9, -6, 0.5)),
+    *(lambda f, nn, x, row=row: nn.Embedding(0, 3, row) for row in (0, 1, -1)),
+    lambda f, nn, x: f.embedding(x.long(0), x.grad(0, 3), 0),
+    lambda f, nn, x: f.embedding(x.long(2), x.grad(5, 0)),
+    lambda f, nn, x: f.embedding(x.long(2), x.grad(0, 3)),
+    lambda f, nn, x: nn.Embedding(0, 3)(x.long(2)),
+    *(
+        lambda f, nn, x, made=made, norm=norm: f.embedding(made(x), x.randn(5, 3), None, norm)
+        for made in (
+            lambda x: x.bool(2),
+            lambda x: x.complex(2),
+            lambda x: x.randn(2, dtype=torch.bfloat16),
+            lambda x: x.long(2).byte(),
+            lambda x: x.long(2) + 9,
+            lambda x: x.long(2) - 9,
+        )
+        for norm in (None, 1.0)
+    ),
+    *(
+        lambda f, nn, x, p=p: f.embedding(x.long(2), x.randn(5, 3), None, 1.0, p)
+        for p in (0.0, 1, 0.5, -1.0, torch.inf, -torch.inf, torch.nan, "a", None)
+    ),
+    *(
+        lambda f, nn, x, norm=norm: f.embedding(x.long(2), x.randn(5, 3), None, norm)
+        for norm in (0.0, -1.0, torch.nan, torch.inf, 1j, [1.0], torch.tensor(1.0), torch.tensor([1.0]))
+    ),
+    *(
+        lambda f, nn, x, made=made: f.embedding(x.long(2), made(x), None, 1.0)
+        for made in (
+            lambda x: x.long(5, 3),
+            lambda x: x.bool(5, 3),
+            lambda x: x.complex(5, 3),
+            lambda x: x.randn(5),
+            lambda x: x.randn(3, 5).t(),
+            lambda x: x.randn(5, 3) * torch.nan,
+        )
+    ),
+    lambda f, nn, x: f.embedding(x.long(4), x.grad(5, 3), scale_grad_by_freq=True, sparse=True),
+)
+
+_CONVOLUTION: tuple[Call, ...] = (
+    # padding that is longer on one side, with PyTorch's warning
+    *(
+        lambda f, nn, x, shape=shape, dilation=dilation: f.conv2d(
+            x.grad(1, 3, 6, 6), x.grad(*shape), padding="same", dilation=dilation
+        )
+        for shape in ((4, 3, 2, 2), (4, 3, 3, 2), (4, 3, 3, 3))
+        for dilation in (1, 2)
+    ),
+    lambda f, nn, x: f.conv1d(x.randn(3, 6), x.randn(4, 3, 4), padding="same", dilation=3),
+    lambda f, nn, x: nn.Conv2d(3, 4, 2, padding="same")(x.leaf(x.randn(1, 3, 5, 5))).shape,
+    # dtypes
+    lambda f, nn, x: f.conv2d(x.bool(1, 3, 5, 5), x.bool(4, 3, 2, 2)),
+    lambda f, nn, x: f.conv2d(x.bool(1, 3, 5, 5), x.randn(4, 3, 2, 2)),
+    lambda f, nn, x: f.conv1d(x.bool(1, 3, 5), x.bool(4, 3, 2)),
+    lambda f, nn, x: f.conv2d(x.randn(1, 3, 5, 5, dtype=torch.uint16), x.randn(4, 3, 2, 2, dtype=torch.uint16)),
+    lambda f, nn, x: f.conv2d(x.complex(1, 3, 5, 5), x.randn(4, 3, 2, 2)),
+    *(
+        lambda f, nn, x, dtype=dtype: f.conv2d(
+            x.rand(1, 3, 5, 5, dtype=dtype), x.rand(4, 3, 2, 2, dtype=dtype), x.rand(4)
+        )
+        for dtype in (torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.complex64)
+    ),
+)
+
+_CLASSES: tuple[Call, ...] = (
+    # strides of the gradients
+    *(
+        lambda f, nn, x, made=made, other=other, how=how: f.cross_entropy(
+            x.leaf(made(x)), x.leaf(other(x)) if other else x.long(3), reduction=how
+        )
+        for made in (lambda x: x.randn(3, 5), lambda x: x.randn(5, 3).t(), lambda x: x.randn(3, 10)[:, ::2])
+        for other in (None, lambda x: x.rand(3, 5), lambda x: x.rand(5, 3).t())
+        for how in ("none", "mean")
+    ),
+    lambda f, nn, x: f.cross_entropy(
+        *(x.leaf(x.randn(2, 5, 3, 4).to(memory_format=torch.channels_last)) for _ in range(2)), reduction="none"
+    ),
+    lambda f, nn, x: f.cross_entropy(x.grad(3, 5), x.leaf(x.rand(5, 3).t()), x.grad(5), reduction="none"),
+    lambda f, nn, x: f.nll_loss(x.leaf(x.randn(5, 3).t()), x.long(3)),
+    # nothing to classify
+    *(
+        lambda f, nn, x, name=name, how=how: getattr(f, name)(x.grad(0, 5), x.long(0), reduction=how)
+        for name in ("cross_entropy", "nll_loss")
+        for how in ("none", "mean", "sum")
+    ),
+    lambda f, nn, x: f.cross_entropy(x.randn(3, 0), x.long(3)),
+    lambda f, nn, x: f.nll_loss(x.grad(3, 5, 0), x.long(3, 0), reduction="none"),
+    # weights of other dtypes
+    *(
+        lambda f, nn, x, kind=kind: f.cross_entropy(x.randn(3, 5), x.rand(3, 5), getattr(x, kind)(5))
+        for kind in ("long", "bool", "complex")
+    ),
+    *(
+        lambda f, nn, x, kind=kind, name=name: getattr(f, name)(x.randn(3, 5), x.long(3), getattr(x, kind)(5))
+        for kind in ("long", "bool", "complex")
+        for name in ("cross_entropy", "nll_loss")
+    ),
+)
+
 _IN_PLACE: tuple[Call, ...] = tuple(
     lambda f, nn, x, function=function, made=made: function(f, made(x))
     for function in (
@@ -281,6 +386,9 @@ ROWS: dict[str, tuple[Call, ...]] = {
     "numbers": _NUMBERS,
     "empty": _EMPTY,
     "in place": _IN_PLACE,
+    "classes": _CLASSES,
+    "embedding": _EMBEDDING,
+    "convolution": _CONVOLUTION,
     "linear": _LINEAR,
     "batch normalisation": _NORMALIZATION,
 }

@@ -74,11 +74,21 @@ def outcome(call: Callable[..., Any], library: tuple[Any, Any], device: torch.de
             found = [*_tensors(output), *given.leaves, *_gradients(given, output)]
         except Exception as error:
             return (type(error), str(error)), []
-    said = [(w.category, str(w.message).split("(Triggered")[0]) for w in caught]
+    said = [(w.category, str(w.message).split("(Triggered")[0].rstrip()) for w in caught]
     described = [each if each is None else (each.dtype, each.shape, each.stride()) for each in found]
     return (described, said), [each.detach() for each in found if each is not None]
 
 
+@pytest.fixture
+def _says_everything() -> Iterator[None]:
+    """Warnings that are given once are given each time."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.usefixtures("_says_everything")
 @pytest.mark.parametrize("kernels", [False, True], ids=["as it comes", "kernels"])
 @pytest.mark.parametrize("name", ROWS)
 def test_answers_or_refuses_as_pytorch_does(name: str, kernels: bool) -> None:

@@ -28,6 +28,7 @@ _SCALAR_TYPE_NAMES = {
 }
 
 
+_OLD_NAMES = ("Byte", "Char", "Short", "Int", "Long", "Half", "Float", "Double")  # of which there are classes
 # The layouts in which the channels of a place lie side by side, by the number of dimensions.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
@@ -161,6 +162,14 @@ def scalar_type_name(dtype: torch.dtype) -> str:
     """PyTorch's C++ name of a dtype, as its error messages print it."""
     name = str(dtype).removeprefix("torch.")
     return _SCALAR_TYPE_NAMES.get(dtype) or (f"UI{name[2:]}" if name.startswith("uint") else name.capitalize())
+
+
+def type_text(tensor: Tensor) -> str:
+    """PyTorch's name of a tensor's type, as its error messages print it."""
+    device, name = tensor.device.type, scalar_type_name(tensor.dtype)
+    if device not in ("cpu", "cuda"):
+        return name
+    return tensor.type() if name in _OLD_NAMES else f"{device.upper()}{name}Type"
 
 
 def autocast_enabled(device: torch.device) -> bool:

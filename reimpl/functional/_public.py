@@ -34,7 +34,7 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return function(*args, **kwargs)
         except Exception as error:  # asked only now, since what is right should not pay for it
-            if not (isinstance(error, ValueError) and function.__name__ in _CHECKED_FIRST):
+            if not (isinstance(error, (ValueError, AssertionError)) and function.__name__ in _CHECKED_FIRST):
                 _refuse(function, args, kwargs)
             raise
 
@@ -49,8 +49,9 @@ def _refuse(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:  # an argument is missing, or there is one too many: the call itself has said so
         return
-    if any((function.__name__, name) in _COMPARED and not _compares(value) for name, value in given.items()):
-        return
+    for name, value in given.items():
+        if (function.__name__, name) in _COMPARED and not (_compares(value) or (name, value) == ("padding_idx", None)):
+            return  # the comparison has failed
     for position, (name, parameter) in enumerate(signature.parameters.items(), 1):
         value, annotation = given.get(name), parameter.annotation
         if name not in given or (value is None and "None" in annotation) or name in _ANY_TRUTH:
@@ -114,9 +115,9 @@ _HANDED_ON: dict[tuple[str, str], tuple[str, str, int | None]] = {
 }
 # What PyTorch's Python looks at itself, and takes anything for.
 _ANY_TRUTH = {"inplace", "return_indices", "size_average", "reduce", "_stacklevel"}
-_CHECKED_FIRST = {"batch_norm", "dropout"}  # whose values its Python refuses, before C++ looks at types
+_CHECKED_FIRST = {"batch_norm", "dropout", "embedding"}  # whose values its Python refuses, before C++ looks at types
 # Numbers that it compares before C++ sees them.
-_COMPARED = {("dropout", "p"), ("batch_norm", "eps")}
+_COMPARED = {("dropout", "p"), ("batch_norm", "eps"), ("embedding", "padding_idx")}
 _OF_SCALARS = {"leaky_relu", "leaky_relu_"}  # complex ones too, for C++ to refuse
 # Tensors of which it calls a method before C++ sees them.
 _CALLED: dict[tuple[str, str], str] = {

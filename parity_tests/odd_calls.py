@@ -80,22 +80,23 @@ _SQUARED_ERROR: tuple[Call, ...] = (
     ),
 )
 
-_NO_TENSORS: tuple[Call, ...] = tuple(
-    lambda f, nn, x, name=name, place=place, wrong=wrong: getattr(f, name)(
-        *(wrong if i == place else x.rand(3, 3) for i in range(3))
-    )
-    for name, places in (
-        ("binary_cross_entropy", 3),
-        ("binary_cross_entropy_with_logits", 3),
-        ("mse_loss", 2),
-        ("cross_entropy", 2),
-        ("nll_loss", 2),
-        ("linear", 3),
-        ("batch_norm", 3),
-    )
-    for place in range(places)
-    for wrong in (1, [1.0], "a", {}, np.ones(3))
-) + (
+_NO_TENSORS: tuple[Call, ...] = (
+    *(
+        lambda f, nn, x, name=name, place=place, wrong=wrong: getattr(f, name)(
+            *(wrong if i == place else x.rand(3, 3) for i in range(3))
+        )
+        for name, places in (
+            ("binary_cross_entropy", 3),
+            ("binary_cross_entropy_with_logits", 3),
+            ("mse_loss", 2),
+            ("cross_entropy", 2),
+            ("nll_loss", 2),
+            ("linear", 3),
+            ("batch_norm", 3),
+        )
+        for place in range(places)
+        for wrong in (1, [1.0], "a", {}, np.ones(3))
+    ),
     *(
         lambda f, nn, x, name=name, rest=rest, wrong=wrong: getattr(f, name)(wrong, *rest)
         for name, rest in (("relu", ()), ("relu_", ()), ("leaky_relu", ()), ("dropout", ()), ("softmax", (0,)))

@@ -142,7 +142,9 @@ def _check_shrinkable(weight: Tensor, input: Tensor) -> None:
         raise IndexError(f"select(): index {row} out of range for tensor of size {list(weight.shape)} at dimension 0")
     if not (weight.is_floating_point() or weight.is_complex()):
         found = scalar_type_name(weight.dtype)
-        raise NotImplementedError(f"norm(): input dtype should be either floating point or complex. Got {found} instead.")
+        raise NotImplementedError(
+            f"norm(): input dtype should be either floating point or complex. Got {found} instead."
+        )
 
 
 @torch.no_grad()

@@ -169,9 +169,9 @@ def _check(
     if input.dim() < 2:
         raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
     _check_dtypes(input, [tensor for tensor in (weight, bias, running_mean, running_var) if tensor is not None])
-    for average in (running_mean, running_var):
-        if average is not None and average.dim() != 1:
-            raise RuntimeError(f"TensorAccessor expected 1 dims but tensor has {average.dim()}")
+    for tensor in (running_mean, running_var):
+        if tensor is not None and tensor.dim() != 1:
+            raise RuntimeError(f"TensorAccessor expected 1 dims but tensor has {tensor.dim()}")
 
 
 def _check_dtypes(input: Tensor, vectors: list[Tensor]) -> None:

@@ -15,7 +15,7 @@ from reimpl.functional._losses.plain import final_worker, worker
 from reimpl.functional._options import integer
 from reimpl.functional.kernels import attempt, teach
 
-_PYTHON_TYPES = (bool, int, float, complex)  # which PyTorch takes for dtypes
+_PYTHON_TYPES: tuple[Any, ...] = (bool, int, float, complex)  # which PyTorch takes for dtypes
 _WORKERS = ("_losses.numba", _losses_plain)
 
 
@@ -100,7 +100,7 @@ def _prepare(
     if not -bound <= dim < bound:
         raise IndexError(f"Dimension out of range (expected to be in range of [{-bound}, {bound - 1}], but got {dim})")
     dim %= bound
-    if dtype in _PYTHON_TYPES:
+    if any(dtype is kind for kind in _PYTHON_TYPES):
         dtype = torch.empty(0, dtype=dtype).dtype
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")

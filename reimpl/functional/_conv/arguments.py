@@ -234,9 +234,7 @@ def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         kernel = f"slow_conv2d_{input.device.type}"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
     if weight.dtype != input.dtype:
-        raise RuntimeError(
-            f"Input type ({type_text(input)}) and weight type ({type_text(weight)}) should be the same"
-        )
+        raise RuntimeError(f"Input type ({type_text(input)}) and weight type ({type_text(weight)}) should be the same")
 
 
 def _check_reach(input: Tensor, weight: Tensor, geometry: Geometry) -> None:

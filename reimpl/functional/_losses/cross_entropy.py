@@ -228,8 +228,8 @@ class ProbabilityLoss(torch.autograd.Function):
                 grad_weight = (grad_weight.sum(others) if others else grad_weight).to(weight.dtype)
         if grad_log_probs is not None:
             total = grad_log_probs if total is None else total + grad_log_probs
-        grad_input = laid_out(_through_softmax(torch.exp(log_probs), total, None, dim, ctx.dtype))
-        return grad_input, grad_target, grad_weight, None, None
+        grad_input = _through_softmax(torch.exp(log_probs), total, None, dim, ctx.dtype)
+        return None if grad_input is None else laid_out(grad_input), grad_target, grad_weight, None, None
 
 
 class WorkedProbabilityLoss(torch.autograd.Function):

@@ -125,6 +125,29 @@ def tangent_of_the_padding_row(library: Any) -> Tensor:
     return tangent[0, 0]  # type: ignore[no-any-return]
 
 
+def tangent_of_class_weights(library: Any) -> Tensor:
+    def loss(weight: Tensor) -> Tensor:
+        x, target = torch.full((2, 3), -1.0), torch.tensor([0, 2])
+        return library.nll_loss(x, target, weight, reduction="sum")  # type: ignore[no-any-return]
+
+    return torch.func.jvp(loss, (torch.ones(3),), (torch.ones(3),))[1]  # type: ignore[no-any-return]
+
+
+def gradient_of_planes_in_channels_last(library: Any) -> Tensor:
+    x = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    return grad_of(library.nll_loss(x, torch.ones(2, 4, 4, dtype=torch.long)), x)
+
+
+def gradient_of_one_sample(library: Any) -> Tensor:
+    x = leaf(3)
+    return grad_of(library.nll_loss(x, torch.tensor([1])), x)
+
+
+def gradient_of_a_complex_table(library: Any) -> Tensor:
+    table = torch.ones(3, 2, dtype=torch.complex64, requires_grad=True)
+    return grad_of(rows(library, table).real, table).real
+
+
 EXCEPTIONS = (
     Exceptional("heaviside", "its gradient", gradient_of_heaviside, RuntimeError, RuntimeError),
     Exceptional(
@@ -153,6 +176,28 @@ EXCEPTIONS = (
         NotImplementedError,
         8.0,
     ),
+    Exceptional(
+        "nll_loss",
+        "the tangent of `weight`; `cross_entropy`'s and `binary_cross_entropy`'s likewise",
+        tangent_of_class_weights,
+        2.0,
+        0.0,
+    ),
+    Exceptional(
+        "nll_loss",
+        "the gradient of planes in `channels_last`",
+        gradient_of_planes_in_channels_last,
+        -1.0,
+        RuntimeError,
+    ),
+    Exceptional(
+        "nll_loss",
+        "the gradient of one sample whose target has a dimension; `cross_entropy`'s likewise",
+        gradient_of_one_sample,
+        -1.0,
+        RuntimeError,
+    ),
+    Exceptional("embedding", "the gradient of a complex table", gradient_of_a_complex_table, 6.0, NotImplementedError),
     Exceptional("embedding", "the tangent of the padding row", tangent_of_the_padding_row, 0.0, 1.0),
     Exceptional("Linear", "`torch.jit.script`", scripted, ValueError, 0.0),
 )

@@ -72,8 +72,9 @@ class _Overwrite(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, output: Tensor) -> Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor.copy_(output)
+        ctx.mark_dirty(tensor)  # which counts the change, so that the copy should not
+        tensor.data.copy_(output)
+        return tensor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:

@@ -259,7 +259,7 @@ def _positive_weight(target: Tensor, pos_weight: Tensor | None) -> Tensor | floa
 
 def _of_logits(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
     dtype = opmath_dtype(torch.promote_types(input.dtype, target.dtype))
-    x, t = input.to(dtype.to_real()), target.to(dtype)
+    x, t = input if target.is_complex() else input.to(dtype), target.to(dtype)
     return _times((1 - t) * x + _positive_weight(t, pos_weight) * minus_log_sigmoid(x), weight)
 
 

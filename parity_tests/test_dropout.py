@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import reimpl.functional as F
 import reimpl.nn as nn
+from parity_tests.versions import IS_REFERENCE
 from reimpl.testing import bits_equal
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -26,6 +27,8 @@ def from_seed(function: Callable[..., Tensor], *args: object, **kwargs: object) 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_pytorchs(dtype: torch.dtype, p: float, inplace: bool) -> None:
+    if dtype.is_complex and p not in (0, 1) and not IS_REFERENCE:
+        pytest.skip("older PyTorch draws no complex numbers")
     values = torch.randn(33, 7).to(dtype)
     if not dtype.is_complex:  # the product of a complex infinity is not the same for every way of multiplying
         values[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])

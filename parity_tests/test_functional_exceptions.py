@@ -87,11 +87,6 @@ def window_in_the_padding(library: Any) -> Tensor:
     return library.max_pool2d(torch.zeros(1, 1, 2, 2), 2, 1, 1, 3).max().clamp_min(-1)  # type: ignore[no-any-return]
 
 
-def batch_norm_without_channels(library: Any) -> Tensor:
-    averages = torch.ones(3), torch.ones(3)
-    return sum(library.batch_norm(torch.empty(shape), *averages).sum() for shape in ((0,), (2, 0), (2, 0, 4, 4)))  # type: ignore[no-any-return]
-
-
 def gradient_of_an_empty_grid(library: Any) -> Tensor:
     x = leaf(1, 2, 3)
     return grad_of(library.adaptive_avg_pool2d(x, (0, 2)), x) + grad_of(library.adaptive_max_pool2d(x, (0, 2)), x)
@@ -130,6 +125,29 @@ def tangent_of_the_padding_row(library: Any) -> Tensor:
     return tangent[0, 0]  # type: ignore[no-any-return]
 
 
+def tangent_of_class_weights(library: Any) -> Tensor:
+    def loss(weight: Tensor) -> Tensor:
+        x, target = torch.full((2, 3), -1.0), torch.tensor([0, 2])
+        return library.nll_loss(x, target, weight, reduction="sum")  # type: ignore[no-any-return]
+
+    return torch.func.jvp(loss, (torch.ones(3),), (torch.ones(3),))[1]  # type: ignore[no-any-return]
+
+
+def gradient_of_planes_in_channels_last(library: Any) -> Tensor:
+    x = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    return grad_of(library.nll_loss(x, torch.ones(2, 4, 4, dtype=torch.long)), x)
+
+
+def gradient_of_one_sample(library: Any) -> Tensor:
+    x = leaf(3)
+    return grad_of(library.nll_loss(x, torch.tensor([1])), x)
+
+
+def gradient_of_a_complex_table(library: Any) -> Tensor:
+    table = torch.ones(3, 2, dtype=torch.complex64, requires_grad=True)
+    return grad_of(rows(library, table).real, table).real
+
+
 EXCEPTIONS = (
     Exceptional("heaviside", "its gradient", gradient_of_heaviside, RuntimeError, RuntimeError),
     Exceptional(
@@ -142,9 +160,6 @@ EXCEPTIONS = (
     Exceptional("leaky_relu", "the gradient in place at a negative slope", leaky_in_place, RuntimeError, RuntimeError),
     Exceptional("dropout", "under `vmap` without `randomness=`", dropout_under_vmap, RuntimeError, RuntimeError),
     Exceptional("max_pool2d", "a window in the padding alone", window_in_the_padding, RuntimeError, -1.0),
-    Exceptional(
-        "batch_norm", "an input without channels, averages of 3", batch_norm_without_channels, RuntimeError, 0.0
-    ),
     Exceptional("adaptive_avg_pool2d", "the gradient of an empty result", gradient_of_an_empty_grid, 0.0, RuntimeError),
     Exceptional("embedding", "`sparse=True` with a gradient, compiled", compiled_sparse_embedding, Exception, 6.0),
     Exceptional(
@@ -161,6 +176,28 @@ EXCEPTIONS = (
         NotImplementedError,
         8.0,
     ),
+    Exceptional(
+        "nll_loss",
+        "the tangent of `weight`; `cross_entropy`'s and `binary_cross_entropy`'s likewise",
+        tangent_of_class_weights,
+        2.0,
+        0.0,
+    ),
+    Exceptional(
+        "nll_loss",
+        "the gradient of planes in `channels_last`",
+        gradient_of_planes_in_channels_last,
+        -1.0,
+        RuntimeError,
+    ),
+    Exceptional(
+        "nll_loss",
+        "the gradient of one sample whose target has a dimension; `cross_entropy`'s likewise",
+        gradient_of_one_sample,
+        -1.0,
+        RuntimeError,
+    ),
+    Exceptional("embedding", "the gradient of a complex table", gradient_of_a_complex_table, 6.0, NotImplementedError),
     Exceptional("embedding", "the tangent of the padding row", tangent_of_the_padding_row, 0.0, 1.0),
     Exceptional("Linear", "`torch.jit.script`", scripted, ValueError, 0.0),
 )

@@ -65,17 +65,21 @@ def test_refuses_what_is_no_tensor(name: str, wrong: Any) -> None:
     for position, argument, given in calls(name, wrong):
         text = f"{name}(): argument '{argument}' (position {position}) must be Tensor, not {kind}"
         # the required ones and those before it by position, as PyTorch's Python hands them on to C++
-        with pytest.raises(TypeError) as error:
+        with pytest.raises((TypeError, AttributeError)) as error:
             getattr(F, name)(*given.values())
-        assert str(error.value) == text and error.value.__suppress_context__
+        assert error.value.__suppress_context__
         checked += 1
         if theirs is None:
+            assert isinstance(error.value, TypeError) and str(error.value) == text
             continue
         # PyTorch's Python asks some of them for their size before anything else
         with pytest.raises((TypeError, AttributeError)) as expected:
             theirs(*given.values())
-        if IS_REFERENCE and str(expected.value).startswith(f"{name}(): argument '{argument}' (position {position})"):
-            assert str(expected.value) == text
+        # C++ may list every way to call it; sigmoid and tanh are torch's here, a method there
+        same = "invalid combination" not in str(expected.value) and name not in ("sigmoid", "tanh")
+        if IS_REFERENCE:
+            assert str(error.value) == (str(expected.value) if same else text)
+            assert type(error.value) is (type(expected.value) if same else TypeError)
     assert checked
 
 

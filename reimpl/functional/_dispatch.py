@@ -28,6 +28,7 @@ _SCALAR_TYPE_NAMES = {
 }
 
 
+_OLD_NAMES = ("Byte", "Char", "Short", "Int", "Long", "Half", "Float", "Double")  # of which there are classes
 # The layouts in which the channels of a place lie side by side, by the number of dimensions.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
@@ -58,7 +59,7 @@ def call(
     if forward_ad._current_level >= 0:
         return composition(*args)
     if torch.compiler.is_compiling():
-        whole = operator is not None and not _exporting() and not _transforming()
+        whole = operator is not None and not _exporting() and not transforming()
         return operator(*args) if operator is not None and whole else composition(*args)
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace can save no Function of Python's
         return composition(*args)
@@ -106,7 +107,7 @@ def in_its_own_right(output: Any, *args: Any) -> Any:
     """
     if type(output) is not Tensor:
         return output
-    value = _value(output)
+    value = value_of(output)
     if not value._is_view() or any(value._base is _base(arg) for arg in args if isinstance(arg, Tensor)):
         return output
     return output.data if value is output else torch.ops.aten._unsafe_view(output, output.shape)
@@ -125,11 +126,11 @@ def _mapped_by(*args: Any) -> set[int]:
 
 def _base(tensor: Tensor) -> Tensor:
     """The tensor whose memory this is a view of, itself if it is no view."""
-    value = _value(tensor)
+    value = value_of(tensor)
     return value if value._base is None else value._base
 
 
-def _value(tensor: Tensor) -> Tensor:
+def value_of(tensor: Tensor) -> Tensor:
     """What is inside of the wrappers of ``torch.func``."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -137,7 +138,7 @@ def _value(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     """Whether a transform of ``torch.func`` is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -148,7 +149,7 @@ def _exporting() -> bool:
 
 
 # What torch.compiler.assume_constant_result does, without its import of all of Dynamo: Dynamo calls the functions.
-for _asked in (_transforming, _exporting):
+for _asked in (transforming, _exporting):
     _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -159,7 +160,16 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def scalar_type_name(dtype: torch.dtype) -> str:
     """PyTorch's C++ name of a dtype, as its error messages print it."""
-    return _SCALAR_TYPE_NAMES.get(dtype, str(dtype))
+    name = str(dtype).removeprefix("torch.")
+    return _SCALAR_TYPE_NAMES.get(dtype) or (f"UI{name[2:]}" if name.startswith("uint") else name.capitalize())
+
+
+def type_text(tensor: Tensor) -> str:
+    """PyTorch's name of a tensor's type, as its error messages print it."""
+    device, name = tensor.device.type, scalar_type_name(tensor.dtype)
+    if device not in ("cpu", "cuda"):
+        return name
+    return tensor.type() if name in _OLD_NAMES else f"{device.upper()}{name}Type"
 
 
 def autocast_enabled(device: torch.device) -> bool:

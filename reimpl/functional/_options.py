@@ -34,6 +34,9 @@ def check_flags(*values: Any) -> None:
 
 
 def check_number(value: Any) -> None:
-    """Raise a ``TypeError`` where it is no real number."""
-    if not isinstance(value, (float, int, torch.Tensor)):
-        float(value)
+    """Raise a ``TypeError`` where it is no real number, nor a constant tensor that holds one."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() or value.requires_grad:
+            raise TypeError(f"expected a number, got a tensor of shape {list(value.shape)}")
+    elif not hasattr(value, "__float__") and not hasattr(value, "__index__"):
+        raise TypeError(f"expected a number, got {value!r}")

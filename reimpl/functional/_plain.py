@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _PLAIN = {Tensor, Parameter}
@@ -55,6 +57,28 @@ def plain(*tensors: Tensor | None) -> bool:
         if t is not None and t.dtype not in BITS:
             return False
     return ordinary(*tensors)
+
+
+def overwrite(tensor: Tensor, output: Tensor) -> Tensor:
+    """``tensor`` with the numbers of ``output``, which has been made of it."""
+    recorded = torch.is_grad_enabled() and tensor.requires_grad and not (tensor.is_leaf or tensor._is_view())
+    if recorded and forward_ad._current_level < 0 and ordinary(tensor, output):
+        return _Overwrite.apply(tensor, output)  # type: ignore[no-any-return]
+    return tensor.copy_(output)
+
+
+class _Overwrite(torch.autograd.Function):
+    """A copy in place that gives what it overwrites no gradient, where PyTorch's gives zeros, which are then added."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, output: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)  # which counts the change, so that the copy should not
+        tensor.data.copy_(output)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
 
 
 def masked(grad: Tensor, rectified: Tensor) -> Tensor:

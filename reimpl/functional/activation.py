@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import call, opmath_dtype, scalar_type_name
-from reimpl.functional._plain import in_blocks, masked, plain_on_cpu
+from reimpl.functional._options import check_number
+from reimpl.functional._plain import in_blocks, masked, overwrite, plain_on_cpu
 from reimpl.functional._traced import rectify
 from reimpl.functional.kernels import attempt, final_kernels_for, kernels_for, teach
 
@@ -39,7 +41,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     output: Tensor | None = attempt(_RELU, input)
     if output is None:
         output = call(_ReLU, _rectify, input, operator=rectify)
-    return input.copy_(output) if inplace else output
+    return overwrite(input, output) if inplace else output
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -62,12 +64,18 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     if not input.is_floating_point():
         kernel = f"leaky_relu_{input.device.type}"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
+    if type(negative_slope) is not float:
+        if isinstance(negative_slope, complex):
+            raise RuntimeError("value cannot be converted to type float without overflow")
+        check_number(negative_slope)
+        negative_slope = float(negative_slope)
     # the output has the sign of the input unless the slope is negative, and survives an in-place call
-    of_input = negative_slope < 0 or not inplace
-    output: Tensor | None = attempt(("leaky_relu", of_input), input, negative_slope)
+    of_input = not inplace
+    lost = inplace and not negative_slope >= 0
+    output: Tensor | None = None if lost else attempt(("leaky_relu", of_input), input, negative_slope)
     if output is None:
         output = call(_LeakyReLU, _leak, input, negative_slope, of_input)
-    return input.copy_(output) if inplace else output
+    return overwrite(input, output) if inplace else output
 
 
 def sigmoid(input: Tensor) -> Tensor:
@@ -129,7 +137,7 @@ def _into(input: Tensor, output: Tensor) -> Tensor:
     if not torch.can_cast(output.dtype, input.dtype):
         found, wanted = scalar_type_name(output.dtype), scalar_type_name(input.dtype)
         raise RuntimeError(f"result type {found} can't be cast to the desired output type {wanted}")
-    return input.copy_(output)
+    return overwrite(input, output)
 
 
 def _floating(input: Tensor) -> Tensor:
@@ -213,15 +221,23 @@ class _LeakyReLU(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, ctx.slope, of_input = inputs
+        ctx.lost = not of_input and not ctx.slope >= 0
         ctx.save_for_backward(input if of_input else output)
 
     @staticmethod
     def through(options: Any, grads: tuple[Tensor], saved: tuple[Tensor], numbers: Any, *_: object) -> Tensor:
         """:meth:`backward` as the compiled node calls it."""
-        return _LeakyReLU.backward(SimpleNamespace(saved_tensors=saved, slope=numbers[0]), *grads)[0]
+        return _LeakyReLU.backward(SimpleNamespace(saved_tensors=saved, slope=numbers[0], lost=False), *grads)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.lost:
+            raise RuntimeError(
+                "In-place leakyReLu backward calculation is triggered with a negative slope which is not supported. "
+                "This is caused by calling in-place forward function with a negative slope, please call out-of-place "
+                "version instead. File an issue at https://github.com/pytorch/pytorch if you do require supporting "
+                "in-place leakRelu backward calculation with negative slope"
+            )
         (signed,) = ctx.saved_tensors
         kernels = final_kernels_for("_pointwise.numba", grad, signed)
         if kernels and kernels.worth_it(grad, signed):
@@ -233,7 +249,7 @@ class _LeakyReLU(torch.autograd.Function):
                 torch.maximum(torch.gt(x, 0, out=d), slope, out=d).mul_(g)
             return result, None, None
         positive = signed > 0
-        if opmath_dtype(grad.dtype) != grad.dtype:
+        if opmath_dtype(grad.dtype) != grad.dtype or not isfinite(ctx.slope):
             return torch.where(positive, grad, grad * ctx.slope), None, None
         # 1 and the slope, each exact, several times faster than a choice.
         one = positive.to(grad.dtype)

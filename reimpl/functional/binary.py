@@ -7,10 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import autocast_enabled, autocast_to_float32, call, opmath_dtype, scalar_type_name
+from reimpl.functional._dispatch import (
+    autocast_enabled,
+    autocast_to_float32,
+    call,
+    opmath_dtype,
+    scalar_type_name,
+    transforming,
+)
 from reimpl.functional._losses.pointwise import Pointwise, laid_out, pointwise_loss, suits
 from reimpl.functional._losses.reduction import reduced, resolve
-from reimpl.functional._losses.targets import check_constant, check_unit_interval
+from reimpl.functional._losses.targets import (
+    check_constant,
+    check_no_truth_values,
+    check_real_weight,
+    check_unit_interval,
+)
 from reimpl.functional.activation import logistic, minus_log_sigmoid
 
 # PyTorch's guards: a logarithm is at least -100, and x(1 - x), which divides the gradient, at least 1e-12.
@@ -74,6 +86,7 @@ def binary_cross_entropy(
     _check_broadcast(input, weight, input.shape)
     check_unit_interval(input, "input")
     check_unit_interval(target, "target")
+    check_real_weight(weight, input)
     return reduced(call(_OfProbabilities, _of_probabilities, input, target, weight), reduction, input.dtype)
 
 
@@ -97,7 +110,7 @@ def binary_cross_entropy_with_logits(
         input: logits, any shape.
         target: probabilities (0 and 1 for labels), of the shape of ``input``; the result has its dtype.
         weight: :math:`w`, and ``pos_weight``: :math:`q`, the weight of the positive labels, in shapes that broadcast
-            with that of ``input``; they have no gradient.
+            with that of ``input``; they have no gradient, but under ``torch.func``.
         size_average, reduce: deprecated, as in PyTorch.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
@@ -117,20 +130,27 @@ def binary_cross_entropy_with_logits(
     if not input.is_floating_point():
         kernel = f"log_sigmoid_{input.device.type}"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
-    if target.dtype is torch.bool:
-        raise NotImplementedError(
-            "Subtraction, the `-` operator, with two bool tensors is not supported. Use the `^` or `logical_xor()` "
-            "operator instead."
-        )
-    if not target.is_floating_point():
+    check_no_truth_values(target)
+    if not (target.is_floating_point() or target.is_complex()):
         result = scalar_type_name(torch.promote_types(input.dtype, target.dtype))
         wanted = scalar_type_name(target.dtype)
         raise RuntimeError(f"result type {result} can't be cast to the desired output type {wanted}")
+    if pos_weight is not None:
+        check_no_truth_values(pos_weight, target)
+        check_real_weight(pos_weight, target)
     _check_broadcast(pos_weight, target, input.shape)
     _check_broadcast(target, weight, input.shape)
+    check_real_weight(weight, target)
+    return reduced(_losses_of_logits(input, target, weight, pos_weight), reduction, target.dtype)
+
+
+def _losses_of_logits(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
+    of_weights = any(t is not None and t.requires_grad for t in (weight, pos_weight)) and torch.is_grad_enabled()
+    if target.is_complex() or (of_weights and transforming()):
+        return _of_logits(input, target, weight, pos_weight)  # which PyTorch differentiates by everything
     check_constant(weight, "weight", "binary_cross_entropy_with_logits")
     check_constant(pos_weight, "pos_weight", "binary_cross_entropy_with_logits")
-    return reduced(call(_OfLogits, _of_logits, input, target, weight, pos_weight), reduction, target.dtype)
+    return call(_OfLogits, _of_logits, input, target, weight, pos_weight)  # type: ignore[no-any-return]
 
 
 def _check_broadcast(first: Tensor | None, second: Tensor | None, shape: torch.Size) -> None:
@@ -239,7 +259,7 @@ def _positive_weight(target: Tensor, pos_weight: Tensor | None) -> Tensor | floa
 
 def _of_logits(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
     dtype = opmath_dtype(torch.promote_types(input.dtype, target.dtype))
-    x, t = input.to(dtype), target.to(dtype)
+    x, t = input if target.is_complex() else input.to(dtype), target.to(dtype)
     return _times((1 - t) * x + _positive_weight(t, pos_weight) * minus_log_sigmoid(x), weight)
 
 
@@ -271,7 +291,9 @@ class _OfLogits(torch.autograd.Function):
             if pos_weight is not None:
                 # of an infinite x no difference of infinities
                 slope = pos_weight.to(x.dtype) * minus_log_sigmoid(x) - minus_log_sigmoid(-x)
-            grad_target = laid_out((grad * slope).to(target.dtype), input if pos_weight is None else pos_weight, input)
+            grad_target = (grad * slope).to(target.dtype)
+            # PyTorch's logarithm of the sigmoid is contiguous
+            grad_target = laid_out(grad_target, input) if pos_weight is None else laid_out(grad_target)
         return grad_input, grad_target, None, None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reimpl.functional._dispatch import call
-from reimpl.functional._options import check_flags
+from reimpl.functional._options import check_flags, check_number
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -25,20 +25,25 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
     Raises:
         ValueError: ``p`` lies outside [0, 1].
-        RuntimeError: the dtype is not floating-point or complex.
+        RuntimeError: the dtype is not floating-point or complex, or ``p`` is NaN.
 
     Source: F11; N1, N4. PyTorch: :func:`torch.nn.functional.dropout`.
     """
     if p < 0.0 or p > 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    check_number(p)
     check_flags(training)
+    p = float(p)
+    if p != p:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
     if p == 0 or not training or input.numel() == 0:
         return input
     real = input.dtype.to_real() if input.is_complex() else input.dtype
     # At p = 1 nothing is drawn; the product, rather than zeros, lets NaN and infinity through as NaN.
     scale = input.new_zeros(()) if p == 1 else torch.empty_like(input, dtype=real).bernoulli_(1 - p).div_(1 - p)
-    output: Tensor = call(_Scale, torch.mul, input, scale)
-    return input.copy_(output) if inplace else output
+    if inplace:
+        return input.mul_(scale)
+    return call(_Scale, torch.mul, input, scale)  # type: ignore[no-any-return]
 
 
 class _Scale(torch.autograd.Function):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype
+from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name, type_text
 from reimpl.functional._losses.reduction import reduced, resolve
 from reimpl.functional._losses.targets import values_are_readable
-from reimpl.functional._options import check_flags, integer
+from reimpl.functional._options import check_flags, check_number, integer
 from reimpl.functional.activation import logistic, minus_log_sigmoid
 
 
@@ -40,26 +40,28 @@ def embedding(
 
     Raises:
         AssertionError: ``padding_idx`` is no row.
-        RuntimeError: ``weight`` is no matrix, or ``input`` holds no integers.
+        RuntimeError: ``weight`` is no matrix or empty, or ``input`` holds no integers; in the backward pass, of both
+            ``sparse`` and ``scale_grad_by_freq``.
         IndexError: a number is no row (checked on the CPU; on CUDA a device assertion).
         NotImplementedError: ``sparse`` with a gradient under ``torch.compile``, which traces no sparse tensors; it or
             ``scale_grad_by_freq`` with a gradient inside forward mode.
 
     Source: F15; N4. PyTorch: :func:`torch.nn.functional.embedding`.
     """
-    row = None if padding_idx is None else _padding_row(integer(padding_idx), weight)
+    row = None if padding_idx is None else integer(padding_row(padding_idx, weight.size(0)))
     check_flags(scale_grad_by_freq, sparse)
+    if max_norm is not None:
+        check_number(max_norm)
+        check_number(norm_type)
+        _check_shrinkable(weight, input)
+        _shrink_rows(weight, input, max_norm, norm_type)
     if weight.dim() != 2:
         raise RuntimeError("'weight' must be 2-D")
-    if input.dtype not in (torch.int64, torch.int32):
-        raise RuntimeError(
-            "Expected tensor for argument #1 'indices' to have one of the following scalar types: Long, Int; "
-            f"but got {input.type()} instead (while checking arguments for embedding)"
-        )
+    _check_type(input, 1, "embedding")
+    if not weight.shape[0] and input.numel():
+        raise RuntimeError("index_select(): self indexing axis dim should be positive")
     if values_are_readable(input) and ((input < 0) | (input >= weight.shape[0])).any():
         raise IndexError("index out of range in self")
-    if max_norm is not None:
-        _shrink_rows(weight, input, max_norm, norm_type)
     indices = input.long()
     if (scale_grad_by_freq or sparse) and torch.is_grad_enabled() and weight.requires_grad:
         # a composition's gradient would be neither divided nor sparse
@@ -106,11 +108,43 @@ def skip_gram_loss(center: Tensor, context: Tensor, negative: Tensor, reduction:
     return reduced(losses, reduction, dtype)
 
 
-def _padding_row(padding_idx: int, weight: Tensor) -> int:
-    rows = weight.size(0)
-    if not -rows <= padding_idx < rows:
+def padding_row(padding_idx: int, rows: int) -> int:
+    """``padding_idx`` counted from the start of a table of ``rows`` rows.
+
+    Raises:
+        AssertionError: it is none of them; 0 is let through.
+    """
+    if (padding_idx > 0 and padding_idx >= rows) or (padding_idx < 0 and padding_idx < -rows):
         raise AssertionError("Padding_idx must be within num_embeddings")
-    return padding_idx % rows
+    return rows + padding_idx if padding_idx < 0 else padding_idx
+
+
+def _check_type(input: Tensor, position: int, operator: str) -> None:
+    if input.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(
+            f"Expected tensor for argument #{position} 'indices' to have one of the following scalar types: Long, Int; "
+            f"but got {type_text(input)} instead (while checking arguments for {operator})"
+        )
+
+
+def _check_shrinkable(weight: Tensor, input: Tensor) -> None:
+    if weight.dim() != 2:
+        raise RuntimeError(
+            f"Expected 2-dimensional tensor, but got {weight.dim()}-dimensional tensor for argument #1 'self' "
+            "(while checking arguments for embedding_renorm_)"
+        )
+    _check_type(input, 2, "embedding_renorm_")
+    if not input.numel():
+        return
+    rows = weight.shape[0]
+    if values_are_readable(input) and ((input < -rows) | (input >= rows)).any():
+        row = int(input[(input < -rows) | (input >= rows)].min())
+        raise IndexError(f"select(): index {row} out of range for tensor of size {list(weight.shape)} at dimension 0")
+    if not (weight.is_floating_point() or weight.is_complex()):
+        found = scalar_type_name(weight.dtype)
+        raise NotImplementedError(
+            f"norm(): input dtype should be either floating point or complex. Got {found} instead."
+        )
 
 
 @torch.no_grad()
@@ -118,8 +152,7 @@ def _shrink_rows(weight: Tensor, input: Tensor, max_norm: float, norm_type: floa
     """Scale the rows of a norm over ``max_norm`` down to it."""
     wanted = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     wanted[input.reshape(-1).long()] = True
-    wide = weight.to(opmath_dtype(weight.dtype)).abs()
-    norms = wide.amax(1) if norm_type == float("inf") else wide.pow(norm_type).sum(1).pow(1 / norm_type)
+    norms = torch.linalg.vector_norm(weight.to(opmath_dtype(weight.dtype)), norm_type, 1)
     # PyTorch's guard against a norm of 0.
     scale = torch.where(wanted & (norms > max_norm), max_norm / (norms + 1e-7), 1)
     # detached, since torch.jit.trace records no no_grad
@@ -152,6 +185,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         options = ctx.rows, ctx.padding_row, ctx.sparse
+        if ctx.by_frequency and ctx.sparse:
+            raise RuntimeError("embedding_backward: scale_grad_by_freq not supported with sparse gradients")
         if ctx.by_frequency:
             table = _MeanGradient.apply(grad, indices, *options)
         else:
@@ -189,7 +224,7 @@ class _MeanGradient(torch.autograd.Function):
 
 
 def _table(grad: Tensor, indices: Tensor, rows: int, padding_row: int | None, sparse: bool) -> Tensor:
-    indices, grad = indices.reshape(-1), grad.reshape(-1, grad.shape[-1])
+    indices, grad = indices.reshape(-1), grad.reshape(indices.numel(), grad.shape[-1])
     if sparse:
         kept = slice(None) if padding_row is None else indices != padding_row
         numbers, size = indices[kept].unsqueeze(0), (rows, grad.shape[1])

@@ -70,6 +70,7 @@ def nll_loss(
     done: Tensor | None = attempt(key, input, target, weight)
     if done is not None:
         return done
+    ignore_index = integer(ignore_index)
     input, weight = autocast_to_float32(input, weight)
     if input.dim() == 0:
         raise ValueError("Expected 1 or more dimensions (got 0)")

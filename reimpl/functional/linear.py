@@ -17,7 +17,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         input: shape :math:`(*, \text{in})`.
         weight: shape :math:`(\text{out}, \text{in})`, or :math:`(\text{in},)` for a single output without an axis.
-        bias: shape :math:`(\text{out},)`.
+        bias: shape :math:`(\text{out},)`, or one that broadcasts with the result.
 
     Returns:
         shape :math:`(*, \text{out})`, or :math:`(*,)` for a weight of one dimension.
@@ -36,6 +36,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(input, weight, bias)
+    if bias is not None and input.dim() != 2 and bias.dim() != 1 and bias.squeeze().dim() != 1:
+        return _linear(input, weight, None).add_(bias)  # which may broadcast over other dimensions than the last
     if weight.dim() == 1:
         return call(_Linear, affine, input, weight.unsqueeze(0), bias).squeeze(-1)  # type: ignore[no-any-return]
     return call(_Linear, affine, input, weight, bias)  # type: ignore[no-any-return]
@@ -48,8 +50,16 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if weight.dim() > 2:
         raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, but self is {weight.dim()}D")
-    if weight.dim() == 1 and bias is not None:
+    if weight.dim() == 1 and bias is not None and (input.dim() == 2 or bias.dim() == 1):
         raise RuntimeError("addmm: mat2 must be a matrix, got 1-D tensor")
+    if weight.dim() == 1 and input.shape[-1] != weight.shape[0]:
+        rows, columns, others = prod(input.shape[:-1]), input.shape[-1], weight.shape[0]
+        if input.dim() > 1:
+            raise RuntimeError(f"size mismatch, got input ({rows}), mat ({rows}x{columns}), vec ({others})")
+        raise RuntimeError(
+            f"inconsistent tensor size, expected tensor [{columns}] and src [{others}] to have the same number of "
+            f"elements, but got {columns} and {others} elements respectively"
+        )
 
 
 def affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,6 +71,15 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _by_columns(matrix: Tensor) -> bool:
+    """Whether the numbers lie densely, column by column."""
+    return matrix.stride() == (1, matrix.shape[0])
+
+
+def _product(first: Tensor, second: Tensor, by_columns: bool) -> Tensor:
+    return (second.t() @ first.t()).t() if by_columns else first @ second
 
 
 class _Linear(torch.autograd.Function):
@@ -88,15 +107,18 @@ class _Linear(torch.autograd.Function):
 
 
 def affine_gradients(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of input, weight and bias, those that ``ctx`` asks for; it knows the shape of the bias."""
+    """The gradients of input, weight and bias, those that ``ctx`` asks for; it knows the shape of the bias.
+
+    They lie in memory as PyTorch's: by columns that of an input which does, and of a weight that is not contiguous.
+    """
     rows = _rows(grad)
     grad_input = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = rows @ weight.conj()
+        grad_input = _product(rows, weight.conj(), _by_columns(_rows(input)))
         if input.dim() != 2:
             grad_input = grad_input.reshape(input.shape)
     if ctx.needs_input_grad[1]:
-        grad_weight = rows.t() @ _rows(input).conj()
+        grad_weight = _product(rows.t(), _rows(input).conj(), not _by_columns(weight.t()))
     if ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0) if ctx.bias_shape == rows.shape[1:] else rows.sum_to_size(ctx.bias_shape)
     return grad_input, grad_weight, grad_bias

@@ -20,7 +20,7 @@ from reimpl.functional._losses.cross_entropy import (
 from reimpl.functional._losses.plain import worker
 from reimpl.functional._losses.reduction import reduced, resolve
 from reimpl.functional._losses.targets import as_batch, check_class_indices, class_dim, counted
-from reimpl.functional._options import integer
+from reimpl.functional._options import check_number, integer
 from reimpl.functional._plain import ordinary
 from reimpl.functional.kernels import attempt, teach
 
@@ -69,6 +69,9 @@ def cross_entropy(
     done: Tensor | None = attempt(("cross_entropy", ignore_index, label_smoothing, reduction), input, target, weight)
     if done is not None:
         return done
+    ignore_index = integer(ignore_index)
+    check_number(label_smoothing)
+    label_smoothing = float(label_smoothing)
     input, weight = autocast_to_float32(input, weight)
     # a negative number smooths nothing, as in PyTorch, and NaN no more
     smoothing = label_smoothing if label_smoothing > 0 else 0.0

@@ -53,6 +53,7 @@ def batch_norm(
     Raises:
         ValueError: training with a single value a channel, a non-positive ``eps`` or one running average alone.
         RuntimeError: shapes or dtypes do not fit, or a running average requires a gradient.
+        IndexError: ``input`` has one dimension, or there are no numbers and ``weight`` or ``bias`` is empty.
 
     Source: F10; N0 (4.79-4.94), N1, N2, N4. PyTorch: :func:`torch.nn.functional.batch_norm`.
     """
@@ -91,30 +92,52 @@ def _batch_norm(
     relu: bool,
 ) -> Tensor:
     check_flags(training)
+    if type(eps) is not float:  # which might not be looked up
+        _check_options(input, training, momentum, eps)
     key = ("batch_norm", training, eps, relu, weight is not None)
     tensors = (input, running_mean, running_var, weight, bias)
     done: Tensor | None = attempt(key, *tensors, momentum)
     if done is not None:
         return done
-    check_number(momentum)
-    _check(*tensors, training, eps)
+    _check_options(input, training, momentum, eps)
+    if not input.numel():
+        return _of_nothing(input, weight, bias)
+    _check(*tensors, training)
+    weight, bias = (v if v is None or v.dim() == 1 else v.reshape(-1) for v in (weight, bias))
     x = input.contiguous(memory_format=memory_format_of(input))
     with autocast_disabled(input.device):
-        if training and input.numel():
+        if training:
             output, mean, var = call(
                 BatchNormTraining, normalize_by_batch, x, weight, bias, eps, relu, operator=traced_batch_norm
             )
             if running_mean is not None and running_var is not None:
                 count = input.numel() // input.shape[1]
                 move_averages(running_mean, running_var, mean, var, count, momentum)
-            learn(key, x, *tensors[1:])
+            learn(key, x, running_mean, running_var, weight, bias)
             return output  # type: ignore[no-any-return]
-        zeros = x.new_zeros(x.shape[1] if x.dim() > 1 else 0)
-        mean = zeros if running_mean is None else running_mean
-        var = zeros if running_var is None else running_var
-        result: Tensor = call(BatchNormInference, normalize, x, mean, var, weight, bias, eps, relu)
-    learn(key, x, *tensors[1:])
+        result: Tensor = call(BatchNormInference, normalize, x, running_mean, running_var, weight, bias, eps, relu)
+    learn(key, x, running_mean, running_var, weight, bias)
     return result
+
+
+def _of_nothing(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """PyTorch's result for no numbers, which asks the first of the weights and nothing else."""
+    output = input.clone()
+    if weight is not None:
+        output = output * weight.select(0, 0)
+    return output if bias is None else output + bias.select(0, 0)
+
+
+def _check_options(input: Tensor, training: bool, momentum: float, eps: float) -> None:
+    if training:
+        if input.shape[0] * prod(input.shape[2:]) == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        if eps <= 0.0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    check_number(momentum)
+    check_number(eps)
 
 
 def _check(
@@ -124,21 +147,12 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    eps: float,
 ) -> None:
     channels = input.shape[1] if input.dim() > 1 else 0
-    if training:
-        if prod(input.shape[:1]) * prod(input.shape[2:]) == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        if eps <= 0.0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-        if (running_mean is None) != (running_var is None):
-            raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if training and (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
     if not input.is_floating_point():
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{scalar_type_name(input.dtype)}'")
-    dtypes = set()
     for name, tensor in zip(_VECTORS, (running_mean, running_var, weight, bias), strict=True):
         average = name in _VECTORS[:2]
         if tensor is None:
@@ -152,12 +166,27 @@ def _check(
                 f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
                 "This input cannot have requires_grad True."
             )
-        dtypes.add(tensor.dtype)
-    if dtypes - {input.dtype}:
-        if dtypes - {torch.float32}:
-            raise RuntimeError("mixed dtype (CPU): expect parameter to have scalar type of Float")
-        if opmath_dtype(input.dtype) == input.dtype:
-            raise RuntimeError("mixed dtype (CPU): all inputs must share same datatype.")
+    if input.dim() < 2:
+        raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
+    _check_dtypes(input, [tensor for tensor in (weight, bias, running_mean, running_var) if tensor is not None])
+    for tensor in (running_mean, running_var):
+        if tensor is not None and tensor.dim() != 1:
+            raise RuntimeError(f"TensorAccessor expected 1 dims but tensor has {tensor.dim()}")
+
+
+def _check_dtypes(input: Tensor, vectors: list[Tensor]) -> None:
+    """The first vector tells PyTorch whether the dtypes are meant to differ."""
+    others = [v.dtype for v in vectors if v.dtype != input.dtype]
+    if not others:
+        return
+    if vectors[0].dtype == input.dtype:
+        raise RuntimeError(
+            f"expected scalar type {scalar_type_name(input.dtype)} but found {scalar_type_name(others[0])}"
+        )
+    if any(v.dtype != torch.float32 for v in vectors):
+        raise RuntimeError("mixed dtype (CPU): expect parameter to have scalar type of Float")
+    if opmath_dtype(input.dtype) == input.dtype:
+        raise RuntimeError("mixed dtype (CPU): all inputs must share same datatype.")
 
 
 def move_averages(

@@ -11,6 +11,7 @@ from torch import Tensor
 from reimpl.functional._dispatch import autocast_to_float32, call, opmath_dtype, scalar_type_name
 from reimpl.functional._losses.pointwise import Pointwise, laid_out, pointwise_loss, suits
 from reimpl.functional._losses.reduction import legacy_reduction, reduced, resolve
+from reimpl.functional._losses.targets import check_no_truth_values
 
 
 def mse_loss(
@@ -32,22 +33,29 @@ def mse_loss(
     Raises:
         ValueError: ``weight`` has another shape than ``input``, or ``reduction`` is unknown.
         RuntimeError: the shapes do not broadcast.
-        NotImplementedError: neither dtype is floating-point.
+        NotImplementedError: neither dtype is floating-point, without ``weight``; a tensor is boolean, with it.
 
     Source: F4; N3, where the code's mean stands. PyTorch: :func:`torch.nn.functional.mse_loss`.
     """
     _warn_of_broadcast(input, target)
     if weight is not None and weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
-    if weight is not None and legacy_reduction(reduction, size_average, reduce) not in ("none", "mean", "sum"):
+    reduction = legacy_reduction(reduction, size_average, reduce)
+    if weight is not None and reduction not in ("none", "mean", "sum"):
         raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
-    reduction = resolve(reduction, size_average, reduce)
+    reduction = resolve(reduction)
     if weight is None and suits(input, target):
         return pointwise_loss(input, target, _SQUARED_ERROR, reduction)
     input, target, weight = autocast_to_float32(input, target, weight)
     if weight is None:
         losses, dtype = _squared_errors(input, target)
         return reduced(losses, reduction, dtype)
+    check_no_truth_values(input, target)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if not dtype.is_floating_point or weight.is_complex():
+        losses, _ = _weighted_squares(input, target, weight, dtype)
+        total = losses if reduction == "none" else losses.sum()
+        return total / weight.sum() if reduction == "mean" else total
     dtype, input, target = _promoted(input, target)
     losses, _ = call(_WeightedSquares, _weighted_squares, input, target, weight, dtype)
     return reduced(losses, reduction, torch.promote_types(dtype, weight.dtype), weight.sum(dtype=losses.dtype))
@@ -152,14 +160,15 @@ class _WeightedSquares(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_difference: Tensor) -> tuple[Tensor | None, ...]:
         difference, weight = ctx.saved_tensors
         wants_input, wants_target, wants_weight = ctx.needs_input_grad[:3]
-        slope = difference.to(grad.dtype) * grad
+        difference = difference.to(grad.dtype)
         grad_input = grad_target = grad_weight = None
         if wants_input or wants_target:
-            whole = 2 * slope * weight + grad_difference
+            # in PyTorch's order, on which the strides depend
+            whole = grad * weight * (2 * difference) + grad_difference
             grad_input = whole.to(ctx.dtypes[0]) if wants_input else None
             grad_target = -whole.to(ctx.dtypes[1]) if wants_target else None
         if wants_weight:
-            grad_weight = (slope * difference).to(weight.dtype)
+            grad_weight = (grad * (difference * difference)).to(weight.dtype)
         return grad_input, grad_target, grad_weight, None
 
 

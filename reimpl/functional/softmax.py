@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from operator import index
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from reimpl.functional._losses.plain import final_worker, worker
 from reimpl.functional._options import integer
 from reimpl.functional.kernels import attempt, teach
 
+_PYTHON_TYPES: tuple[Any, ...] = (bool, int, float, complex)  # which PyTorch takes for dtypes
 _WORKERS = ("_losses.numba", _losses_plain)
 
 
@@ -30,7 +32,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
 
     Raises:
         IndexError: ``dim`` is out of range.
-        NotImplementedError: the dtype is not floating-point.
+        NotImplementedError: the dtype is not floating-point, and there are numbers.
 
     Source: F3; N3, N4. PyTorch: :func:`torch.nn.functional.softmax`.
     """
@@ -44,7 +46,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     works = worker(*_WORKERS, input) if input.numel() else None
     if works:
         return _worked(key, input, dim, works)
-    return call(_Softmax, _softmax, input, dim)  # type: ignore[no-any-return]
+    return _composed(_Softmax, _softmax, input, dim)
 
 
 def log_softmax(
@@ -66,7 +68,7 @@ def log_softmax(
     works = worker(*_WORKERS, input) if input.numel() else None
     if works:
         return _worked(key, input, dim, works)
-    return call(_LogSoftmax, log_softmax_composition, input, dim)  # type: ignore[no-any-return]
+    return _composed(_LogSoftmax, log_softmax_composition, input, dim)
 
 
 def _worked(key: tuple[str, int | None], input: Tensor, dim: int, works: Any) -> Tensor:
@@ -77,27 +79,36 @@ def _worked(key: tuple[str, int | None], input: Tensor, dim: int, works: Any) ->
     return output
 
 
+def _composed(function: Any, composition: Any, input: Tensor, dim: int) -> Tensor:
+    if not (input.numel() or input.is_floating_point()):
+        return input.clone(memory_format=torch.contiguous_format)  # nothing needs another dtype
+    return call(function, composition, input, dim)  # type: ignore[no-any-return]
+
+
 def _prepare(
     name: str, input: Tensor, dim: int | None, stacklevel: int, dtype: torch.dtype | None
 ) -> tuple[Tensor, int]:
     if dim is None:
+        dim = 0 if input.dim() in (0, 1, 3) else 1
         warnings.warn(
             f"Implicit dimension choice for {name} has been deprecated. "
             "Change the call to include dim=X as an argument.",
-            stacklevel=stacklevel + 1,  # over the door in reimpl.functional
+            stacklevel=index(stacklevel) + 1,  # over the door in reimpl.functional
         )
-        dim = 0 if input.dim() in (0, 1, 3) else 1
+    dim = integer(dim)
     bound = max(input.dim(), 1)
     if not -bound <= dim < bound:
         raise IndexError(f"Dimension out of range (expected to be in range of [{-bound}, {bound - 1}], but got {dim})")
     dim %= bound
+    if any(dtype is kind for kind in _PYTHON_TYPES):
+        dtype = torch.empty(0, dtype=dtype).dtype
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if dtype is None and input.device.type == "cuda" and autocast_enabled(input.device):
         dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else None
     if dtype is not None:
         input = input.to(dtype)
-    if not input.is_floating_point():
+    if (not input.is_floating_point() or input.dtype.itemsize < 2) and (input.numel() or not input.dim()):
         kernel = f"{name}_lastdim_kernel_impl" if dim == bound - 1 else f"{name}_kernel_impl"
         raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
     return input, dim

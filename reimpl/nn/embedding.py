@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 
 from reimpl import functional as F
 from reimpl import init
+from reimpl.functional.embedding import padding_row
 
 
 class Embedding(torch.nn.Embedding):
@@ -63,9 +64,7 @@ class Embedding(torch.nn.Embedding):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         if padding_idx is not None:
-            if not -num_embeddings <= padding_idx < num_embeddings:
-                raise AssertionError("Padding_idx must be within num_embeddings")
-            padding_idx %= num_embeddings
+            padding_idx = padding_row(padding_idx, num_embeddings)
         self.padding_idx = padding_idx
         self.max_norm = max_norm
         self.norm_type = norm_type

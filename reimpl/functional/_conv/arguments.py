@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, NamedTuple
@@ -10,12 +11,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import scalar_type_name
+from reimpl.functional._dispatch import scalar_type_name, type_text
 from reimpl.functional._options import integer
 
+_warned = False
 ALGORITHMS = ("im2col", "views", "winograd")
 """What ``algorithm=`` can name."""
 
+_WITHOUT_PRODUCTS = (torch.bool, torch.uint16, torch.uint32, torch.uint64)
+_IN_C = {
+    torch.bool: "bool",
+    torch.uint8: "unsigned char",
+    torch.int8: "signed char",
+    torch.int16: "short int",
+    torch.int32: "int",
+    torch.int64: "long int",
+    torch.float16: "c10::Half",
+    torch.bfloat16: "c10::BFloat16",
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.complex64: "c10::complex<float>",
+    torch.complex128: "c10::complex<double>",
+}
 _BY_NAME = {1: "2D (unbatched) or 3D (batched) input to conv1d", 2: "3D (unbatched) or 4D (batched) input to conv2d"}
 
 
@@ -105,11 +122,25 @@ def _sides(
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if min(totals) < 0:
         raise RuntimeError("negative padding is not supported")
+    if any(total % 2 for total in totals) and not torch.compiler.is_compiling():
+        _warn_of_copy()
     return tuple(side for total in totals for side in (total // 2, total - total // 2))
 
 
+def _warn_of_copy() -> None:
+    """PyTorch's warning, once in a process unless :func:`torch.set_warn_always` says otherwise."""
+    global _warned
+    if torch.is_warn_always_enabled() or not _warned:
+        _warned = True
+        warnings.warn(
+            "Using padding='same' with even kernel lengths and odd dilation may require a zero-padded copy of the "
+            "input be created",
+            stacklevel=7,  # over the door in reimpl.functional
+        )
+
+
 def _each(name: str, value: Any, dims: int) -> tuple[int, ...]:
-    several = isinstance(value, Iterable) and not (isinstance(value, Tensor) and value.dim() == 0)
+    several = isinstance(value, Sequence) and not isinstance(value, str)
     values = tuple(map(integer, value)) if several else (integer(value),)
     if len(values) == 1:
         return values * dims
@@ -168,7 +199,7 @@ def check(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
 
     Raises:
         RuntimeError: as PyTorch words it.
-        NotImplementedError: the tensors are boolean.
+        NotImplementedError: ``input`` is of a dtype that has no products.
     """
     size, groups = list(weight.shape), geometry.groups
     _check_dtypes(input, weight, bias)
@@ -196,15 +227,14 @@ def check(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
 
 
 def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dtype != input.dtype:
-        raise RuntimeError(
-            f"Input type ({_tensor_type(input)}) and weight type ({_tensor_type(weight)}) should be the same"
-        )
     if bias is not None and bias.dtype != input.dtype:
-        names = [scalar_type_name(t.dtype).lower() for t in (input, bias)]
+        names = [_IN_C.get(t.dtype, scalar_type_name(t.dtype)) for t in (input, bias)]
         raise RuntimeError(f"Input type ({names[0]}) and bias type ({names[1]}) should be the same")
-    if input.dtype == torch.bool:
-        raise NotImplementedError("\"conv\" not implemented for 'Bool'")
+    if input.dtype in _WITHOUT_PRODUCTS or (input.is_floating_point() and input.itemsize < 2):
+        kernel = f"slow_conv2d_{input.device.type}"
+        raise NotImplementedError(f"\"{kernel}\" not implemented for '{scalar_type_name(input.dtype)}'")
+    if weight.dtype != input.dtype:
+        raise RuntimeError(f"Input type ({type_text(input)}) and weight type ({type_text(weight)}) should be the same")
 
 
 def _check_reach(input: Tensor, weight: Tensor, geometry: Geometry) -> None:
@@ -222,10 +252,6 @@ def _check_reach(input: Tensor, weight: Tensor, geometry: Geometry) -> None:
     if 0 in plane:
         shape = [*input.shape[:2], *(1,) * skip, *plane]
         raise RuntimeError(f"Only zero batch or zero channel inputs are supported, but got input shape: {shape}")
-
-
-def _tensor_type(tensor: Tensor) -> str:
-    return tensor.type() if tensor.device.type in ("cpu", "cuda") else scalar_type_name(tensor.dtype)
 
 
 class Phase(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 from reimpl.functional._dispatch import in_its_own_right, opmath_dtype
 from reimpl.functional._losses import plain_targets as _losses_plain_targets
 from reimpl.functional._losses.plain import final_worker
+from reimpl.functional._losses.pointwise import laid_out
 from reimpl.functional._losses.targets import check_range, classes_that_count
 from reimpl.functional.softmax import log_softmax_composition
 
@@ -174,7 +175,11 @@ def _smoothed_targets(target: Tensor, weight: Tensor | None, smoothing: float, d
     q = target.to(dtype)
     if smoothing > 0:
         q = q * (1 - smoothing) + smoothing / max(1, target.shape[dim])
-    return q if weight is None else q * _along(weight.to(dtype), dim, target.dim())
+    return q if weight is None else q * _along(_as_wide(weight, dtype), dim, target.dim())
+
+
+def _as_wide(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.is_complex() else weight.to(dtype)
 
 
 def probability_loss(
@@ -215,7 +220,7 @@ class ProbabilityLoss(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_target = sample * log_probs * (1 - ctx.smoothing)
                 if weight is not None:
-                    grad_target = grad_target * _along(weight.to(dtype), dim, target.dim())
+                    grad_target = grad_target * _along(_as_wide(weight, dtype), dim, target.dim())
                 grad_target = grad_target.to(target.dtype)
             if weight is not None and ctx.needs_input_grad[2]:
                 others = [d for d in range(target.dim()) if d != dim]
@@ -224,7 +229,7 @@ class ProbabilityLoss(torch.autograd.Function):
         if grad_log_probs is not None:
             total = grad_log_probs if total is None else total + grad_log_probs
         grad_input = _through_softmax(torch.exp(log_probs), total, None, dim, ctx.dtype)
-        return grad_input, grad_target, grad_weight, None, None
+        return None if grad_input is None else laid_out(grad_input), grad_target, grad_weight, None, None
 
 
 class WorkedProbabilityLoss(torch.autograd.Function):

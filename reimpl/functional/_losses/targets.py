@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from reimpl.functional._dispatch import is_batched, scalar_type_name
+from reimpl.functional._dispatch import is_batched, scalar_type_name, value_of
 
 
 def check_class_indices(
@@ -101,6 +101,29 @@ def check_constant(tensor: Tensor | None, argument: str, operator: str) -> None:
         )
 
 
+def check_no_truth_values(*tensors: Tensor) -> None:
+    """Raise PyTorch's ``NotImplementedError`` where a difference of ``tensors`` would have a boolean operand."""
+    booleans = [t.dtype is torch.bool for t in tensors]
+    if all(booleans):
+        raise NotImplementedError(
+            "Subtraction, the `-` operator, with two bool tensors is not supported. Use the `^` or `logical_xor()` "
+            "operator instead."
+        )
+    if any(booleans):
+        raise NotImplementedError(
+            "Subtraction, the `-` operator, with a bool tensor is not supported. If you are trying to invert a mask, "
+            "use the `~` or `logical_not()` operator instead."
+        )
+
+
+def check_real_weight(weight: Tensor | None, losses: Tensor) -> None:
+    """Raise PyTorch's ``RuntimeError`` where a complex weight would go into ``losses`` that are real."""
+    if weight is not None and weight.is_complex() and not losses.is_complex():
+        result = scalar_type_name(torch.promote_types(weight.dtype, losses.dtype))
+        wanted = scalar_type_name(losses.dtype)
+        raise RuntimeError(f"result type {result} can't be cast to the desired output type {wanted}")
+
+
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether a check may look at the numbers: on the CPU, outside compilers, ``vmap`` and tensors without data."""
     return tensor.device.type == "cpu" and holds_values(tensor)
@@ -124,7 +147,12 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def check_unit_interval(tensor: Tensor, argument: str, slack: float = 0.0) -> None:
-    """Raise PyTorch's ``RuntimeError`` where a number lies outside [0, 1], or more than ``slack`` above, or is NaN."""
+    """Raise PyTorch's ``RuntimeError`` where a number lies outside [0, 1], or more than ``slack`` above, or is NaN.
+
+    Under ``torch.func``'s transforms the numbers are those of all mapped tensors.
+    """
+    if not torch.compiler.is_compiling():
+        tensor = value_of(tensor)
     if values_are_readable(tensor) and tensor.numel():
         low, high = tensor.detach().aminmax()
         if not (low >= 0 and high <= 1 + slack):

@@ -32,8 +32,6 @@ def normalize(
     """Output for a given mean and variance."""
     dtype = opmath_dtype(input.dtype)
     x = input.to(dtype)
-    if x.dim() < 2:
-        return input.clone()
     return scaled(x - per_channel(mean.to(dtype), x), var.to(dtype), weight, bias, eps, relu).to(input.dtype)
 
 
@@ -144,9 +142,7 @@ def _plus(value: Tensor, other: Tensor | None) -> Tensor:
 
 def _overwritten(input: Tensor, *others: Tensor | None) -> bool:
     """Whether :mod:`~reimpl.functional._norm.plain` does for such tensors."""
-    if input.dim() < 2 or not input.numel() or not ordinary(input, *others):
-        return False
-    return all(t is None or t.dtype in _norm_plain.DTYPES for t in (input, *others))
+    return ordinary(input, *others) and all(t is None or t.dtype in _norm_plain.DTYPES for t in (input, *others))
 
 
 def _wide(like: Tensor, *vectors: Tensor | None) -> tuple[Any, ...]:
@@ -219,8 +215,6 @@ def _infer_backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Ten
     input, mean, var, weight, rectified = saved
     x = input.to(opmath_dtype(input.dtype))
     g, (mean, var) = _unrectified(grad, rectified).to(x.dtype), _wide(x, mean, var)
-    if x.dim() < 2:
-        return g.to(input.dtype), *(None,) * 6
     wanted, _, _, weight_wanted, bias_wanted = ctx.needs_input_grad[:5]
     s = torch.rsqrt(var + ctx.eps)
     grad_input = grad_weight = grad_bias = None

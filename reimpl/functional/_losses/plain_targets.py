@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from reimpl.functional._losses.plain import along, exponential
+from reimpl.functional._losses.plain import along
 from reimpl.functional._losses.targets import check_range
+from reimpl.functional._plain import exponential
 
 _Result = TypeVar("_Result")
 Number = Tensor | float

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reimpl.functional._conv import taps
+from reimpl.functional._conv import bands, taps
 from reimpl.functional._conv.arguments import Geometry, Phase, phase_pairs
 from reimpl.functional._conv.layouts import (
     empty_planes,
@@ -79,6 +79,13 @@ def convolve(
 ) -> Tensor:
     """``C(x, w) + b``, of height and width ``output``."""
     kernel = _plane(weight)
+    row_bytes = _row_bytes(output[1], kernel, weight.shape[1], weight.shape[0], input)
+    if cut := bands.of_output(len(input), output[0], row_bytes, input.shape[2], kernel[0], geometry):
+        target = empty_planes(input, weight.shape[0], output, layout)
+        for band in cut:
+            part, seen = target[band.image, :, band.output], input[band.image, :, band.input]
+            part.copy_(convolve(seen, weight, bias, _plane(part), band.geometry, layout))
+        return target
     if taps.fits(input, kernel, output, geometry):
         return taps.multiply(input, weight.permute(2, 3, 1, 0), bias, output, geometry, layout)
     rows, columns = (list(range(size)) for size in kernel)
@@ -91,8 +98,17 @@ def convolve_input(
 ) -> Tensor:
     """``T(g, w)``, the gradient of an input of height and width ``size``."""
     kernel, channels = _plane(weight), geometry.groups * weight.shape[1]
+    row_bytes = _row_bytes(size[1], kernel, weight.shape[0] // geometry.groups, channels, grad)
+    row_bytes //= prod(geometry.stride)
+    if cut := bands.of_input(len(grad), size[0], row_bytes, grad.shape[2], kernel[0], geometry):
+        whole = empty_planes(grad, channels, size, layout)
+        for band in cut:
+            pixels, seen = whole[band.image, :, band.input], grad[band.image, :, band.output]
+            pixels.copy_(convolve_input(seen, weight, _plane(pixels), band.geometry, layout))
+        return whole
     pairs = list(phase_pairs(_plane(grad), size, kernel, geometry))
-    if taps.fits(grad, kernel, _plane(grad), geometry):
+    by_taps = taps.fits(grad, kernel, _plane(grad), geometry)
+    if by_taps and all(taps.crops_no_more_than_all(grad, part) for *_, part in pairs):
         target = None
         if geometry.stride != (1, 1):
             target = empty_planes(grad, channels, size, layout)
@@ -229,22 +245,31 @@ def _constant(windows: Windows, factor: _Factor, bias: Tensor | None) -> Tensor:
 
 def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
-    if taps.fits(input, kernel, _plane(grad), geometry, for_weight=True):
-        return taps.multiply_weight(grad, input, kernel, geometry)
     groups, output = geometry.groups, _plane(grad)
     channels, outputs = input.shape[1] // groups, grad.shape[1] // groups
-    cut = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
-    order = cut[0].order if cut else IMAGES_FIRST
+    by_taps = taps.fits(input, kernel, output, geometry, for_weight=True)
+    values = 0 if by_taps and kernel == (1, 1) else grad.shape[1]
+    row_bytes = _row_bytes(output[1], kernel, channels, values, grad, None if by_taps else _NUMBERS)
+    if cut := bands.of_output(len(grad), output[0], row_bytes, input.shape[2], kernel[0], geometry):
+        total = grad.new_zeros(grad.shape[1], channels, *kernel)
+        for band in cut:
+            errors, seen = grad[band.image, :, band.output], input[band.image, :, band.input]
+            total.add_(convolve_weight(errors, seen, kernel, band.geometry))
+        return total
+    if by_taps:
+        return taps.multiply_weight(grad, input, kernel, geometry)
+    boxes = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
+    order = boxes[0].order if boxes else IMAGES_FIRST
     pixels = _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS
     blocks = list(parts(input.shape[0], prod(output), input.device, budget=pixels))
-    windows = Windows(input, blocks, cut)
+    windows = Windows(input, blocks, boxes)
     turned = grad.new_zeros(grad.shape[1], *kernel, channels)
     for part in blocks:
         windows.load(input[part])
         errors = _errors(grad[part], order)
         for group in range(groups):
             own = slice(group * outputs, (group + 1) * outputs)
-            for region, rows in (pair for strip in cut for pair in windows.matrices(strip, group * channels)):
+            for region, rows in (pair for strip in boxes for pair in windows.matrices(strip, group * channels)):
                 left = errors[own, region.down, region.across] if order == IMAGES_LAST else errors[own]
                 box = turned[own, region.box.rows, region.box.columns, region.box.channels]
                 box.add_(product(left.reshape(outputs, -1), rows).view(outputs, *region.box.sizes))
@@ -272,6 +297,16 @@ def _cut_for_weight(
     boxes = partitions(kernel, channels, max(channels, _NUMBERS))[-1]
     whole = [Region(box, slice(0, output[0]), slice(0, output[1]), geometry) for box in boxes]
     return strips(whole, ROWS_FIRST if kernel[0] > 1 else IMAGES_FIRST)
+
+
+def _row_bytes(
+    width: int, kernel: tuple[int, int], channels: int, values: int, like: Tensor, most: int | None = _TERMS
+) -> int:
+    """Of a row of windows, of which at most so many terms are gathered at once, and of what comes of it."""
+    terms = channels * prod(kernel)
+    # pixels themselves are multiplied where they lie
+    gathered = 0 if kernel == (1, 1) else min(terms, most or terms)
+    return width * (gathered + values) * like.element_size()
 
 
 def _plane(tensor: Tensor) -> tuple[int, int]:

@@ -33,7 +33,9 @@ def pixels_of_planes(planes: Tensor) -> Tensor:
     if planes.stride(1) == 1:
         return planes.permute(0, 2, 3, 1)
     if not planes.is_contiguous():
-        return planes.permute(0, 2, 3, 1).contiguous()
+        if planes.dtype is not torch.float32 or planes.stride(3) != 1:
+            return planes.permute(0, 2, 3, 1).contiguous()
+        planes = planes.contiguous()
     n, c, h, w = planes.shape
     return transposed(planes.view(n, c, h * w)).view(n, h, w, c)
 

@@ -52,7 +52,7 @@ _TERMS = 384
 # kernel of one tap PyTorch sums some 100.
 _NUMBERS, _PIXELS, _PIXELS_OF_ONE_TAP = 512, 2048, 256
 # Groups are taken one by one: so many at most, of so many channels at least. All in one go is better for others.
-_MOST_GROUPS, _LEAST_CHANNELS = 8, 16
+_MOST_GROUPS, _LEAST_CHANNELS = 32, 16
 # What it costs there to leave a tap's padding out, in channels: the output's gradients are gathered too, and rows of
 # taps that would share their numbers do not.
 _COST, _COST_OF_SHARED = 25, 50

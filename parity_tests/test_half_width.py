@@ -12,6 +12,7 @@ from torch.nn import functional as torch_functional
 
 import reimpl.functional as F
 from reimpl.functional import _plain
+from reimpl.functional._losses import half as _losses_half
 from reimpl.testing import bits_equal
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -23,11 +24,12 @@ def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_plain, "_BLOCK", 50)
 
 
-def check_rounded_once(ours: Tensor, exact: Tensor) -> None:
-    """Half a unit in the last place of the half-width dtype, and a hundredth of it for the errors of float32."""
+def check_rounded_once(ours: Tensor, exact: Tensor, errors: float = 0.0) -> None:
+    """Half a unit in the last place of the half-width dtype, a hundredth of it for the errors of float32, and what
+    these come to where numbers cancel."""
     info = torch.finfo(ours.dtype)
     least = info.tiny * info.eps
-    torch.testing.assert_close(ours.double(), exact, rtol=0.51 * info.eps, atol=0.51 * least, equal_nan=True)
+    torch.testing.assert_close(ours.double(), exact, rtol=0.51 * info.eps, atol=0.51 * least + errors, equal_nan=True)
 
 
 def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +94,66 @@ def test_losses_are_rounded_once(name: str, reduction: str, dtype: torch.dtype) 
         for mine, exact in zip(ours, wide, strict=True):
             assert mine.dtype is dtype
             check_rounded_once(mine, exact)
+
+
+@DTYPES
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_is_rounded_once(
+    weighted: bool, ignore_index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_PART", "_PART_OF_FEW"):
+        monkeypatch.setattr(_losses_half, name, 64)
+    for shape in ((37, 11), (5, 1100), (3, 11, 4, 5), (11,)):
+        x = (4 * torch.randn(shape)).to(dtype)
+        classes = shape[0] if len(shape) == 1 else shape[1]
+        target = torch.randint(0, classes, () if len(shape) == 1 else (shape[0], *shape[2:]))
+        if len(shape) > 1:
+            target.view(-1)[::4] = ignore_index
+        weight = torch.rand(classes).to(dtype) if weighted else None
+        for reduction in ("none", "mean", "sum"):
+            grad = torch.randn(target.shape if reduction == "none" else ()).to(dtype)
+            results = []
+            for m, wide in ((F, dtype), (torch_functional, torch.float64)):
+                w = None if weight is None else weight.to(wide)
+                results.append(
+                    with_gradient(
+                        lambda x, m=m, w=w, target=target, reduction=reduction: m.cross_entropy(
+                            x, target, w, ignore_index=ignore_index, reduction=reduction
+                        ),
+                        x.to(wide),
+                        grad.to(wide),
+                    )
+                )
+            for mine, exact in zip(*results, strict=True):
+                assert mine.dtype is dtype
+                # a difference of numbers up to 16 and their exponentials, in float32
+                errors = 64 * torch.finfo(torch.float32).eps * float(exact.abs().nan_to_num().max())
+                check_rounded_once(mine, exact, errors)
+
+
+@DTYPES
+def test_cross_entropy_once_more_and_by_maps(dtype: torch.dtype) -> None:
+    x, target, weight = torch.randn(6, 5).to(dtype), torch.arange(6) % 5, torch.rand(5).to(dtype)
+    results: list[Any] = []
+    for module, wide in ((F, dtype), (torch_functional, torch.float64)):
+        leaf = x.to(wide).requires_grad_()
+        loss = module.cross_entropy(leaf, target, weight.to(wide), ignore_index=1)
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        second = torch.autograd.grad(grad[:, 0].sum(), leaf, retain_graph=True)[0]
+        mapped = torch.autograd.grad(loss, leaf, torch.ones(2, dtype=wide), is_grads_batched=True)[0]
+        results.append((grad.double(), second.double(), mapped.double()))
+    # rounded to half the width once on the way, and once at the end
+    for mine, exact in zip(*results, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps / 8)
+
+
+@DTYPES
+def test_a_target_that_is_no_class_is_refused(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 5).to(dtype)
+    for bad in (5, -1):
+        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+            F.cross_entropy(x, torch.tensor([0, 1, bad, 2, -100, 3]))
 
 
 @DTYPES

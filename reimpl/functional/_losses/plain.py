@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from reimpl.functional._plain import exponential, plain
+from reimpl.functional._dispatch import autocast_enabled
+from reimpl.functional._plain import HALF, exponential, ordinary, plain
 from reimpl.functional.kernels import kernels_for
 
 # So many numbers keep two threads busy, and three buffers of them fit into a megabyte or two.
@@ -28,6 +29,13 @@ _PART_ALONG = 1 << 20
 def runs_plainly(*tensors: Tensor | None) -> bool:
     """Whether the tensors are plain, and the call is neither one of forward mode nor of ``torch.func``."""
     return plain(*tensors) and undisturbed()
+
+
+def half_runs_plainly(*tensors: Tensor | None) -> bool:
+    """The same of tensors of half the width on the CPU, where autocast does not widen them first."""
+    given = [t for t in tensors if t is not None]
+    narrow = all(t.dtype in HALF and t.is_cpu for t in given)
+    return narrow and not autocast_enabled(given[0].device) and ordinary(*given) and undisturbed()
 
 
 def undisturbed() -> bool:

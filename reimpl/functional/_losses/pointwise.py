@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._dispatch import autocast_enabled, opmath_dtype
-from reimpl.functional._losses.plain import final, in_parts, runs_plainly, undisturbed
+from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._losses.plain import final, half_runs_plainly, in_parts, runs_plainly
 from reimpl.functional._losses.targets import check_unit_interval
 from reimpl.functional._plain import HALF, final_on_cpu, in_float32, ordinary
 from reimpl.functional.kernels import attempt, kernels_for, teach
@@ -51,7 +51,7 @@ def suits(input: Tensor, target: Tensor) -> bool:
     """Whether the tensors are plain, of one dtype, have elements in the same places, and the target is fixed. The
     half-width types do on the CPU, where autocast does not widen them first."""
     return (
-        (runs_plainly(input, target) or _half_runs_plainly(input, target))
+        (runs_plainly(input, target) or half_runs_plainly(input, target))
         and input.dtype is target.dtype
         and input.shape == target.shape
         and input.device == target.device
@@ -62,11 +62,6 @@ def suits(input: Tensor, target: Tensor) -> bool:
         # strides of single elements say nothing of where these lie, and yet they show in the result
         and (1 not in input.shape or input.stride() == target.stride())
     )
-
-
-def _half_runs_plainly(*tensors: Tensor) -> bool:
-    narrow = all(t.dtype in HALF and t.is_cpu for t in tensors)
-    return narrow and not autocast_enabled(tensors[0].device) and ordinary(*tensors) and undisturbed()
 
 
 def laid_out(result: Tensor, *operands: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from reimpl.functional._conv.layouts import (
     taps_last,
     transposed,
 )
-from reimpl.functional._conv.products import ordinary, product
+from reimpl.functional._conv.products import bfloat16_is_quick, ordinary, product
 from reimpl.functional._conv.regions import Box, Region, partitions, reached
 from reimpl.functional._conv.strips import (
     IMAGES_FIRST,
@@ -44,6 +44,7 @@ from reimpl.functional._conv.strips import (
     strips,
 )
 from reimpl.functional._conv.windows import parts, pixels_of
+from reimpl.functional._dispatch import opmath_dtype
 
 # Terms of a sum that a product takes in one run: the error of a longer one grows with their number, and PyTorch's
 # convolutions sum 192.
@@ -51,6 +52,8 @@ _TERMS = 384
 # Numbers of a window that the gradient of the kernel multiplies at once, and pixels that it sums in one run: of a
 # kernel of one tap PyTorch sums some 100.
 _NUMBERS, _PIXELS, _PIXELS_OF_ONE_TAP = 512, 2048, 256
+# Bytes of windows that the gradient of a kernel of bfloat16 multiplies at once.
+_BYTES_OF_BFLOAT16 = 32 << 20
 # Groups are taken one by one: so many at most, of so many channels at least. All in one go is better for others.
 _MOST_GROUPS, _LEAST_CHANNELS = 32, 16
 # What it costs there to leave a tap's padding out, in channels: the output's gradients are gathered too, and rows of
@@ -66,6 +69,21 @@ def fits(geometry: Geometry, outputs: int, channels: int, *tensors: Tensor | Non
         and (groups == 1 or (groups <= _MOST_GROUPS and min(outputs, channels) >= groups * _LEAST_CHANNELS))
         and all(t is None or (t.device.type == "cpu" and t.numel() > 0) for t in tensors)
         and ordinary(*tensors)
+    )
+
+
+def fits_bfloat16(
+    geometry: Geometry, outputs: int, channels: int, kernel: tuple[int, int], *tensors: Tensor | None
+) -> bool:
+    """Whether the blocks do for tensors of bfloat16, whose windows are multiplied whole, so that sums are rounded once.
+    Kernels of a tap and few channels are as quick in float32."""
+    return (
+        geometry.groups == 1
+        and geometry.algorithm is None
+        and kernel != (1, 1)
+        and min(outputs, channels) > taps.FEW_CHANNELS
+        and all(t is None or t.numel() > 0 for t in tensors)
+        and bfloat16_is_quick(*tensors)
     )
 
 
@@ -151,6 +169,8 @@ class _Factor(NamedTuple):
     def strips(self, size: tuple[int, int]) -> tuple[Strip, ...]:
         """The regions of its boxes, for images of ``size``."""
         kernel = len(self.rows), len(self.columns)
+        if self.filters[0].dtype is torch.bfloat16:
+            return _whole(kernel, self.filters[0].shape[2], self.output, self.geometry)
         return planned(kernel, self.filters[0].shape[2], _TERMS, size, self.output, self.geometry)
 
     def matrices(self, cut: Sequence[Strip]) -> list[dict[Region, Tensor]]:
@@ -247,23 +267,31 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     """``W(g, x)``, the gradient of a kernel of height and width ``kernel``."""
     groups, output = geometry.groups, _plane(grad)
     channels, outputs = input.shape[1] // groups, grad.shape[1] // groups
-    by_taps = taps.fits(input, kernel, output, geometry, for_weight=True)
+    whole = grad.dtype is torch.bfloat16
+    by_taps = not whole and taps.fits(input, kernel, output, geometry, for_weight=True)
     values = 0 if by_taps and kernel == (1, 1) else grad.shape[1]
     row_bytes = _row_bytes(output[1], kernel, channels, values, grad, None if by_taps else _NUMBERS)
     if cut := bands.of_output(len(grad), output[0], row_bytes, input.shape[2], kernel[0], geometry):
-        total = grad.new_zeros(grad.shape[1], channels, *kernel)
+        total = grad.new_zeros(grad.shape[1], channels, *kernel, dtype=opmath_dtype(grad.dtype))
         for band in cut:
             errors, seen = grad[band.image, :, band.output], input[band.image, :, band.input]
             total.add_(convolve_weight(errors, seen, kernel, band.geometry))
-        return total
+        return total.to(grad.dtype)
     if by_taps:
         return taps.multiply_weight(grad, input, kernel, geometry)
-    boxes = _cut_for_weight(kernel, channels, _plane(input), output, geometry)
+    boxes = (
+        _whole(kernel, channels, output, geometry)
+        if whole
+        else _cut_for_weight(kernel, channels, _plane(input), output, geometry)
+    )
     order = boxes[0].order if boxes else IMAGES_FIRST
     pixels = _PIXELS_OF_ONE_TAP if kernel == (1, 1) else _PIXELS
+    if whole:
+        # each product is rounded
+        pixels = _BYTES_OF_BFLOAT16 // (2 * channels * prod(kernel))
     blocks = list(parts(input.shape[0], prod(output), input.device, budget=pixels))
     windows = Windows(input, blocks, boxes)
-    turned = grad.new_zeros(grad.shape[1], *kernel, channels)
+    turned = grad.new_zeros(grad.shape[1], *kernel, channels, dtype=opmath_dtype(grad.dtype))
     for part in blocks:
         windows.load(input[part])
         errors = _errors(grad[part], order)
@@ -273,7 +301,7 @@ def convolve_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
                 left = errors[own, region.down, region.across] if order == IMAGES_LAST else errors[own]
                 box = turned[own, region.box.rows, region.box.columns, region.box.channels]
                 box.add_(product(left.reshape(outputs, -1), rows).view(outputs, *region.box.sizes))
-    return taps_last(turned)
+    return taps_last(turned).to(grad.dtype)
 
 
 def _errors(grad: Tensor, order: str) -> Tensor:
@@ -282,6 +310,13 @@ def _errors(grad: Tensor, order: str) -> Tensor:
     if order == IMAGES_LAST:
         return transposed(grad.reshape(1, count, -1)).view(outputs, *plane, count)
     return grad.permute((1, 2, 0, 3) if order == ROWS_FIRST else (1, 0, 2, 3)).contiguous()
+
+
+@lru_cache(maxsize=256)
+def _whole(kernel: tuple[int, int], channels: int, output: tuple[int, int], geometry: Geometry) -> tuple[Strip, ...]:
+    """A window in one piece."""
+    box = Box(slice(0, kernel[0]), slice(0, kernel[1]), slice(0, channels))
+    return strips([Region(box, slice(0, output[0]), slice(0, output[1]), geometry)], IMAGES_FIRST)
 
 
 @lru_cache(maxsize=256)
@@ -305,7 +340,8 @@ def _row_bytes(
     """Of a row of windows, of which at most so many terms are gathered at once, and of what comes of it."""
     terms = channels * prod(kernel)
     # pixels themselves are multiplied where they lie
-    gathered = 0 if kernel == (1, 1) else min(terms, most or terms)
+    most = terms if most is None or like.dtype is torch.bfloat16 else most
+    gathered = 0 if kernel == (1, 1) else min(terms, most)
     return width * (gathered + values) * like.element_size()
 
 

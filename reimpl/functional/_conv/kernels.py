@@ -128,7 +128,8 @@ def _sums_for(
             return depthwise
         if grouped.fits(geometry, outputs, channels, kernel, *tensors):
             return grouped
-    return blocks if blocks.fits(geometry, outputs, channels, *tensors) else None
+    fits = blocks.fits(geometry, outputs, channels, *tensors)
+    return blocks if fits or blocks.fits_bfloat16(geometry, outputs, channels, kernel, *tensors) else None
 
 
 def _wider(geometry: Geometry, *tensors: Tensor | None) -> bool:

@@ -18,7 +18,7 @@ from reimpl.functional._conv.layouts import empty_planes, pixels_of_planes, plan
 from reimpl.functional._conv.products import product
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
-_FEW_CHANNELS, _LEAST_RUN = 16, 8
+FEW_CHANNELS, _LEAST_RUN = 16, 8
 # The gradient of the kernel takes taps as rows for runs of so many numbers.
 _LONG_RUN = 32
 # Terms of a sum that a product takes in one run, and pixels of the gradient of a kernel of one tap.
@@ -29,7 +29,7 @@ def fits(
     input: Tensor, kernel: tuple[int, int], output: tuple[int, int], geometry: Geometry, for_weight: bool = False
 ) -> bool:
     """Whether taps make better rows than windows."""
-    few = input.shape[1] <= _FEW_CHANNELS or kernel == (1, 1) or (for_weight and output[1] >= _LONG_RUN)
+    few = input.shape[1] <= FEW_CHANNELS or kernel == (1, 1) or (for_weight and output[1] >= _LONG_RUN)
     layout = geometry.groups == 1 and input.stride(3) == 1
     return few and output[1] >= _LEAST_RUN and layout and crops_no_more_than_all(input, geometry)
 

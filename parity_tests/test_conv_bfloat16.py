@@ -19,11 +19,10 @@ from reimpl.functional._conv import windows as _conv_windows
 pytestmark = pytest.mark.skipif(
     not _products._multiplies_bfloat16(), reason="this processor has no product of bfloat16: float32 stands in for it"
 )
-CASES = {
-    name: case
-    for name, case in SHAPES.items()
-    if min(case[1][:2]) > 16 and "groups" not in case[2] and case[1][2:] != (1, 1)
-} | {"more padding than kernel": ((2, 20, 9, 8), (24, 20, 3, 3), {"padding": (5, 4)})}
+CASES = {name: case for name, case in SHAPES.items() if min(case[1][:2]) > 16 and case[1][2:] != (1, 1)} | {
+    "more padding than kernel": ((2, 20, 9, 8), (24, 20, 3, 3), {"padding": (5, 4)}),
+    "groups joined": ((2, 160, 9, 8), (160, 8, 3, 3), {"padding": 1, "stride": 2, "groups": 20}),
+}
 
 
 def gradients(function: Any, args: tuple[Tensor, ...], grad: Tensor, **options: Any) -> list[Tensor]:

@@ -78,10 +78,10 @@ def fits_bfloat16(
     """Whether the blocks do for tensors of bfloat16, whose windows are multiplied whole, so that sums are rounded once.
     Kernels of a tap and few channels are as quick in float32."""
     return (
-        geometry.groups == 1
+        geometry.groups <= _MOST_GROUPS
         and geometry.algorithm is None
         and kernel != (1, 1)
-        and min(outputs, channels) > taps.FEW_CHANNELS
+        and min(outputs, channels) > geometry.groups * taps.FEW_CHANNELS
         and all(t is None or t.numel() > 0 for t in tensors)
         and bfloat16_is_quick(*tensors)
     )

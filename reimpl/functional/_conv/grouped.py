@@ -23,7 +23,11 @@ _CHANNELS, _CHANNELS_OF_ONE_TAP = 64, 32
 def fits(geometry: Geometry, outputs: int, channels: int, kernel: tuple[int, int], *tensors: Tensor | None) -> bool:
     """Whether groups are joined for such tensors, the first of which meets the zeros."""
     number = _joined(geometry, outputs, channels, kernel)
-    if number == 1 or not blocks.fits(_wider(geometry, number), outputs, channels, *tensors):
+    joined = _wider(geometry, number)
+    if number == 1 or not (
+        blocks.fits(joined, outputs, channels, *tensors)
+        or blocks.fits_bfloat16(joined, outputs, channels, kernel, *tensors)
+    ):
         return False
     # of what is not finite 0 times is NaN, which no other group must see
     first = tensors[0]

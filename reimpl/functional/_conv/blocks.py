@@ -5,8 +5,8 @@ their channels last; few channels and kernels of one tap go to :mod:`reimpl.func
 what is gathered: :mod:`reimpl.functional._conv.strips`.
 
 A window is multiplied in boxes of some taps and channels, whose products are added: sums in one run err 2.5 times as
-much as PyTorch's at 1,152 terms and more. What a box has of the padding is left out of its product. Of bfloat16 a window
-stays whole, since every product is rounded. Images of many windows go by :mod:`reimpl.functional._conv.bands`.
+much as PyTorch's at 1,152 terms and more. What a box has of the padding is left out of its product. Of bfloat16 a
+window stays whole, since every product is rounded. Large images go by :mod:`reimpl.functional._conv.bands`.
 
 Measured on two Zen 5 cores at the 3x3 layers of ResNet-18 and AlexNet on CIFAR, batch 64: products run at 440-480
 GFLOP/s and are three quarters of the time. Boxes of 512 terms brought up to 5 % over 384 at 512 channels and nothing

@@ -327,11 +327,11 @@ def test_gradients_of_gradients(way: str) -> None:
     torch.testing.assert_close(results[0].double(), results[1], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_a_shift_beyond_the_width_leaves_nothing(dtype: torch.dtype, device: torch.device) -> None:
     """What masking a gradient by its bits relies on: the bits of 1 as a shift, over vectors and their remainders."""
     one = torch.ones(1037, dtype=dtype, device=device)
-    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    bits = _plain.of_bits(one).dtype
     if device.type == "cpu":
         for pattern in (-1, 1, torch.iinfo(bits).min):
             numbers = torch.full_like(one, pattern, dtype=bits)

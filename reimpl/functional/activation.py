@@ -11,7 +11,8 @@ from torch import Tensor
 
 from reimpl.functional._dispatch import call, opmath_dtype, scalar_type_name
 from reimpl.functional._options import check_number
-from reimpl.functional._plain import in_blocks, masked, overwrite, plain_on_cpu
+from reimpl.functional._plain import final_on_cpu, masked, overwrite
+from reimpl.functional._pointwise import plain as _pointwise_plain
 from reimpl.functional._traced import rectify
 from reimpl.functional.kernels import attempt, final_kernels_for, kernels_for, teach
 
@@ -190,7 +191,7 @@ class _ReLU(_FromOutput):
         kernels = final_kernels_for("_pointwise.numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("relu", grad, output)  # type: ignore[no-any-return]
-        if plain_on_cpu(grad, output):
+        if final_on_cpu(grad, output):
             return masked(grad, output)
         return torch.where(output <= 0, 0, grad)
 
@@ -211,12 +212,9 @@ class _LeakyReLU(torch.autograd.Function):
         # The maximum is several times faster than a choice. At slope 0 it would meet 0 times infinity.
         if not 0 < slope <= 1:
             return _leak(input, slope)
-        if not plain_on_cpu(input):
-            return torch.maximum(input, input * slope)
-        output = torch.empty_like(input)
-        for x, y in in_blocks(input, output):
-            torch.maximum(x, torch.mul(x, slope, out=y), out=y)
-        return output
+        if final_on_cpu(input):
+            return _pointwise_plain.leaky_relu(input, slope)
+        return torch.maximum(input, input * slope)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -242,12 +240,8 @@ class _LeakyReLU(torch.autograd.Function):
         kernels = final_kernels_for("_pointwise.numba", grad, signed)
         if kernels and kernels.worth_it(grad, signed):
             return kernels.backward("leaky_relu", grad, signed, ctx.slope), None, None
-        if 0 <= ctx.slope <= 1 and plain_on_cpu(grad, signed):
-            result, slope = torch.empty_like(grad), grad.new_tensor(ctx.slope)
-            for g, x, d in in_blocks(grad, signed, result):
-                # 1 or 0 as numbers of the gradient's dtype, then 1 or the slope
-                torch.maximum(torch.gt(x, 0, out=d), slope, out=d).mul_(g)
-            return result, None, None
+        if 0 <= ctx.slope <= 1 and final_on_cpu(grad, signed):
+            return _pointwise_plain.leaky_relu_gradient(grad, signed, ctx.slope), None, None
         positive = signed > 0
         if opmath_dtype(grad.dtype) != grad.dtype or not isfinite(ctx.slope):
             return torch.where(positive, grad, grad * ctx.slope), None, None
@@ -280,12 +274,9 @@ class _Sigmoid(_FromOutput):
         if kernels and kernels.worth_it(input):
             teach(_SIGMOID, kernels, _Sigmoid.through, input)
             return kernels.forward("sigmoid", input)  # type: ignore[no-any-return]
+        if final_on_cpu(input):
+            return _pointwise_plain.sigmoid(input)
         # The overflow of exp(-x) ends as 1/inf = 0, as it should; only a derivative would suffer from it.
-        if plain_on_cpu(input):
-            output = torch.empty_like(input)
-            for x, y in in_blocks(input, output):
-                torch.neg(x, out=y).exp_().add_(1).reciprocal_()
-            return output
         return input.to(opmath_dtype(input.dtype)).neg().exp_().add_(1).reciprocal_().to(input.dtype)
 
     @staticmethod
@@ -297,12 +288,8 @@ class _Sigmoid(_FromOutput):
         kernels = final_kernels_for("_pointwise.numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("sigmoid", grad, output)  # type: ignore[no-any-return]
-        if plain_on_cpu(grad, output):
-            result, zero = torch.empty_like(grad), grad.new_zeros(())
-            for g, y, d in in_blocks(grad, output, result):
-                # y + y (0 - y) below a half, 0 - (0 - y) (1 - y) from there on: as exact as the product, in one pass
-                torch.lerp(y, zero, y, out=d).mul_(g)
-            return result
+        if final_on_cpu(grad, output):
+            return _pointwise_plain.sigmoid_gradient(grad, output)
         y = output.to(opmath_dtype(output.dtype))
         slope: Tensor = (y * (1 - y)).conj()
         return (grad * slope).to(output.dtype)
@@ -326,8 +313,8 @@ class _Tanh(_FromOutput):
         if kernels and kernels.worth_it(input):
             teach(_TANH, kernels, _Tanh.through, input)
             return kernels.forward("tanh", input)  # type: ignore[no-any-return]
-        if plain_on_cpu(input):
-            return _tanh_in_place(input)
+        if final_on_cpu(input):
+            return _pointwise_plain.tanh(input)
         x = input.to(opmath_dtype(input.dtype))
         t = x.abs().mul_(-2).expm1_()
         return t.neg().div_(t.add_(2)).copysign_(x).to(input.dtype)
@@ -341,25 +328,11 @@ class _Tanh(_FromOutput):
         kernels = final_kernels_for("_pointwise.numba", grad, output)
         if kernels and kernels.worth_it(grad, output):
             return kernels.backward("tanh", grad, output)  # type: ignore[no-any-return]
-        if plain_on_cpu(grad, output):
-            result, one = torch.empty_like(grad), grad.new_ones(())
-            for g, y, d in in_blocks(grad, output, result):
-                torch.addcmul(one, y, y, value=-1, out=d).mul_(g)
-            return result
+        if final_on_cpu(grad, output):
+            return _pointwise_plain.tanh_gradient(grad, output)
         y = output.to(opmath_dtype(output.dtype))
         slope: Tensor = (1 - y * y).conj()
         return (grad * slope).to(output.dtype)
-
-
-def _tanh_in_place(input: Tensor) -> Tensor:
-    """:math:`t/(t + 2)` with :math:`t = e^{2x} - 1`, held where the result is 1, so that nothing overflows."""
-    output, bound, denominator = torch.empty_like(input), input.new_tensor(40.0), None
-    for x, y in in_blocks(input, output):
-        torch.minimum(torch.mul(x, 2, out=y), bound, out=y).expm1_()
-        if denominator is None or denominator.shape != y.shape:
-            denominator = torch.empty_like(y)
-        y.div_(torch.add(y, 2, out=denominator))
-    return output
 
 
 FROM_OUTPUT = {"relu": _ReLU, "sigmoid": _Sigmoid, "tanh": _Tanh}

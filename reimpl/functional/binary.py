@@ -298,12 +298,11 @@ class _OfLogits(torch.autograd.Function):
 
 
 def _write_of_probabilities(input: Tensor, target: Tensor, output: Tensor) -> None:
-    least = input.new_full((), _LEAST_LOG)
-    no = torch.log1p(torch.neg(input, out=output), out=output)
-    torch.maximum(no, least, out=no)
-    yes = torch.log(input)
+    least, yes = input.new_full((), _LEAST_LOG), torch.log(input)
     torch.maximum(yes, least, out=yes)
-    torch.lerp(no, yes, target, out=output).neg_()
+    # the output may take the place of the input
+    no = torch.log1p(torch.neg(input, out=output), out=output)
+    torch.lerp(torch.maximum(no, least, out=no), yes, target, out=output).neg_()
 
 
 def _write_gradient_of_probabilities(input: Tensor, target: Tensor, output: Tensor, grad: Tensor) -> None:
@@ -313,10 +312,9 @@ def _write_gradient_of_probabilities(input: Tensor, target: Tensor, output: Tens
 
 
 def _write_of_logits(input: Tensor, target: Tensor, output: Tensor) -> None:
-    torch.abs(input, out=output).neg_().exp_().log1p_()
-    negative = torch.neg(input)
-    output.add_(torch.maximum(negative, input.new_zeros(()), out=negative))
-    output.add_(torch.sub(1, target, out=negative).mul_(input))
+    rest, negative = torch.sub(1, target).mul_(input), torch.neg(input)
+    torch.maximum(negative, input.new_zeros(()), out=negative)
+    torch.abs(input, out=output).neg_().exp_().log1p_().add_(negative).add_(rest)
 
 
 def _write_gradient_of_logits(input: Tensor, target: Tensor, output: Tensor, grad: Tensor) -> None:

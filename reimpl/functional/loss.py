@@ -17,7 +17,8 @@ from reimpl.functional._losses.cross_entropy import (
     probability_loss,
     through_worked_loss,
 )
-from reimpl.functional._losses.plain import worker
+from reimpl.functional._losses.half import HalfIndexLoss
+from reimpl.functional._losses.plain import half_runs_plainly, worker
 from reimpl.functional._losses.reduction import reduced, resolve
 from reimpl.functional._losses.targets import as_batch, check_class_indices, class_dim, counted
 from reimpl.functional._options import check_number, integer
@@ -84,10 +85,11 @@ def cross_entropy(
 def _with_indices(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
-    works = None
+    works, by_parts = None, False
     if input.numel() and ordinary(target) and target.device == input.device:
         works = worker(*OF_INDICES, input, weight)
-    _check_indices(input, target, weight, ignore_index, smoothing, values=works is None)
+        by_parts = works is None and smoothing == 0 and half_runs_plainly(input, weight)
+    _check_indices(input, target, weight, ignore_index, smoothing, values=works is None and not by_parts)
     logits, indices = as_batch(input, target)
     weight = None if weight is None else weight.reshape(-1)
     loss: Tensor
@@ -95,6 +97,9 @@ def _with_indices(
         loss, _ = WorkedIndexLoss.apply(logits, indices, ignore_index, weight, smoothing, reduction, works)
         key = ("cross_entropy", ignore_index, smoothing, reduction)
         teach(key, works, through_worked_loss, logits, weight)
+        return loss.reshape(()) if input.dim() == 1 else loss
+    if by_parts:
+        loss = HalfIndexLoss.apply(logits, indices, ignore_index, weight, reduction)
         return loss.reshape(()) if input.dim() == 1 else loss
     with autocast_disabled(input.device):
         if logits.shape[1]:

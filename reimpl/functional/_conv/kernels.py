@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
-from reimpl.functional._conv import blocks, depthwise
+from reimpl.functional._conv import blocks, depthwise, grouped
 from reimpl.functional._conv.arguments import Geometry, phase_pairs
 from reimpl.functional._conv.products import unobserved
 from reimpl.functional._conv.windows import every, parts, pixels_of, window_rows
@@ -41,7 +41,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     kernels = _compiled(geometry, input, weight, bias)
     if kernels and kernels.worth_it(input, weight, _output(input, weight, geometry), geometry.groups):
         return kernels.convolve(input, weight, bias, geometry)  # type: ignore[no-any-return]
-    if sums := _sums_for(geometry, weight.shape[0], input.shape[1], input, weight, bias):
+    if sums := _sums_for(geometry, weight.shape[0], input.shape[1], _plane(weight), input, weight, bias):
         layout = memory_format_of(input, weight)
         return sums.convolve(input, weight, bias, _output(input, weight, geometry), geometry, layout)  # type: ignore[no-any-return]
     if _wider(geometry, input, weight, bias):
@@ -69,7 +69,7 @@ def convolve_input(
     kernels = _compiled(geometry, grad, weight)
     if kernels and kernels.worth_it(grad, weight.transpose(0, 1), (grad.shape[2], grad.shape[3]), geometry.groups):
         return kernels.convolve_input(grad, weight, size, geometry, layout)  # type: ignore[no-any-return]
-    if sums := _sums_for(geometry, grad.shape[1], geometry.groups * weight.shape[1], grad, weight):
+    if sums := _sums_for(geometry, grad.shape[1], geometry.groups * weight.shape[1], _plane(weight), grad, weight):
         return sums.convolve_input(grad, weight, size, geometry, layout or memory_format_of(grad, weight))  # type: ignore[no-any-return]
     if _wider(geometry, grad, weight):
         return convolve_input(grad.float(), weight.float(), size, geometry, layout).to(grad.dtype)
@@ -97,7 +97,7 @@ def convolve_weight(grad: Tensor, input: Tensor, size: tuple[int, int], geometry
     kernels = _compiled(geometry, grad, input)
     if kernels and kernels.worth_it_for_weight(grad, input, size, groups):
         return kernels.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
-    if sums := _sums_for(geometry, grad.shape[1], input.shape[1], grad, input):
+    if sums := _sums_for(geometry, grad.shape[1], input.shape[1], size, grad, input):
         return sums.convolve_weight(grad, input, size, geometry)  # type: ignore[no-any-return]
     if _wider(geometry, grad, input):
         return convolve_weight(grad.float(), input.float(), size, geometry).to(grad.dtype)
@@ -119,21 +119,30 @@ def _compiled(geometry: Geometry, *tensors: Tensor | None) -> Any:
     return kernels_for("_conv.numba", *tensors) if geometry.algorithm is None else None
 
 
-def _sums_for(geometry: Geometry, outputs: int, channels: int, *tensors: Tensor | None) -> ModuleType | None:
+def _sums_for(
+    geometry: Geometry, outputs: int, channels: int, kernel: tuple[int, int], *tensors: Tensor | None
+) -> ModuleType | None:
     """What computes over blocks of the batch, where it does for these tensors."""
-    if outputs == channels == geometry.groups and depthwise.fits(geometry, *tensors):
-        return depthwise
-    return blocks if blocks.fits(geometry, outputs, channels, *tensors) else None
+    if geometry.groups > 1:
+        if outputs == channels == geometry.groups and depthwise.fits(geometry, *tensors):
+            return depthwise
+        if grouped.fits(geometry, outputs, channels, kernel, *tensors):
+            return grouped
+    fits = blocks.fits(geometry, outputs, channels, *tensors)
+    return blocks if fits or blocks.fits_bfloat16(geometry, outputs, channels, kernel, *tensors) else None
 
 
 def _wider(geometry: Geometry, *tensors: Tensor | None) -> bool:
     """Whether half precision is best multiplied in float32, by the blocks: rounded once, and on the CPU quicker."""
     return (
-        geometry.groups == 1
-        and geometry.algorithm is None
+        geometry.algorithm is None
         and all(t is None or (t.is_cpu and t.dtype in _HALF and t.numel() > 0) for t in tensors)
         and unobserved(*tensors)
     )
+
+
+def _plane(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[2], weight.shape[3]
 
 
 def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:

@@ -60,6 +60,19 @@ def unobserved(*tensors: Tensor | None) -> bool:
     )
 
 
+@cache
+def _multiplies_bfloat16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and supported()
+
+
+def bfloat16_is_quick(*tensors: Tensor | None) -> bool:
+    """Whether ``mm`` of tensors such as these is the processor's own product of bfloat16, at twice the speed of that of
+    float32 and with sums in float32."""
+    narrow = all(t is None or (t.is_cpu and t.dtype is torch.bfloat16) for t in tensors)
+    return narrow and _multiplies_bfloat16() and torch._C._get_mkldnn_enabled() and unobserved(*tensors)
+
+
 def _apply(operator: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     filters = right.t()
     # other strides fall to oneDNN's reference code, a thousand times slower

@@ -18,7 +18,7 @@ from reimpl.functional._conv.layouts import empty_planes, pixels_of_planes, plan
 from reimpl.functional._conv.products import product
 
 # Measured: taps a row are faster for at most so many channels, and runs of at least so many numbers.
-_FEW_CHANNELS, _LEAST_RUN = 16, 8
+FEW_CHANNELS, _LEAST_RUN = 16, 8
 # The gradient of the kernel takes taps as rows for runs of so many numbers.
 _LONG_RUN = 32
 # Terms of a sum that a product takes in one run, and pixels of the gradient of a kernel of one tap.
@@ -29,8 +29,15 @@ def fits(
     input: Tensor, kernel: tuple[int, int], output: tuple[int, int], geometry: Geometry, for_weight: bool = False
 ) -> bool:
     """Whether taps make better rows than windows."""
-    few = input.shape[1] <= _FEW_CHANNELS or kernel == (1, 1) or (for_weight and output[1] >= _LONG_RUN)
-    return few and output[1] >= _LEAST_RUN and geometry.groups == 1 and input.stride(3) == 1
+    few = input.shape[1] <= FEW_CHANNELS or kernel == (1, 1) or (for_weight and output[1] >= _LONG_RUN)
+    layout = geometry.groups == 1 and input.stride(3) == 1
+    return few and output[1] >= _LEAST_RUN and layout and crops_no_more_than_all(input, geometry)
+
+
+def crops_no_more_than_all(input: Tensor, geometry: Geometry) -> bool:
+    """Whether a padding that is negative can be cut off the images."""
+    top, bottom, left, right = (min(side, 0) for side in geometry.padding)
+    return input.shape[2] + top + bottom >= 0 and input.shape[3] + left + right >= 0
 
 
 def multiply(
@@ -85,7 +92,12 @@ def multiply_weight(grad: Tensor, input: Tensor, kernel: tuple[int, int], geomet
     outputs, channels, output, total = grad.shape[1], input.shape[1], (grad.shape[2], grad.shape[3]), None
     plan = columns(input.shape, input.stride(), input.dtype, kernel, outputs, output, geometry, None)
     for part, (matrix,) in plan.matrices(input):
-        errors = pixels_of_planes(grad[part]).reshape(-1, outputs)
+        own = grad[part]
+        if len(own) == 1 and own.stride(3) == 1:
+            # as the product takes its second factor best
+            errors = own[0].flatten(1).t()
+        else:
+            errors = pixels_of_planes(own).reshape(-1, outputs)
         pixels = _PIXELS if kernel == (1, 1) else len(errors)
         for some, others in zip(matrix.split(pixels, 1), errors.split(pixels), strict=True):
             values = product(some, others)

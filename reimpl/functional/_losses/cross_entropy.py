@@ -73,6 +73,15 @@ class IndexLoss(torch.autograd.Function):
         return _through_softmax(torch.exp(log_probs), total, None, 1, ctx.dtype), None, None, None, None
 
 
+def through_scores(
+    grad: Tensor, input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None
+) -> Tensor | None:
+    """The gradient of half-width scores from that of each sample's loss, by differentiable operators."""
+    log_probs = log_softmax_composition(input.to(grad.dtype), 1)
+    errors = _index_errors(grad, log_probs, indices, ignore_index, weight, 0.0)
+    return _through_softmax(torch.exp(log_probs), errors, None, 1, input.dtype)
+
+
 def _to_keep(input: Tensor, log_probs: Tensor) -> Tensor:
     """Which of the two the backward pass is to read: scores of half the width take half the room."""
     return log_probs if log_probs.dtype == input.dtype else input

@@ -7,7 +7,6 @@ the operators stays in the cache. The modules of kernels have functions of the s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from itertools import repeat
 from types import ModuleType
@@ -17,22 +16,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from reimpl.functional._plain import plain
+from reimpl.functional._dispatch import autocast_enabled
+from reimpl.functional._plain import HALF, exponential, ordinary, plain
 from reimpl.functional.kernels import kernels_for
 
 # So many numbers keep two threads busy, and three buffers of them fit into a megabyte or two.
 _PART = 1 << 17
 # Reductions along a dimension of a few numbers want more: measured over 5 million, parts of 2^17 take twice as long.
 _PART_ALONG = 1 << 20
-_LOG2_E = math.log2(math.e)
 
 
 def runs_plainly(*tensors: Tensor | None) -> bool:
     """Whether the tensors are plain, and the call is neither one of forward mode nor of ``torch.func``."""
-    return plain(*tensors) and _undisturbed()
+    return plain(*tensors) and undisturbed()
 
 
-def _undisturbed() -> bool:
+def half_runs_plainly(*tensors: Tensor | None) -> bool:
+    """The same of tensors of half the width on the CPU, where autocast does not widen them first."""
+    given = [t for t in tensors if t is not None]
+    narrow = all(t.dtype in HALF and t.is_cpu for t in given)
+    return narrow and not autocast_enabled(given[0].device) and ordinary(*given) and undisturbed()
+
+
+def undisturbed() -> bool:
+    """Whether the call is neither one of forward mode nor of ``torch.func``."""
     # inside a transform, even a Function of tensors that it leaves alone must have a `setup_context`
     return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
@@ -44,7 +51,7 @@ def final(grad: Tensor, *others: Tensor | None) -> bool:
 
 def worker(kernels: str, otherwise: ModuleType, *tensors: Tensor | None) -> Any:
     """Whose functions do a call with such tensors: the kernels' or the other module's, or (``None``) neither's."""
-    if not _undisturbed():
+    if not undisturbed():
         return None
     return kernels_for(kernels, *tensors) or (otherwise if plain(*tensors) else None)
 
@@ -97,12 +104,3 @@ def softmax_gradient(grad: Tensor, output: Tensor, dim: int, log: bool) -> Tenso
             torch.mul(g, y, out=d)
             torch.addcmul(d, y, d.sum(dim, True), value=-1, out=d)
     return result
-
-
-def exponential(input: Tensor, out: Tensor) -> Tensor:
-    """:math:`e^x` where it is not itself the result, written to ``out``, which may be the input.
-
-    On the CPU by way of :math:`2^{x \\log_2 e}`, which takes half the time. It is off by about :math:`|x|/2` units in
-    the last place, as much as the rounding of :math:`x`, a difference, has put it off already.
-    """
-    return torch.mul(input, _LOG2_E, out=out).exp2_() if input.is_cpu else torch.exp(input, out=out)

@@ -12,15 +12,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from reimpl.functional._losses.plain import along, exponential
+from reimpl.functional._losses.plain import along
 from reimpl.functional._losses.targets import check_range
+from reimpl.functional._plain import exponential
 
 _Result = TypeVar("_Result")
 Number = Tensor | float
 """A tensor that may be a scalar, or a number for all."""
 
 
-class _Samples:
+class Samples:
     """The classes of the samples, which of these are ignored, and the weights of the classes."""
 
     def __init__(self, indices: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> None:
@@ -108,7 +109,7 @@ def index_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float, reduction: str
 ) -> tuple[Tensor, Tensor, Number]:
     """Cross-entropy, probabilities, and what the sum was divided by."""
-    samples = _Samples(indices, input.shape[1], ignore_index, weight)
+    samples = Samples(indices, input.shape[1], ignore_index, weight)
     input = input.contiguous()
     probabilities = torch.empty_like(input)
     losses, spread = samples.attempt(lambda: _log_losses(input, samples, probabilities, smoothing != 0))
@@ -123,7 +124,7 @@ def index_loss(
     return loss, probabilities, divisor
 
 
-def _log_losses(input: Tensor, samples: _Samples, probabilities: Tensor, smooth: bool) -> tuple[Tensor, Tensor | None]:
+def _log_losses(input: Tensor, samples: Samples, probabilities: Tensor, smooth: bool) -> tuple[Tensor, Tensor | None]:
     r""":math:`-\log \hat y_{n t_n}` and, for smoothing, :math:`-\sum_c w_c \log \hat y_{nc}`; writes :math:`\hat y`."""
     losses, spreads = [], []
     weight = None if samples.weight is None or not smooth else _along_classes(samples.weight, input)
@@ -153,13 +154,11 @@ def index_loss_gradient(
     divisor: Number,
 ) -> Tensor:
     """The gradient of the logits from that of each loss or of their sum."""
-    samples = _Samples(indices, probabilities.shape[1], ignore_index, weight)
+    samples = Samples(indices, probabilities.shape[1], ignore_index, weight)
     return samples.attempt(lambda: _index_gradient(grad, probabilities, samples, smoothing, divisor))
 
 
-def _index_gradient(
-    grad: Tensor, probabilities: Tensor, samples: _Samples, smoothing: float, divisor: Number
-) -> Tensor:
+def _index_gradient(grad: Tensor, probabilities: Tensor, samples: Samples, smoothing: float, divisor: Number) -> Tensor:
     share, weights = samples.shares(grad, divisor), samples.weights()
     at_target = share if weights is None else weights.mul_(share)
     whole, each = at_target, None
@@ -194,7 +193,7 @@ def picked_loss(
     input: Tensor, indices: Tensor, ignore_index: int, weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, Number]:
     """Negative log-likelihood, and what the sum was divided by."""
-    samples = _Samples(indices, input.shape[1], ignore_index, weight)
+    samples = Samples(indices, input.shape[1], ignore_index, weight)
     losses = samples.attempt(lambda: input.gather(1, samples.indices)).neg_()
     weights = samples.weights()
     return samples.reduced(losses if weights is None else losses.mul_(weights), weights, reduction)
@@ -211,7 +210,7 @@ def picked_loss_gradient(
     """The gradient of the log-probabilities, which had the shape given."""
     # samples that are ignored for a class write to its numbers, and nobody else does
     column = ignore_index if 0 <= ignore_index < shape[1] else None
-    samples = _Samples(indices, shape[1], ignore_index if column is None else -1, weight)
+    samples = Samples(indices, shape[1], ignore_index if column is None else -1, weight)
 
     def scattered() -> Tensor:
         minus, weights, result = -samples.shares(grad, divisor), samples.weights(), grad.new_zeros(*shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimpl.functional._losses.plain import final, in_parts, runs_plainly
+from reimpl.functional._dispatch import opmath_dtype
+from reimpl.functional._losses.plain import final, half_runs_plainly, in_parts, runs_plainly
 from reimpl.functional._losses.targets import check_unit_interval
-from reimpl.functional._plain import ordinary
+from reimpl.functional._plain import HALF, final_on_cpu, in_float32, ordinary
 from reimpl.functional.kernels import attempt, kernels_for, teach
 
 _KERNELS = "_losses.numba_pointwise"
@@ -24,7 +25,7 @@ class Pointwise:
 
     Args:
         name: the kernels' name of it.
-        write: put the losses of ``(input, target)`` into the third tensor.
+        write: put the losses of ``(input, target)`` into the third tensor, which may be the input.
         write_gradient: put the gradient of the input into the third tensor, for a loss's gradient, the fourth.
         function: the Function of the losses without reduction, whose backward pass is differentiable.
         probabilities: whether the numbers must lie in [0, 1].
@@ -41,14 +42,16 @@ class Pointwise:
         (reduction,), (grad,), (input, target) = options, grads, saved
         ctx = SimpleNamespace(saved_tensors=(input, target, None), needs_input_grad=(True, False, False, False))
         divisor = input.numel() if reduction == "mean" else 1
-        gradient: Tensor = self.function.backward(ctx, (grad / divisor).expand(input.shape))[0]
+        each = grad.to(opmath_dtype(grad.dtype)) / divisor
+        gradient: Tensor = self.function.backward(ctx, each.expand(input.shape))[0]
         return gradient
 
 
 def suits(input: Tensor, target: Tensor) -> bool:
-    """Whether the tensors are plain, of one wide dtype, have elements in the same places, and the target is fixed."""
+    """Whether the tensors are plain, of one dtype, have elements in the same places, and the target is fixed. The
+    half-width types do on the CPU, where autocast does not widen them first."""
     return (
-        runs_plainly(input, target)
+        (runs_plainly(input, target) or half_runs_plainly(input, target))
         and input.dtype is target.dtype
         and input.shape == target.shape
         and input.device == target.device
@@ -104,14 +107,15 @@ class PointwiseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, target = saved = ctx.saved_tensors
-        if not final(grad):
+        if not (final(grad) or final_on_cpu(grad)):
             return ctx.loss.through((ctx.reduction,), (grad,), saved), None, None, None
         kernels = kernels_for(_KERNELS, grad, input, target)
         if kernels:
             return kernels.gradient(ctx.loss.name, grad, input, target, ctx.divisor), None, None, None
         result = torch.empty_like(input)
-        factor = grad / ctx.divisor if ctx.divisor != 1 else grad
-        for x, t, d, g in in_parts(input, target, result, factor):
+        # a scalar's quotient must not be rounded to half the width
+        factor = grad if grad.dim() else grad.to(opmath_dtype(grad.dtype)) / ctx.divisor
+        for x, t, d, g in _in_parts(input, target, result, factor):
             ctx.loss.write_gradient(x, t, d, g)
         return result, None, None, None
 
@@ -121,13 +125,28 @@ def _reduced(
 ) -> Tensor:
     if reduction == "none":
         result = torch.empty_like(input)
-        for x, t, y in in_parts(input, target, result):
+        for x, t, y, _ in _in_parts(input, target, result):
             write(x, t, y)
         return result
-    total = scratch = None
-    for x, t in in_parts(input, target):
-        scratch = torch.empty_like(x) if scratch is None else scratch[: len(x)] if x.dim() else scratch
+    total: Tensor | None = None
+    for x, t, scratch, _ in _in_parts(input, target):
         write(x, t, scratch)
         total = scratch.sum() if total is None else total.add_(scratch.sum())
     assert total is not None
-    return total.div_(input.numel()) if reduction == "mean" else total
+    return (total.div_(input.numel()) if reduction == "mean" else total).to(input.dtype)
+
+
+def _in_parts(
+    input: Tensor, target: Tensor, result: Tensor | None = None, grad: Tensor | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """The operands, a result to be written or else room for it, and a gradient, in parts and in the dtype of sums."""
+    if input.dtype in HALF:
+        each = grad is not None and grad.dim() > 0
+        for x, t, *own, y in in_float32(input, target, *((grad,) if each else ()), result=result):
+            yield x, t, y, own[0] if each else grad
+        return
+    scratch = None
+    for x, t, y, g in in_parts(input, target, result, grad):
+        if y is None:
+            y = scratch = torch.empty_like(x) if scratch is None else scratch[: len(x)] if x.dim() else scratch
+        yield x, t, y, g

@@ -94,6 +94,8 @@ def plain(*tensors: Tensor | None) -> bool:
 
 def overwrite(tensor: Tensor, output: Tensor) -> Tensor:
     """``tensor`` with the numbers of ``output``, which has been made of it."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return tensor.copy_(output)
     recorded = torch.is_grad_enabled() and tensor.requires_grad and not (tensor.is_leaf or tensor._is_view())
     if recorded and forward_ad._current_level < 0 and ordinary(tensor, output):
         return _Overwrite.apply(tensor, output)  # type: ignore[no-any-return]

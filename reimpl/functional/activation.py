@@ -135,7 +135,7 @@ def tanh(input: Tensor) -> Tensor:
 
 
 def _into(input: Tensor, output: Tensor) -> Tensor:
-    if not torch.can_cast(output.dtype, input.dtype):
+    if output.dtype != input.dtype and not torch.can_cast(output.dtype, input.dtype):
         found, wanted = scalar_type_name(output.dtype), scalar_type_name(input.dtype)
         raise RuntimeError(f"result type {found} can't be cast to the desired output type {wanted}")
     return overwrite(input, output)

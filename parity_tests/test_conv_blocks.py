@@ -283,3 +283,24 @@ def test_long_sums_err_as_pytorchs(
     limit = 1.5 if weight_shape[2] == 3 else 2.0
     for mine, other, true in zip(ours, theirs, exact, strict=True):
         assert root_mean_square(mine - true) <= limit * root_mean_square(other - true)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["as it comes", "kernels"])
+@pytest.mark.parametrize("form", ["every other", "one for all", "a column"])
+def test_a_bias_of_any_strides(form: str, kernels: bool, device: torch.device) -> None:
+    numbers = torch.randn(256, 3, device=device)
+    bias = {
+        "every other": numbers.view(-1)[:512:2],
+        "one for all": numbers[:1, 0].expand(256),
+        "a column": numbers[:, 0],
+    }
+    if kernels:
+        pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    # as large as what goes to oneDNN's product, in both
+    images, lines = torch.randn(4, 3, 12, 12, device=device), torch.randn(4, 16, 50, device=device)
+    filters, rows = torch.randn(256, 3, 3, 3, device=device), torch.randn(256, 16, 3, device=device)
+    with F.use_kernels(kernels):
+        for function, input, weight in ((F.conv2d, images, filters), (F.conv1d, lines, rows)):
+            # the bias is added once, to sums that do not change
+            dense = function(input, weight, bias[form].contiguous())
+            assert torch.equal(function(input, weight, bias[form]), dense)

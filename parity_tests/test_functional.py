@@ -387,3 +387,15 @@ def test_keeps_no_more_for_backward_than_pytorch(technique: FunctionTechnique) -
         pytest.skip("PyTorch has no counterpart")
     for sample in technique.samples(torch.device("cpu"), torch.float32, seeded_generator(0, technique.name)):
         assert saved_bytes(technique.ours, sample) <= saved_bytes(technique.torch, sample), sample.desc
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_of_gradients_of_another_layout(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    functions = [getattr(F, name), getattr(torch, name, None) or getattr(torch_functional, name)]
+    images = torch.randn(2, 5, 6, 7, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    for x in (torch.randn(9, 4, device=device, dtype=dtype).t(), images, images[..., ::2]):
+        x = x.detach().requires_grad_()
+        for grad in (x.new_ones(x.shape), x.new_ones(1).expand(x.shape), torch.ones_like(x)):
+            ours, theirs = (torch.autograd.grad(function(x), x, grad)[0] for function in functions)
+            assert ours.stride() == theirs.stride()

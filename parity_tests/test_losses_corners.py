@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -173,3 +174,23 @@ def test_recorded_operators_do_for_other_numbers(options: dict[str, Any], weight
     recorded = make_fx(lambda x, target: losses(F, x, target))(x, target)
     x, target = torch.randn(7, 5, device=device), torch.tensor([1, 1, 2, 3, 3, 4, 4], device=device)
     torch.testing.assert_close(recorded(x, target), losses(torch_functional, x, target))
+
+
+CHECKED = {
+    "cross_entropy": lambda library, x: library.cross_entropy(x, torch.tensor([1, 0], device=x.device)),
+    "nll_loss": lambda library, x: library.nll_loss(x, torch.tensor([1, 0], device=x.device)),
+    "binary_cross_entropy": lambda library, x: library.binary_cross_entropy(x.sigmoid(), torch.ones_like(x)),
+    "embedding": lambda library, x: library.embedding(torch.tensor([0, 1], device=x.device), x),
+    "batch_norm": lambda library, x: library.batch_norm(x, x.new_zeros(3), x.new_ones(3), training=True),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_what_looks_at_numbers_is_recorded_and_linearized(name: str, device: torch.device) -> None:
+    x = torch.randn(2, 3, device=device)
+    results = []
+    for library in (F, torch_functional):
+        value, pushforward = torch.func.linearize(partial(CHECKED[name], library), x)
+        recorded = make_fx(partial(CHECKED[name], library))(x)
+        results.append((value, pushforward(torch.ones_like(x)), recorded(x)))
+    torch.testing.assert_close(*results)

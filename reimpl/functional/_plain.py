@@ -141,7 +141,7 @@ def masked(grad: Tensor, rectified: Tensor) -> Tensor:
     """
     if not grad.is_cpu:
         return torch.where(rectified == 0, 0, grad)
-    result = torch.empty_like(grad)
+    result = torch.empty_like(rectified)
     for g, y, d in in_blocks(grad, rectified, result):
         # the bits of 1 shift everything out
         shift = of_bits(torch.eq(y, 0, out=d))

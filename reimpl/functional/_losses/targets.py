@@ -8,6 +8,9 @@ from torch.nn import Parameter
 
 from reimpl.functional._dispatch import is_batched, scalar_type_name, value_of
 
+# The mode of make_fx, in which also torch.func.linearize records: a number that is read would be a constant.
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
 
 def check_class_indices(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, values: bool = True
@@ -130,8 +133,13 @@ def values_are_readable(tensor: Tensor) -> bool:
 
 
 def holds_values(tensor: Tensor) -> bool:
-    """Whether the numbers lie in a tensor of PyTorch's own: outside compilers and ``vmap``."""
-    return not (torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_batched(tensor))
+    """Whether the numbers lie in a tensor of PyTorch's own: outside compilers, ``make_fx`` and ``vmap``."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(_PROXY) is not None
+        or type(tensor) not in (Tensor, Parameter)
+        or is_batched(tensor)
+    )
 
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -4,7 +4,7 @@ The batch is cut into rows of memory that hold all channels (an image in planes,
 into blocks of channels, and what is left in a block, strip after strip, into chunks, so that memory is walked through
 in its own order. A task is a chunk of a block: threads take numbers from a counter. Within a chunk each place of a
 strip is summed over the strips in the dtype of the sums, and the places of a channel in float64; large planes go by
-whole registers, one by one. Chunks are joined by (count, mean, sum of squared deviations).
+whole registers, one by one, and part by part in float64. Chunks are joined by (count, mean, sum of squared deviations).
 
 Addresses and sizes come in a table of 64-bit words, written in :mod:`reimpl.functional._norm.numba`.
 """
@@ -31,6 +31,8 @@ STORED, REAL = np.float32, np.float32
 # What comes last: running averages forward, sums or gradients of the vectors backward.
 (FIRST, SECOND, MOMENTUM, SCALED, WORDS) = range(27, 32)
 COLLECT, APPLY = 1, 2
+# Of a plane so many numbers are added up in the dtype of the sums: what many more come to leaves no room for the next.
+PART = 1 << 14
 FORWARD_ROWS, BACKWARD_ROWS = 4, 6
 
 BYTES, REAL_BYTES = np.dtype(STORED).itemsize, np.dtype(REAL).itemsize
@@ -102,7 +104,7 @@ def put(places: Any, w: Any, own: Any, c: Any, value: Any) -> None:
 
 
 @njit(error_model="numpy", fastmath=_LANES)
-def plane_sum(x: Any) -> Any:
+def part_sum(x: Any) -> Any:
     total = ZERO
     for p in range(len(x)):
         total += widen(x[p])
@@ -110,11 +112,27 @@ def plane_sum(x: Any) -> Any:
 
 
 @njit(error_model="numpy", fastmath=_LANES)
-def plane_squares(x: Any, mean: Any) -> Any:
+def part_squares(x: Any, mean: Any) -> Any:
     total = ZERO
     for p in range(len(x)):
         d = widen(x[p]) - mean
         total += d * d
+    return total
+
+
+@njit(error_model="numpy")
+def plane_sum(x: Any) -> Any:
+    total = 0.0
+    for start in range(0, len(x), PART):
+        total += part_sum(x[start : start + PART])
+    return total
+
+
+@njit(error_model="numpy")
+def plane_squares(x: Any, mean: Any) -> Any:
+    total = 0.0
+    for start in range(0, len(x), PART):
+        total += part_squares(x[start : start + PART], mean)
     return total
 
 
@@ -258,7 +276,7 @@ def forward(task: Any) -> None:
 
 
 @njit(error_model="numpy", fastmath=_LANES)
-def plane_error_sums(g: Any, x: Any, y: Any, mean: Any, relu: Any) -> Any:
+def part_error_sums(g: Any, x: Any, y: Any, mean: Any, relu: Any) -> Any:
     total, total_centred = ZERO, ZERO
     if relu:
         for p in range(len(x)):
@@ -269,6 +287,17 @@ def plane_error_sums(g: Any, x: Any, y: Any, mean: Any, relu: Any) -> Any:
         for p in range(len(x)):
             total += widen(g[p])
             total_centred += widen(g[p]) * (widen(x[p]) - mean)
+    return total, total_centred
+
+
+@njit(error_model="numpy")
+def plane_error_sums(g: Any, x: Any, y: Any, mean: Any, relu: Any) -> Any:
+    total, total_centred = 0.0, 0.0
+    for start in range(0, len(x), PART):
+        end = start + PART
+        sums = part_error_sums(g[start:end], x[start:end], y[start:end], mean, relu)
+        total += sums[0]
+        total_centred += sums[1]
     return total, total_centred
 
 

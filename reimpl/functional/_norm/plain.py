@@ -24,6 +24,8 @@ _LEAST_ROWS = 8
 _SHORT_ROW, _LONG_ROW = 128, 1024
 # From this size on planes go one by one: an operator spends little on going from one to the next.
 _LARGE_PLANE = 64
+# A norm of more numbers than this loses digits.
+_LONG_SUM = 1 << 13
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 # Numbers in a block.
 _BLOCK = 1 << 18
@@ -71,9 +73,12 @@ class Layout:
     def squares(self, flat: Tensor) -> Tensor:
         """The sums of a block's squares."""
         if self.in_planes:
-            # the norm of each plane is taken in one pass, with no squares written out
-            norms: Tensor = torch.linalg.vector_norm(flat, dim=2)
-            return norms.square_().sum(0)
+            # norms are taken in one pass, with no squares written out
+            whole = flat.shape[2] // _LONG_SUM * _LONG_SUM
+            parts = flat[..., :whole].unflatten(2, (-1, _LONG_SUM)), flat[..., whole:].unsqueeze(2)
+            norms = [torch.linalg.vector_norm(part, dim=3) for part in parts if part.numel()]
+            total: Tensor = norms[0].square_().sum((0, 2))
+            return total if len(norms) == 1 else total.add_(norms[1].square_().sum((0, 2)))
         return flat.square().sum(0)
 
     def joined(self, sums: Iterable[Tensor]) -> Tensor:
@@ -149,8 +154,8 @@ def normalize(
     blocks = layout.blocks(layout.flat(input), layout.flat(output))
     wide = _Wide(blocks, 1)
     mean = layout.joined([layout.sums(wide.read(x, 0)) for x, _ in blocks]).div_(layout.count)
-    if mean.is_cpu and not isfinite(mean.sum()):
-        # PyTorch's sums, on the CPU in float64 from the start, do not overflow
+    if mean.is_cpu and torch._C._len_torch_dispatch_stack() == 0 and not isfinite(mean.sum()):
+        # PyTorch's sums, on the CPU in float64 from the start, do not overflow; a mode may hold no numbers to look at
         sums = layout.joined([layout.sums(wide.read(x, 0), torch.float64) for x, _ in blocks])
         mean = sums.div_(layout.count).to(mean.dtype)
     (means,) = layout.spread(mean)

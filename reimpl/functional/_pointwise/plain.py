@@ -24,7 +24,7 @@ def leaky_relu_gradient(grad: Tensor, signed: Tensor, slope: float) -> Tensor:
     """The gradient where ``signed`` is positive, ``slope`` times it elsewhere, for a slope from 0 to 1."""
     if grad.dtype in HALF:
         return _leaky_relu_gradient_of_half(grad, signed, slope)
-    result, least = torch.empty_like(grad), grad.new_tensor(slope)
+    result, least = torch.empty_like(signed), grad.new_tensor(slope)
     for g, x, d in in_blocks(grad, signed, result):
         # 1 or 0 as numbers of the gradient's dtype, then 1 or the slope
         torch.maximum(torch.gt(x, 0, out=d), least, out=d).mul_(g)
@@ -33,7 +33,7 @@ def leaky_relu_gradient(grad: Tensor, signed: Tensor, slope: float) -> Tensor:
 
 def _leaky_relu_gradient_of_half(grad: Tensor, signed: Tensor, slope: float) -> Tensor:
     """The same where the slope is none of the dtype's numbers, and a choice between two is made bit by bit."""
-    result, room = torch.empty_like(grad), None
+    result, room = torch.empty_like(signed), None
     for g, x, d in in_blocks(grad, signed, result):
         room = torch.empty_like(g) if room is None or room.shape != g.shape else room
         leaked, bits, chosen = of_bits(torch.mul(g, slope, out=room)), of_bits(g), of_bits(d)
@@ -54,7 +54,7 @@ def sigmoid(input: Tensor) -> Tensor:
 
 def sigmoid_gradient(grad: Tensor, output: Tensor) -> Tensor:
     """:math:`\\bar y\\, y (1 - y)`."""
-    result, zero = torch.empty_like(grad), _scalar(0, grad)
+    result, zero = _like(grad, output), _scalar(0, grad)
     for y, g, d in in_wide_blocks(output, grad, result=result):
         # y + y (0 - y) below a half, 0 - (0 - y) (1 - y) from there on: as exact as the product, in one pass
         torch.lerp(y, zero, y, out=d).mul_(g)
@@ -74,10 +74,15 @@ def tanh(input: Tensor) -> Tensor:
 
 def tanh_gradient(grad: Tensor, output: Tensor) -> Tensor:
     """:math:`\\bar y (1 - y^2)`."""
-    result, one = torch.empty_like(grad), _scalar(1, grad)
+    result, one = _like(grad, output), _scalar(1, grad)
     for y, g, d in in_wide_blocks(output, grad, result=result):
         torch.addcmul(one, y, y, value=-1, out=d).mul_(g)
     return result
+
+
+def _like(grad: Tensor, output: Tensor) -> Tensor:
+    """Room laid out as the gradient, but as the output where a single number is spread over it."""
+    return torch.empty_like(output if 0 in grad.stride() else grad)
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

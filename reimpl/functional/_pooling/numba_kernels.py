@@ -17,6 +17,8 @@ from reimpl.optim._numba_ops import floats, pointer, take
 
 _ZERO = np.float32(0.0)
 _LANES = {"reassoc", "nsz"}
+# A row of so many numbers has a sum of its own, since digits go lost where all of a large window are added one by one.
+_LONG_ROW = 16
 
 
 @njit(error_model="numpy")
@@ -93,15 +95,20 @@ def means_of_plane(x: Any, y: Any, rows: Any, columns: Any, width: Any, sums: An
 
 
 @njit(error_model="numpy")
-def means_of_image(x: Any, y: Any, rows: Any, columns: Any, width: Any, channels: Any) -> None:
-    """Of channels side by side, at addresses."""
+def means_of_image(x: Any, y: Any, rows: Any, columns: Any, width: Any, channels: Any, sums: Any) -> None:
+    """Of channels side by side, at addresses: the sums of rows, where these are long, and of these the window's."""
     for i in range(len(rows)):
         for j in range(len(columns)):
-            mean = floats(y, channels)
+            mean, by_row = floats(y, channels), columns[j, 1] - columns[j, 0] >= _LONG_ROW
             clear(mean)
+            row = sums if by_row else mean
             for h in range(rows[i, 0], rows[i, 1]):
+                if by_row:
+                    clear(sums)
                 for k in range(h * width + columns[j, 0], h * width + columns[j, 1]):
-                    add(floats(x + 4 * k * channels, channels), mean)
+                    add(floats(x + 4 * k * channels, channels), row)
+                if by_row:
+                    add(sums, mean)
             divisor = np.float32(rows[i, 2] * columns[j, 2])
             for c in range(channels):
                 mean[c] /= divisor
@@ -170,7 +177,7 @@ def average(task: Any) -> None:
             if channels > 1 and back:
                 spread_over_image(at_y, at_x, rows, columns, width, channels, share)
             elif channels > 1:
-                means_of_image(at_x, at_y, rows, columns, width, channels)
+                means_of_image(at_x, at_y, rows, columns, width, channels, share)
             elif back:
                 spread_over_plane(y, at_x, rows, columns, width, share)
             else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_constant
 
 from reimpl.functional._conv.layouts import pixels_of_planes, planes_of_pixels
-from reimpl.functional._plain import BITS, ordinary, plain_on_cpu
+from reimpl.functional._plain import BITS, HALF, final_on_cpu, plain_on_cpu
 from reimpl.functional._pooling.windows import Windows, adaptive_bounds
 
 Pair = tuple[Tensor, Tensor]
@@ -29,9 +29,7 @@ def runs_plainly(input: Tensor) -> bool:
 
 def runs_widened(tensor: Tensor) -> bool:
     """Whether numbers of half the width are sooner taken as float32: PyTorch compares them one by one."""
-    if tensor.dtype not in (torch.bfloat16, torch.float16) or tensor.device.type != "cpu" or torch.is_grad_enabled():
-        return False
-    return ordinary(tensor) and torch._C._len_torch_dispatch_stack() == 0
+    return tensor.dtype in HALF and final_on_cpu(tensor) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def largest(input: Tensor, windows: Windows, steps: bool = False) -> Pair | None:
